@@ -1,0 +1,421 @@
+"""The configuration: one strict tree, one docstring a field, units in the names.
+
+Importing this module loads neither torch nor ray nor vllm. Unknown keys are refused; rules that
+span fields are checked here, before any process starts.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+from quatro_ray.errors import ConfigError
+
+
+class Section(BaseModel):
+    """A part of the configuration; a component receives its own part, never the whole."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True, protected_namespaces=())
+
+
+class RunConfig(Section):
+    dir: Path
+    """Where everything is written. Must be empty or absent, unless `overwrite`."""
+    seed: int = Field(0, ge=0)
+    """Seeds data order, sampling, initial weights of a tiny model."""
+    num_steps: int = Field(ge=1)
+    """Optimiser steps."""
+    overwrite: bool = False
+    """Replace what an earlier run left in `dir`."""
+
+
+class WarmupConfig(Section):
+    """Supervised training of the tiny model on generated data, before RL."""
+
+    target_pass_rate: float = Field(0.33, gt=0, lt=1)
+    """Stop when this share of samples on held-out questions is right."""
+    max_steps: int = Field(4000, ge=1)
+    """Stop here in any case."""
+    batch_size: int = Field(256, ge=1)
+    learning_rate: float = Field(2e-3, gt=0)
+
+
+class TinyModelConfig(Section):
+    """A Qwen2-architecture model with a character tokenizer, made from scratch: needs no download."""
+
+    kind: Literal["tiny"]
+    num_layers: int = Field(2, ge=1)
+    hidden_size: int = Field(64, ge=16)
+    num_heads: int = Field(2, ge=1)
+    warmup: WarmupConfig = WarmupConfig()
+
+    @model_validator(mode="after")
+    def _heads_divide(self) -> TinyModelConfig:
+        if self.hidden_size % (32 * self.num_heads):
+            raise ValueError(
+                f"hidden_size={self.hidden_size} must be a multiple of 32*num_heads={32 * self.num_heads} "
+                "(vLLM's attention on CPU takes heads of 32, 64, …); change one of the two"
+            )
+        return self
+
+
+class PretrainedModelConfig(Section):
+    """A causal language model in Hugging Face format, from a folder or the hub."""
+
+    kind: Literal["pretrained"]
+    path: str
+    """Folder, or name on the hub."""
+    num_parameters: int | None = Field(None, ge=1)
+    """For the memory estimate of `quatro-ray plan`; read from the folder where it can be."""
+
+
+ModelConfig = Annotated[TinyModelConfig | PretrainedModelConfig, Field(discriminator="kind")]
+
+
+class ChainSumTaskConfig(Section):
+    """reasoning-gym's chain_sum, rendered tersely: `12+34=`. Held-out questions are distinct questions."""
+
+    kind: Literal["chain_sum"]
+    min_terms: int = Field(2, ge=2)
+    max_terms: int = Field(2, ge=2)
+    min_digits: int = Field(1, ge=1)
+    max_digits: int = Field(2, ge=1)
+    num_questions: int = Field(4096, ge=2)
+    """Distinct questions, training and held-out together."""
+    num_held_out: int = Field(128, ge=1)
+    """Of these, kept for evaluation."""
+    verifier: Literal["integer"] = "integer"
+
+    @model_validator(mode="after")
+    def _ranges(self) -> ChainSumTaskConfig:
+        for name in ("terms", "digits"):
+            low, high = getattr(self, f"min_{name}"), getattr(self, f"max_{name}")
+            if low > high:
+                raise ValueError(f"min_{name}={low} must be at most max_{name}={high}; lower it or raise max_{name}")
+        if self.num_held_out >= self.num_questions:
+            raise ValueError(
+                f"num_held_out={self.num_held_out} must be below num_questions={self.num_questions}: "
+                "nothing would be left to train on"
+            )
+        return self
+
+
+class JsonLinesTaskConfig(Section):
+    """A user's own prompts and answers: one JSON object a line."""
+
+    kind: Literal["jsonl"]
+    train_path: Path
+    eval_path: Path
+    """Held-out questions; prompts that also stand in `train_path` are refused."""
+    prompt_key: str = "prompt"
+    """Field with a string, or with chat messages (then the tokenizer's chat template is applied)."""
+    answer_key: str = "answer"
+    verifier: Literal["integer", "exact"] = "exact"
+    """integer: the whole answer is this integer. exact: equal after trimming white space."""
+
+
+TaskConfig = Annotated[ChainSumTaskConfig | JsonLinesTaskConfig, Field(discriminator="kind")]
+
+
+class GeneratorConfig(Section):
+    """The pool of vLLM engines."""
+
+    num_engines: int = Field(1, ge=1)
+    tensor_parallel_size: int = Field(1, ge=1)
+    """Devices per engine."""
+    temperature: float = Field(1.0, gt=0)
+    top_p: float = Field(1.0, gt=0, le=1)
+    max_prompt_tokens: int = Field(ge=1)
+    max_response_tokens: int = Field(ge=1)
+    max_num_seqs: int = Field(64, ge=1)
+    """Sequences that one engine decodes at the same time."""
+    max_groups_in_flight: int = Field(16, ge=1)
+    """Groups handed to one engine at the same time; more keep it full across weight updates."""
+    dtype: Literal["float32", "bfloat16", "float16"] = "bfloat16"
+    gpu_memory_utilization: float = Field(0.85, gt=0, lt=1)
+    """Share of a GPU for an engine (ignored on CPU)."""
+    kv_cache_gib: float = Field(1.0, gt=0)
+    """Key-value cache of an engine on CPU, GiB (ignored on GPUs)."""
+    deterministic: bool = False
+    """One sequence at a time and no prefix cache: the same seed gives the same bits. Slow; for tests."""
+    engine_args: dict[str, Any] = {}
+    """Further vLLM AsyncEngineArgs by name; those that quatro_ray sets itself are refused."""
+    start_deadline_s: float = Field(600, gt=0)
+    group_deadline_s: float = Field(600, gt=0)
+    """One group must be finished by then."""
+    max_retries: int = Field(1, ge=0)
+    """Further tries for a group whose generation failed; then it is dropped."""
+
+    @model_validator(mode="after")
+    def _reserved(self) -> GeneratorConfig:
+        own = {
+            "model", "tokenizer", "dtype", "seed", "tensor_parallel_size", "max_num_seqs", "max_model_len",
+            "gpu_memory_utilization", "logprobs_mode", "weight_transfer_config", "enable_prefix_caching",
+            "kv_cache_memory_bytes",
+        }  # fmt: skip
+        if taken := sorted(own & self.engine_args.keys()):
+            raise ValueError(f"engine_args may not contain {taken}: quatro_ray sets them from its own fields")
+        return self
+
+
+class VerifierConfig(Section):
+    """The pool that scores rollouts."""
+
+    num_workers: int = Field(2, ge=1)
+    deadline_s: float = Field(30, gt=0)
+    """For a group; a rollout that is scored again alone has the same."""
+    max_retries: int = Field(1, ge=0)
+    """Further tries where the machinery failed; then the group is dropped with that reason."""
+    exhausted_reward: float = 0.0
+    """Reward of an answer that used up its limits twice."""
+
+
+class ReplayConfig(Section):
+    """The asynchronous buffer between generators and learner."""
+
+    groups_per_step: int = Field(ge=1)
+    """B: queries of one optimiser step."""
+    group_size: int = Field(ge=2)
+    """G: rollouts of a query (n_samples_per_prompt elsewhere)."""
+    max_staleness: int = Field(ge=0)
+    """Learner version minus token version may be at most this, in optimiser steps. 0: synchronous."""
+    on_stale: Literal["drop", "train"] = "drop"
+    """A straggler beyond the cap at lease time: drop it with a reason, or train on it all the same."""
+
+
+class ImportanceConfig(Section):
+    """Weights that correct for the policy having moved since sampling: w = min(ρ, truncation), detached."""
+
+    level: Literal["token", "sequence", "geometric"] = "token"
+    """token: ρ of each token. sequence: product over the response. geometric: its length-normalised root."""
+    truncation: float = Field(2.0, ge=1)
+    """Upper bound of a weight; below 1 it would shrink on-policy samples."""
+
+
+class QuatroConfig(Section):
+    """Exact per-query trust region around the policy that sampled. arXiv 2602.04620; docs/algorithm.md."""
+
+    kind: Literal["quatro"]
+    kl_budget_nats: float = Field(0.6, gt=0)
+    """ε_q: radius of the region of a query, nats per response."""
+    max_eta: float = Field(2.0, gt=0)
+    """Cap on η = 1/λ, in 1/reward: keeps targets finite where the region does not bind."""
+    stabilizer: Literal["active", "always"] = "active"
+    """active: −log ρ acts only for queries beyond their budget (complementary slackness)."""
+    importance: ImportanceConfig = ImportanceConfig()
+
+
+class GrpoConfig(Section):
+    """Group-normalised advantage with clipped ratios. arXiv 2402.03300."""
+
+    kind: Literal["grpo"]
+    clip_low: float = Field(0.2, gt=0, lt=1)
+    clip_high: float = Field(0.2, gt=0)
+
+
+ObjectiveConfig = Annotated[QuatroConfig | GrpoConfig, Field(discriminator="kind")]
+
+
+class LearnerConfig(Section):
+    """The DeepSpeed ZeRO-3 group."""
+
+    num_ranks: int = Field(ge=1)
+    learning_rate: float = Field(gt=0)
+    schedule: Literal["constant", "linear", "cosine"] = "constant"
+    num_warmup_steps: int = Field(0, ge=0)
+    weight_decay: float = Field(0.0, ge=0)
+    adam_beta1: float = Field(0.9, ge=0, lt=1)
+    adam_beta2: float = Field(0.95, ge=0, lt=1)
+    max_grad_norm: float = Field(1.0, gt=0)
+    dtype: Literal["float32", "bfloat16"] = "bfloat16"
+    tokens_per_micro_batch: int = Field(ge=1)
+    """Prompt and response tokens in one packed row; must hold the longest rollout."""
+    logprob_chunk_tokens: int = Field(1024, ge=1)
+    """Tokens whose logits exist at the same time."""
+    loss_agg_mode: Literal["token_mean", "sequence_mean"] = "token_mean"
+    """Mean over the response tokens of the global batch, or over rollouts of the sum over their tokens."""
+    reference_kl_coef: float = Field(0.0, ge=0)
+    """Weight of KL(π_θ ‖ π_ref), the reference being the starting policy. 0: no reference is loaded."""
+    attn_implementation: Literal["sdpa", "eager", "flash_attention_2"] = "sdpa"
+    gradient_checkpointing: bool = False
+    offload: Literal["none", "cpu"] = "none"
+    """Where optimiser states live."""
+    start_deadline_s: float = Field(600, gt=0)
+    step_deadline_s: float = Field(600, gt=0)
+
+
+class WeightSyncConfig(Section):
+    """Trainer to engines, by vLLM's own weight transfer."""
+
+    backend: Literal["auto", "nccl", "gloo"] = "auto"
+    """auto: nccl on cuda, gloo (ours) on cpu."""
+    rendezvous_deadline_s: float = Field(120, gt=0)
+    pause_deadline_s: float = Field(30, gt=0)
+    transfer_deadline_s: float = Field(300, gt=0)
+    resume_deadline_s: float = Field(30, gt=0)
+
+
+class EvaluationConfig(Section):
+    """pass@k on held-out questions, at the start, the end, and every so many steps."""
+
+    every_steps: int | None = Field(None, ge=1)
+    num_queries: int = Field(64, ge=1)
+    samples_per_query: int = Field(16, ge=8)
+    """n of the unbiased estimator; at least 8, since pass@8 is reported."""
+    deadline_s: float = Field(600, gt=0)
+
+
+class CheckpointConfig(Section):
+    every_steps: int | None = Field(None, ge=1)
+    """Besides the one at the end."""
+    deadline_s: float = Field(600, gt=0)
+
+
+class TelemetryConfig(Section):
+    tensorboard: bool = True
+    rollout_groups_per_step: int = Field(1, ge=0)
+    """Groups of each step written to rollouts.jsonl for reading."""
+
+
+class ClusterConfig(Section):
+    """Where the actors run."""
+
+    device: Literal["cpu", "cuda"] = "cuda"
+    address: str | None = None
+    """Ray cluster to join; null: the one in RAY_ADDRESS (a submitted job has it), else a local one."""
+    cpus_per_engine: float = Field(1, ge=0)
+    cpus_per_rank: float = Field(1, ge=0)
+    cpus_per_verifier: float = Field(1, ge=0)
+    threads_per_process: int = Field(1, ge=1)
+    """OMP_NUM_THREADS of engines and learner ranks."""
+    start_deadline_s: float = Field(300, gt=0)
+    """Placement must succeed by then."""
+    stall_deadline_s: float = Field(900, gt=0)
+    """No optimiser step for so long ends the run with a report of who waits for what."""
+
+
+class Config(Section):
+    """Everything that a run depends on."""
+
+    run: RunConfig
+    model: ModelConfig
+    task: TaskConfig
+    generator: GeneratorConfig
+    verifier: VerifierConfig = VerifierConfig()
+    replay: ReplayConfig
+    objective: ObjectiveConfig
+    learner: LearnerConfig
+    weight_sync: WeightSyncConfig = WeightSyncConfig()
+    evaluation: EvaluationConfig = EvaluationConfig()
+    checkpoint: CheckpointConfig = CheckpointConfig()
+    telemetry: TelemetryConfig = TelemetryConfig()
+    cluster: ClusterConfig = ClusterConfig()
+
+    @property
+    def sync_backend(self) -> Literal["nccl", "gloo"]:
+        if self.weight_sync.backend == "auto":
+            return "nccl" if self.cluster.device == "cuda" else "gloo"
+        return self.weight_sync.backend
+
+    @model_validator(mode="after")
+    def _rollout_fits(self) -> Config:
+        longest = self.generator.max_prompt_tokens + self.generator.max_response_tokens
+        if self.learner.tokens_per_micro_batch < longest:
+            raise ValueError(
+                f"learner.tokens_per_micro_batch={self.learner.tokens_per_micro_batch} must hold the longest rollout "
+                f"(generator.max_prompt_tokens + max_response_tokens = {longest}): raise it or shorten the responses"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _ranks_have_work(self) -> Config:
+        rollouts = self.replay.groups_per_step * self.replay.group_size
+        if rollouts < self.learner.num_ranks:
+            raise ValueError(
+                f"replay.groups_per_step * group_size = {rollouts} rollouts a step must be at least "
+                f"learner.num_ranks={self.learner.num_ranks}: every rank needs one"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _device_rules(self) -> Config:
+        if self.cluster.device == "cpu":
+            if self.weight_sync.backend == "nccl":
+                raise ValueError("weight_sync.backend=nccl needs cluster.device=cuda: use auto or gloo")
+            if self.learner.attn_implementation == "flash_attention_2":
+                raise ValueError("learner.attn_implementation=flash_attention_2 needs cluster.device=cuda: use sdpa")
+        return self
+
+    @model_validator(mode="after")
+    def _steps_fit(self) -> Config:
+        if self.learner.num_warmup_steps >= self.run.num_steps:
+            raise ValueError(
+                f"learner.num_warmup_steps={self.learner.num_warmup_steps} must be below run.num_steps="
+                f"{self.run.num_steps}: the learning rate would never be reached"
+            )
+        if self.generator.deterministic and self.generator.num_engines > 1:
+            raise ValueError(
+                f"generator.deterministic needs num_engines=1, not {self.generator.num_engines}: "
+                "with several, which engine takes a group depends on timing"
+            )
+        return self
+
+
+def load_config(path: Path, overrides: list[str] | None = None) -> Config:
+    """Reads YAML, applies `section.field=value` overrides, validates.
+
+    Raises:
+        ConfigError: one message with every broken rule: field, value, rule, remedy.
+    """
+    try:
+        tree = yaml.safe_load(path.read_text())
+    except OSError as error:
+        raise ConfigError(f"{path}: cannot be read ({error.strerror}); give the path of a YAML file") from error
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise ConfigError(f"{path}: is not YAML: {' '.join(str(error).split())}") from error
+    if not isinstance(tree, dict):
+        raise ConfigError(f"{path}: must be a mapping of sections, not {type(tree).__name__}")
+    for override in overrides or []:
+        _apply_override(tree, override)
+    try:
+        return Config.model_validate(tree)
+    except ValidationError as error:
+        raise ConfigError(f"{path}: " + "; ".join(_explain(e) for e in error.errors())) from error
+
+
+def _apply_override(tree: dict[str, Any], override: str) -> None:
+    key, sep, text = override.partition("=")
+    parts = key.split(".")
+    if not sep or not all(parts):
+        raise ConfigError(f"override {override!r}: must have the form section.field=value")
+    try:
+        value = yaml.safe_load(text)
+    except yaml.YAMLError as error:
+        raise ConfigError(f"override {override!r}: the value is not YAML; quote it") from error
+    node = tree
+    for part in parts[:-1]:
+        node = node.setdefault(part, {})
+        if not isinstance(node, dict):
+            raise ConfigError(f"override {override!r}: {part!r} is a value, not a section")
+    # YAML 1.1 reads 1e-4 as text; pydantic reads it as the number it is
+    node[parts[-1]] = value
+
+
+def _explain(error: Any) -> str:
+    where = ".".join(str(p) for p in error["loc"]) or "config"
+    if error["type"] == "extra_forbidden":
+        return f"{where}: unknown field; remove it or correct its spelling (docs/configuration.md lists all)"
+    if error["type"] == "missing":
+        return f"{where}: required field is missing; add it"
+    message = error["msg"].removeprefix("Value error, ")
+    if error["type"] == "value_error":
+        return f"{where}: {message}" if error["loc"] else message
+    return f"{where}={error['input']!r}: {message}; change this value"
+
+
+def dump_config(config: Config) -> str:
+    """The resolved configuration as YAML that `load_config` reads back to an equal one."""
+    return yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False)

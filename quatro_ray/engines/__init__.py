@@ -1,0 +1,1 @@
+"""vLLM generation and DeepSpeed learning as plain classes, without Ray."""

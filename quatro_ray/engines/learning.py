@@ -1,0 +1,243 @@
+"""One rank of the ZeRO-3 learner group, as a plain class: every method is a collective over all ranks."""
+
+from __future__ import annotations
+
+import os
+import random
+from datetime import timedelta
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from quatro_ray.config import LearnerConfig, ObjectiveConfig
+from quatro_ray.engines import step_metrics
+from quatro_ray.engines.objectives import TokenBatch, make_objective
+from quatro_ray.engines.policy import PolicyModel, export
+from quatro_ray.ops import losses
+from quatro_ray.ops.aggregation import aggregate
+from quatro_ray.ops.importance import sequence_sums
+from quatro_ray.types import LearnerBatch, MicroBatch
+from quatro_ray.weight_sync.source import ZeroWeightSource
+
+_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+
+
+class LearningEngine:
+    """Trains by one optimiser step a batch; its version counts the steps done."""
+
+    def __init__(
+        self,
+        model_path: str,
+        config: LearnerConfig,
+        objective: ObjectiveConfig,
+        *,
+        rank: int,
+        device: Literal["cpu", "cuda"],
+        temperature: float,
+        seed: int,
+        num_steps: int,
+    ) -> None:
+        self._model_path = model_path
+        self._config = config
+        self._objective = make_objective(objective)
+        self._rank = rank
+        self._device = torch.device(device, 0) if device == "cuda" else torch.device("cpu")
+        self._temperature = temperature
+        self._seed = seed
+        self._num_steps = num_steps
+        self.version = 0
+
+    def start(self, master_address: str, master_port: int) -> None:
+        """Joins the group and loads the model, sharded over the ranks."""
+        import deepspeed
+
+        _seed_everything(self._seed)
+        if self._device.type == "cuda":
+            torch.cuda.set_device(self._device)
+        # torch.distributed comes up before DeepSpeed: left to itself it binds the group to a device,
+        # and groups made beside that one, as for weight transfer, were seen to hang
+        dist.init_process_group(
+            "nccl" if self._device.type == "cuda" else "gloo",
+            init_method=f"tcp://{master_address}:{master_port}",
+            rank=self._rank,
+            world_size=self._config.num_ranks,
+            timeout=timedelta(seconds=self._config.step_deadline_s),
+        )
+        os.environ.setdefault("LOCAL_RANK", "0")
+        deepspeed.init_distributed(dist_init_required=False)
+        self._policy = self._load_policy()
+        if self._config.gradient_checkpointing:
+            self._policy.causal_lm.gradient_checkpointing_enable({"use_reentrant": False})
+        optimizer = torch.optim.AdamW(
+            self._policy.parameters(),
+            lr=self._config.learning_rate,
+            betas=(self._config.adam_beta1, self._config.adam_beta2),
+            weight_decay=self._config.weight_decay,
+        )
+        self._engine, *_ = deepspeed.initialize(
+            model=self._policy,
+            optimizer=optimizer,
+            lr_scheduler=self._schedule(optimizer),
+            config=self._deepspeed_config(),
+            dist_init_required=False,
+        )
+        self._reference = self._load_reference() if self._config.reference_kl_coef > 0 else None
+        self.weights = ZeroWeightSource(self._policy.checkpoint_names())
+
+    def _load_policy(self) -> PolicyModel:
+        return PolicyModel(
+            self._model_path,
+            dtype=_DTYPES[self._config.dtype],
+            attn_implementation=self._config.attn_implementation,
+            temperature=self._temperature,
+            chunk_tokens=self._config.logprob_chunk_tokens,
+        )
+
+    def _load_reference(self) -> Any:
+        import deepspeed
+
+        reference = self._load_policy().requires_grad_(False)
+        engine, *_ = deepspeed.initialize(model=reference, config=self._deepspeed_config(), dist_init_required=False)
+        return engine
+
+    def _schedule(self, optimizer: torch.optim.Optimizer) -> Any:
+        from transformers import get_scheduler
+
+        name = self._config.schedule
+        if name == "constant":
+            name = "constant_with_warmup"
+        return get_scheduler(name, optimizer, self._config.num_warmup_steps, self._num_steps)
+
+    def _deepspeed_config(self) -> dict[str, Any]:
+        config = self._config
+        zero: dict[str, Any] = {"stage": 3, "stage3_gather_16bit_weights_on_model_save": False}
+        if config.offload == "cpu":
+            zero["offload_optimizer"] = {"device": "cpu"}
+        return {
+            # micro-batches are packed by tokens, and their number is set step by step; see train_step
+            "train_micro_batch_size_per_gpu": 1,
+            "gradient_accumulation_steps": 1,
+            "gradient_clipping": config.max_grad_norm,
+            "bf16": {"enabled": config.dtype == "bfloat16"},
+            "zero_optimization": zero,
+            "zero_allow_untested_optimizer": True,
+            "zero_force_ds_cpu_optimizer": False,
+            "steps_per_print": None,
+        }
+
+    def train_step(self, batch: LearnerBatch, learner_version: int) -> dict[str, Any]:
+        """One optimiser step.
+
+        A loss or gradient that is not finite on any rank skips the update on all ranks, and says so in
+        `step/skipped`; the version counts the attempt, so that numbering never repeats.
+
+        Raises:
+            RuntimeError: the batch was made for another version; ranks would drift apart.
+        """
+        if learner_version != self.version:
+            raise RuntimeError(f"rank {self._rank} is at version {self.version}, asked to train from {learner_version}")
+        micro_batches = batch.micro_batches[self._rank]
+        rewards = torch.from_numpy(batch.rewards).to(self._device)
+        valid = torch.from_numpy(batch.valid).to(self._device)
+        log_ratio = torch.zeros(rewards.numel(), dtype=torch.float64, device=self._device)
+        if self._objective.needs_sequence_ratio:
+            log_ratio = self._sequence_log_ratio(micro_batches, rewards.numel())
+        advantage, diagnostics = self._objective.advantages(rewards, valid, log_ratio.view_as(rewards))
+        collector = step_metrics.Collector(rewards.numel(), learner_version, self._device)
+        for number, micro in enumerate(micro_batches, start=1):
+            self._engine.set_gradient_accumulation_boundary(number == len(micro_batches))
+            loss = self._micro_loss(micro, advantage.flatten(), batch, collector)
+            # NaN here makes every gradient NaN, and ZeRO-3 refuses such a step on all ranks together
+            poison = torch.where(torch.isfinite(loss.detach()), 1.0, torch.nan)
+            self._engine.backward(loss * poison * self._config.num_ranks)
+        self._engine.step()
+        self.version += 1
+        metrics = collector.reduce(rewards, valid) | diagnostics
+        metrics["step/skipped"] = float(not self._engine.was_step_applied())
+        metrics["step/grad_norm"] = float(self._engine.get_global_grad_norm() or 0.0)
+        metrics["step/learning_rate"] = self._engine.optimizer.param_groups[0]["lr"]
+        metrics["step/micro_batches_per_rank"] = float(len(micro_batches))
+        return metrics
+
+    def _micro_loss(
+        self, micro: MicroBatch, advantage: Tensor, batch: LearnerBatch, collector: step_metrics.Collector
+    ) -> Tensor:
+        t = self._tensors(micro)
+        policy_logprobs, entropy = self._engine(t["token_ids"], t["position_ids"], t["target_ids"])
+        tokens = TokenBatch(
+            policy_logprobs=policy_logprobs,
+            behavior_logprobs=t["behavior_logprobs"],
+            advantage=advantage[t["rollout_index"].clamp(min=0)].float(),
+            is_response=t["is_response"],
+            rollout_index=t["rollout_index"],
+            num_cells=len(advantage),
+        )
+        per_token = self._objective.token_loss(tokens)
+        if self._reference is not None:
+            with torch.no_grad():
+                reference_logprobs, _ = self._reference(t["token_ids"], t["position_ids"], t["target_ids"])
+            reference_kl = losses.reference_kl(policy_logprobs, reference_logprobs)
+            per_token = per_token + self._config.reference_kl_coef * reference_kl
+            collector.add_reference_kl(reference_kl.detach(), t["is_response"])
+        collector.add(policy_logprobs.detach(), entropy, per_token.detach(), t)
+        return aggregate(
+            per_token,
+            t["is_response"],
+            self._config.loss_agg_mode,
+            num_tokens=batch.num_tokens,
+            num_rollouts=batch.num_rollouts,
+        )
+
+    @torch.no_grad()
+    def _sequence_log_ratio(self, micro_batches: tuple[MicroBatch, ...], num_cells: int) -> Tensor:
+        """float64 [Q*G]: log π_θ − log β of every rollout of the global batch, on every rank."""
+        total = torch.zeros(num_cells, dtype=torch.float64, device=self._device)
+        for micro in micro_batches:
+            t = self._tensors(micro)
+            logprobs, _ = self._engine(t["token_ids"], t["position_ids"], t["target_ids"])
+            difference = (logprobs - t["behavior_logprobs"]).double() * t["is_response"]
+            total += sequence_sums(difference, t["rollout_index"], num_cells)
+        dist.all_reduce(total)
+        return total
+
+    @torch.no_grad()
+    def logprobs(self, batch: LearnerBatch) -> list[np.ndarray]:
+        """Float32 [N] for each micro-batch of this rank, under the current version, 0 outside responses."""
+        out = []
+        for micro in batch.micro_batches[self._rank]:
+            t = self._tensors(micro)
+            values, _ = self._engine(t["token_ids"], t["position_ids"], t["target_ids"])
+            out.append((values * t["is_response"]).cpu().numpy())
+        return out
+
+    def _tensors(self, micro: MicroBatch) -> dict[str, Tensor]:
+        # copies: arrays that come from Ray's object store are read-only
+        return {name: torch.tensor(value, device=self._device) for name, value in vars(micro).items()}
+
+    def save_checkpoint(self, path: Path, tag: str) -> None:
+        """DeepSpeed's own format: each rank writes its shards of weights and optimiser states."""
+        self._engine.save_checkpoint(str(path), tag=tag, client_state={"version": self.version})
+
+    def export(self, path: Path) -> None:
+        """Hugging Face format, written by rank 0; the gather is a collective."""
+        state = {}
+        for name, tensor in self.weights:
+            if self._rank == 0:
+                state[name] = tensor.cpu()
+        if self._rank == 0:
+            export(self._policy, state, self._model_path, path)
+        dist.barrier()
+
+    def shutdown(self) -> None:
+        if dist.is_initialized():
+            dist.destroy_process_group()
+
+
+def _seed_everything(seed: int) -> None:
+    random.seed(seed)
+    np.random.seed(seed)
+    torch.manual_seed(seed)

@@ -1,0 +1,106 @@
+"""Supervised warm-up of a tiny model: to a policy that RL has something to learn from."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from transformers import PreTrainedTokenizerFast, Qwen2ForCausalLM
+
+from quatro_ray.config import TinyModelConfig, WarmupConfig
+from quatro_ray.engines.tiny_model import make_model, make_tokenizer, save_pretrained
+from quatro_ray.tasks.base import Verifier
+from quatro_ray.types import Query
+
+_CHECK_EVERY = 50
+_IGNORE = -100
+
+
+def make_warm_model(
+    config: TinyModelConfig,
+    train: Sequence[Query],
+    held_out: Sequence[Query],
+    verifier: Verifier,
+    *,
+    seed: int,
+    path: Path,
+    report: Callable[[str], None],
+) -> float:
+    """Makes the model, trains it until `target_pass_rate` of samples on held-out questions are right, saves it.
+
+    Returns:
+        The pass rate reached.
+    """
+    tokenizer = make_tokenizer()
+    model = make_model(config, tokenizer, seed)
+    rate = _train(model, tokenizer, config.warmup, train, held_out, verifier, seed, report)
+    save_pretrained(model, tokenizer, path)
+    return rate
+
+
+def _train(
+    model: Qwen2ForCausalLM,
+    tokenizer: PreTrainedTokenizerFast,
+    config: WarmupConfig,
+    train: Sequence[Query],
+    held_out: Sequence[Query],
+    verifier: Verifier,
+    seed: int,
+    report: Callable[[str], None],
+) -> float:
+    rng = random.Random(seed)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=config.learning_rate, weight_decay=0.01)
+    rate = 0.0
+    for step in range(1, config.max_steps + 1):
+        batch = [train[rng.randrange(len(train))] for _ in range(config.batch_size)]
+        tokens, labels = _encode(tokenizer, batch)
+        loss = F.cross_entropy(model(tokens).logits[:, :-1].flatten(0, 1), labels[:, 1:].flatten(), ignore_index=_IGNORE)
+        optimizer.zero_grad()
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        if step % _CHECK_EVERY == 0:
+            rate = pass_rate(model, tokenizer, held_out, verifier)
+            report(f"warm-up step {step}: loss {loss.item():.3f}, {rate:.2f} of samples right")
+            if rate >= config.target_pass_rate:
+                break
+    return rate
+
+
+def _encode(tokenizer: PreTrainedTokenizerFast, batch: Sequence[Query]) -> tuple[Tensor, Tensor]:
+    """int64 [B, T] tokens, padded on the right, and labels with _IGNORE outside of answers."""
+    rows = [(tokenizer.encode(q.prompt), [*tokenizer.encode(q.answer), tokenizer.eos_token_id]) for q in batch]
+    width = max(len(p) + len(a) for p, a in rows)
+    tokens = torch.full((len(rows), width), tokenizer.pad_token_id)
+    labels = torch.full_like(tokens, _IGNORE)
+    for i, (prompt, answer) in enumerate(rows):
+        tokens[i, : len(prompt) + len(answer)] = torch.tensor(prompt + answer)
+        labels[i, len(prompt) : len(prompt) + len(answer)] = torch.tensor(answer)
+    return tokens, labels
+
+
+@torch.no_grad()
+def pass_rate(
+    model: Qwen2ForCausalLM, tokenizer: PreTrainedTokenizerFast, queries: Sequence[Query], verifier: Verifier
+) -> float:
+    """Share of right answers at temperature 1, one sample a query; prompts of one length go together."""
+    generator = torch.Generator().manual_seed(0)
+    longest = max(len(tokenizer.encode(q.answer)) for q in queries) + 1
+    by_length: dict[int, list[Query]] = {}
+    for query in queries:
+        by_length.setdefault(len(query.prompt), []).append(query)
+    right = 0.0
+    for same in by_length.values():
+        tokens = torch.tensor([tokenizer.encode(q.prompt) for q in same])
+        start = tokens.shape[1]
+        for _ in range(longest):
+            probabilities = torch.softmax(model(tokens).logits[:, -1], dim=-1)
+            tokens = torch.cat([tokens, torch.multinomial(probabilities, 1, generator=generator)], dim=1)
+        for query, row in zip(same, tokens[:, start:].tolist(), strict=True):
+            answer = row[: row.index(tokenizer.eos_token_id)] if tokenizer.eos_token_id in row else row
+            right += verifier(query, tokenizer.decode(answer)).reward
+    return right / len(queries)

@@ -1,0 +1,29 @@
+"""The exceptions that a user can meet. Each message names what is wrong, the rule, and what to do."""
+
+
+class QuatroError(Exception):
+    """Base of all errors that the command line prints in one line, without a traceback."""
+
+
+class ConfigError(QuatroError):
+    """A configuration that breaks a rule; raised before any process starts."""
+
+
+class DataError(QuatroError):
+    """A data file that cannot be used; names the file and the line."""
+
+
+class ClusterError(QuatroError):
+    """The cluster cannot hold what the configuration asks for, or did not start in time."""
+
+
+class StallError(QuatroError):
+    """A wait ran past its deadline; the message says what everyone was doing."""
+
+
+class WeightSyncError(QuatroError):
+    """A phase of a weight update failed or missed its deadline."""
+
+
+class LedgerError(QuatroError):
+    """A transition that the life of a group does not allow."""

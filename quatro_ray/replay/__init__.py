@@ -1,0 +1,1 @@
+"""The durable life of every group, staleness rules, and packing."""

@@ -1,0 +1,101 @@
+"""From groups to micro-batches: whole rollouts packed into rows, the same number of rows on every rank."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+
+from quatro_ray.types import LearnerBatch, MicroBatch, Rollout, RolloutGroup
+
+
+def pack(groups: Sequence[RolloutGroup], *, num_ranks: int, tokens_per_micro_batch: int) -> LearnerBatch:
+    """A function of the groups and their order alone, so that every rank computes the same plan.
+
+    Rollouts go, longest first, to the row with the fewest tokens among `num_ranks · m` rows, with the
+    smallest m for which all rows fit. ZeRO-3 deadlocks when ranks run different numbers of micro-batches;
+    here they cannot.
+
+    Raises:
+        ValueError: a rollout is longer than tokens_per_micro_batch, or there are fewer rollouts than ranks.
+    """
+    flat = [(g, r) for g in groups for r in g.rollouts]
+    lengths = np.array([len(g.prompt_token_ids) + r.num_tokens - 1 for g, r in flat])
+    if len(flat) < num_ranks:
+        raise ValueError(f"{len(flat)} rollouts cannot be split over {num_ranks} ranks")
+    if lengths.max() > tokens_per_micro_batch:
+        raise ValueError(f"a rollout of {lengths.max()} tokens exceeds tokens_per_micro_batch={tokens_per_micro_batch}")
+    rows = _assign(lengths, num_ranks, tokens_per_micro_batch)
+    width = max(int(lengths[row].sum()) for row in rows)
+    # flat index → cell of [Q, G]
+    size = max(len(g.rollouts) for g in groups)
+    cells = [q * size + i for q, g in enumerate(groups) for i in range(len(g.rollouts))]
+    micro = [_micro_batch([(cells[i], *flat[i]) for i in row], width) for row in rows]
+    per_rank = len(rows) // num_ranks
+    rewards = np.zeros((len(groups), size))
+    valid = np.zeros((len(groups), size), dtype=bool)
+    for q, group in enumerate(groups):
+        rewards[q, : len(group.rollouts)] = group.rewards()
+        valid[q, : len(group.rollouts)] = True
+    return LearnerBatch(
+        micro_batches=tuple(tuple(micro[k * per_rank : (k + 1) * per_rank]) for k in range(num_ranks)),
+        rewards=rewards,
+        valid=valid,
+        num_tokens=sum(r.num_tokens for _, r in flat),
+        num_rollouts=len(flat),
+    )
+
+
+def _assign(lengths: np.ndarray, num_ranks: int, limit: int) -> list[list[int]]:
+    num_micro = max(1, -(-int(lengths.sum()) // (num_ranks * limit)))
+    order = sorted(range(len(lengths)), key=lambda i: (-lengths[i], i))
+    while True:
+        num_rows = min(num_ranks * num_micro, len(lengths) // num_ranks * num_ranks)
+        rows: list[list[int]] = [[] for _ in range(num_rows)]
+        filled = np.zeros(num_rows, dtype=np.int64)
+        for i in order:
+            row = int(filled.argmin())
+            rows[row].append(i)
+            filled[row] += lengths[i]
+        if filled.max() <= limit:
+            return [sorted(row) for row in rows]
+        if num_rows < num_ranks * num_micro:
+            return _one_per_row(len(lengths), num_ranks)
+        num_micro += 1
+
+
+def _one_per_row(count: int, num_ranks: int) -> list[list[int]]:
+    """A rollout a row; the last rows are filled up with empty ones, which cost a pass and change nothing."""
+    rows = [[i] for i in range(count)]
+    return rows + [[] for _ in range(-count % num_ranks)]
+
+
+def _micro_batch(members: Sequence[tuple[int, RolloutGroup, Rollout]], width: int) -> MicroBatch:
+    """Inputs are prompt + response without the last token; targets are the same, one later."""
+    ids, positions, targets, response, index, logprobs, versions = ([] for _ in range(7))
+    for cell, group, rollout in members:
+        tokens = np.concatenate([group.prompt_token_ids, rollout.token_ids]).astype(np.int64)
+        n, p = len(tokens) - 1, len(group.prompt_token_ids)
+        is_response = np.arange(n) >= p - 1
+        ids.append(tokens[:-1])
+        positions.append(np.arange(n))
+        response.append(is_response)
+        targets.append(np.where(is_response, tokens[1:], 0))
+        index.append(np.full(n, cell))
+        logprobs.append(np.concatenate([np.zeros(p - 1), rollout.behavior_logprobs]))
+        versions.append(np.concatenate([np.full(p - 1, -1), rollout.versions()]))
+    pad = width - sum(len(x) for x in ids)
+    # each padding token is a sequence of its own: position 0 keeps attention inside it
+    return MicroBatch(
+        token_ids=_join(ids, pad, 0, np.int64),
+        position_ids=_join(positions, pad, 0, np.int64),
+        target_ids=_join(targets, pad, 0, np.int64),
+        is_response=_join(response, pad, False, np.bool_),
+        rollout_index=_join(index, pad, -1, np.int64),
+        behavior_logprobs=_join(logprobs, pad, 0, np.float32),
+        versions=_join(versions, pad, -1, np.int64),
+    )
+
+
+def _join(parts: Sequence[np.ndarray], pad: int, fill: float, dtype: type) -> np.ndarray:
+    return np.concatenate([*parts, np.full(pad, fill)]).astype(dtype)

@@ -1,0 +1,182 @@
+"""The data that goes round the ring. Frozen, with the shape of every field.
+
+Shape letters: G rollouts of a query, P prompt tokens, T response tokens.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from enum import StrEnum
+
+import numpy as np
+from numpy.typing import NDArray
+
+
+class GroupState(StrEnum):
+    """The life of a group: pending → generating → verifying → ready → leased → trained | dropped."""
+
+    PENDING = "pending"
+    GENERATING = "generating"
+    VERIFYING = "verifying"
+    READY = "ready"
+    LEASED = "leased"
+    TRAINED = "trained"
+    DROPPED = "dropped"
+
+
+class DropReason(StrEnum):
+    """Why a group was dropped. Every drop has one, and a counter."""
+
+    STALE = "stale"  # older than max_staleness when it was to be leased
+    GENERATOR_ERROR = "generator_error"  # the engine failed on it, retries included
+    VERIFIER_TIMEOUT = "verifier_timeout"  # the verifier pool did not answer, retries included
+    VERIFIER_ERROR = "verifier_error"  # the verifier itself failed, retries included
+    RUN_ENDED = "run_ended"  # admitted ahead of the learner and not needed when the run ended
+
+
+class Outcome(StrEnum):
+    """How the scoring of one rollout ended."""
+
+    OK = "ok"
+    EXHAUSTED = "exhausted"  # the answer itself used up its limits twice, the second time alone
+    TIMEOUT = "timeout"  # the machinery's fault: never a reward
+    ERROR = "error"  # the machinery's fault: never a reward
+
+
+@dataclass(frozen=True)
+class Query:
+    """One prompt with what its verifier needs. `query_id` is unique within a run."""
+
+    query_id: str
+    prompt: str
+    answer: str
+    metadata: Mapping[str, str] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Score:
+    """A verifier's judgement of one rollout; `reward` is meaningful for outcomes ok and exhausted."""
+
+    reward: float
+    outcome: Outcome = Outcome.OK
+    detail: str = ""
+
+
+@dataclass(frozen=True)
+class VersionSpan:
+    """Response tokens [start, end) were sampled under policy `version`."""
+
+    version: int
+    start: int
+    end: int
+
+
+@dataclass(frozen=True)
+class Rollout:
+    """One sampled response.
+
+    Attributes:
+        token_ids: int32 [T], the response; includes the end-of-sequence token where one was sampled.
+        behavior_logprobs: float32 [T], nats, of the distribution the token was sampled from.
+        spans: contiguous, covering [0, T).
+        finish_reason: "stop" or "length".
+        score: None until verified.
+    """
+
+    token_ids: NDArray[np.int32]
+    behavior_logprobs: NDArray[np.float32]
+    spans: tuple[VersionSpan, ...]
+    text: str
+    finish_reason: str
+    score: Score | None = None
+
+    @property
+    def num_tokens(self) -> int:
+        return len(self.token_ids)
+
+    def versions(self) -> NDArray[np.int64]:
+        """int64 [T]: the policy version of each token."""
+        out = np.empty(self.num_tokens, dtype=np.int64)
+        for span in self.spans:
+            out[span.start : span.end] = span.version
+        return out
+
+
+@dataclass(frozen=True)
+class RolloutGroup:
+    """The G rollouts of one query. `prompt_token_ids`: int32 [P]."""
+
+    group_id: int
+    query: Query
+    prompt_token_ids: NDArray[np.int32]
+    rollouts: tuple[Rollout, ...]
+
+    def rewards(self) -> NDArray[np.float64]:
+        """float64 [G]; raises ValueError where a rollout has no score yet."""
+        if any(r.score is None for r in self.rollouts):
+            raise ValueError(f"group {self.group_id} has rollouts without a score")
+        return np.array([r.score.reward for r in self.rollouts if r.score], dtype=np.float64)
+
+    @property
+    def num_tokens(self) -> int:
+        """Response tokens of all rollouts."""
+        return sum(r.num_tokens for r in self.rollouts)
+
+    @property
+    def oldest_version(self) -> int:
+        return min(s.version for r in self.rollouts for s in r.spans)
+
+    @property
+    def newest_version(self) -> int:
+        return max(s.version for r in self.rollouts for s in r.spans)
+
+
+@dataclass(frozen=True)
+class SamplingParams:
+    """How responses are drawn. Behaviour log-probs are of exactly this distribution."""
+
+    temperature: float
+    top_p: float
+    max_tokens: int
+    seed: int | None
+
+
+@dataclass(frozen=True)
+class MicroBatch:
+    """Whole rollouts packed into one row of N tokens for one rank; padding rows belong to sequence -1.
+
+    Attributes:
+        token_ids: int64 [N], inputs.
+        position_ids: int64 [N], starting at 0 for each sequence (this is what separates them).
+        target_ids: int64 [N], the token that follows; 0 where `is_response` is False.
+        is_response: bool [N], True where the target is a sampled token.
+        rollout_index: int64 [N], row into the step's flat [Q*G] list of rollouts, -1 for padding.
+        behavior_logprobs: float32 [N], nats, 0 where not `is_response`.
+        versions: int64 [N], policy version of the target, -1 where not `is_response`.
+    """
+
+    token_ids: NDArray[np.int64]
+    position_ids: NDArray[np.int64]
+    target_ids: NDArray[np.int64]
+    is_response: NDArray[np.bool_]
+    rollout_index: NDArray[np.int64]
+    behavior_logprobs: NDArray[np.float32]
+    versions: NDArray[np.int64]
+
+
+@dataclass(frozen=True)
+class LearnerBatch:
+    """One optimiser step: the same number of micro-batches for every rank, by construction.
+
+    Attributes:
+        micro_batches: [ranks][micro-batches].
+        rewards: float64 [Q, G]; valid: bool [Q, G], False where a group is smaller than G.
+        num_tokens: response tokens over all ranks; num_rollouts: rollouts over all ranks.
+    """
+
+    micro_batches: tuple[tuple[MicroBatch, ...], ...]
+    rewards: NDArray[np.float64]
+    valid: NDArray[np.bool_]
+    num_tokens: int
+    num_rollouts: int
