@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import json
 import uuid
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
@@ -12,6 +11,7 @@ from typing import TYPE_CHECKING, Any, Literal
 import numpy as np
 
 from quatro_ray.config import GeneratorConfig
+from quatro_ray.tasks.prompts import encode_prompt
 from quatro_ray.types import Query, Rollout, RolloutGroup, SamplingParams, VersionSpan
 
 if TYPE_CHECKING:
@@ -115,17 +115,13 @@ class GenerationEngine:
         raise RuntimeError("vLLM ended a request without a final output")
 
     def _encode(self, prompt: str) -> list[int]:
-        tokenizer = self.llm.get_tokenizer()
-        if prompt.startswith("[{"):  # chat messages, see tasks/json_lines.py
-            ids = tokenizer.apply_chat_template(json.loads(prompt), add_generation_prompt=True, return_dict=False)
-        else:
-            ids = tokenizer.encode(prompt)
+        ids = encode_prompt(self.llm.get_tokenizer(), prompt)
         if len(ids) > self._config.max_prompt_tokens:
             raise ValueError(
                 f"prompt of {len(ids)} tokens exceeds generator.max_prompt_tokens={self._config.max_prompt_tokens}: "
                 f"{prompt[:60]!r}"
             )
-        return list(ids)
+        return ids
 
     def load(self) -> dict[str, int]:
         """Groups running now, and response tokens so far."""

@@ -6,7 +6,7 @@ One class a method, chosen by `objective.kind`. Shape letters: Q queries, G roll
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Any, Protocol
 
 from torch import Tensor
 
@@ -31,7 +31,7 @@ class Objective(Protocol):
     needs_sequence_ratio: bool
     """Whether advantages depend on log ρ of whole rollouts, which takes a pass before the gradient."""
 
-    def advantages(self, rewards: Tensor, valid: Tensor, sequence_log_ratio: Tensor) -> tuple[Tensor, dict[str, list[float]]]:
+    def advantages(self, rewards: Tensor, valid: Tensor, sequence_log_ratio: Tensor) -> tuple[Tensor, dict[str, Any]]:
         """[Q, G] each → advantage [Q, G], and values per query for the diagnostics."""
         ...
 
@@ -46,7 +46,7 @@ class Quatro:
     def __init__(self, config: QuatroConfig) -> None:
         self._config = config
 
-    def advantages(self, rewards: Tensor, valid: Tensor, sequence_log_ratio: Tensor) -> tuple[Tensor, dict[str, list[float]]]:
+    def advantages(self, rewards: Tensor, valid: Tensor, sequence_log_ratio: Tensor) -> tuple[Tensor, dict[str, Any]]:
         config = self._config
         result = advantages.quatro(
             rewards,
@@ -59,6 +59,7 @@ class Quatro:
         solution = result.solution
         informative = solution.status != int(Status.VOID)
         diagnostics = {
+            "trust_region/kl_budget_nats": config.kl_budget_nats,
             "trust_region/lambda": (1 / solution.eta)[informative].tolist(),
             "trust_region/target_kl_nats": solution.kl_nats.tolist(),
             "trust_region/status": [float(s) for s in solution.status],
@@ -84,7 +85,7 @@ class Grpo:
     def __init__(self, config: GrpoConfig) -> None:
         self._config = config
 
-    def advantages(self, rewards: Tensor, valid: Tensor, sequence_log_ratio: Tensor) -> tuple[Tensor, dict[str, list[float]]]:
+    def advantages(self, rewards: Tensor, valid: Tensor, sequence_log_ratio: Tensor) -> tuple[Tensor, dict[str, Any]]:
         return advantages.group_normalised(rewards, valid), {}
 
     def token_loss(self, batch: TokenBatch) -> Tensor:

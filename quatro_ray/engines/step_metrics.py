@@ -8,8 +8,9 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from quatro_ray.ops.advantages import realised_kl
+from quatro_ray.ops.advantages import group_mean, realised_kl
 from quatro_ray.ops.importance import effective_sample_share, sequence_sums
+from quatro_ray.replay.staleness import staleness
 
 _SUMS = ("tokens", "loss", "entropy", "on_version_tokens", "on_version_error", "reference_kl")
 _MAX_STALENESS_BIN = 256
@@ -28,15 +29,15 @@ class Collector:
         """All [N]; `t` holds the tensors of the micro-batch (types.MicroBatch)."""
         mask = t["is_response"]
         difference = (policy_logprobs - t["behavior_logprobs"]).double() * mask
-        on_version = mask & (t["versions"] == self._version)
+        on_version = mask & (staleness(self._version, t["versions"]) == 0)
         self._add("tokens", mask)
         self._add("loss", per_token_loss * mask)
         self._add("entropy", entropy * mask)
         self._add("on_version_tokens", on_version)
         self._add("on_version_error", difference.abs() * on_version)
         self._log_ratio += sequence_sums(difference, t["rollout_index"], len(self._log_ratio))
-        staleness = (self._version - t["versions"][mask]).clamp(max=_MAX_STALENESS_BIN)
-        self._staleness += torch.bincount(staleness, minlength=_MAX_STALENESS_BIN + 1).double()
+        age = staleness(self._version, t["versions"][mask]).clamp(max=_MAX_STALENESS_BIN)
+        self._staleness += torch.bincount(age, minlength=_MAX_STALENESS_BIN + 1).double()
 
     def add_reference_kl(self, per_token: Tensor, mask: Tensor) -> None:
         self._add("reference_kl", per_token * mask)
@@ -52,7 +53,11 @@ class Collector:
         log_ratio = self._log_ratio.view_as(rewards)
         weights = log_ratio[valid].clamp(max=30).exp()
         histogram = {s: int(n) for s, n in enumerate(self._staleness.tolist()) if n}
+        reward = group_mean(rewards, valid)
+        zero_std = torch.where(valid, rewards, rewards[:, :1]).std(1, correction=0) == 0
         return {
+            "reward/mean": float(reward.mean()),
+            "reward/frac_zero_std": float(zero_std.double().mean()),
             "policy_gradient/loss": total["loss"] / total["tokens"],  # no measure of progress
             "policy/entropy": total["entropy"] / total["tokens"],
             "policy/realised_kl_nats": realised_kl(log_ratio, valid).tolist(),

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Callable, Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import torch
@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from transformers import PreTrainedTokenizerFast, Qwen2ForCausalLM
 
-from quatro_ray.config import TinyModelConfig, WarmupConfig
+from quatro_ray.config import TinyModelConfig
 from quatro_ray.engines.tiny_model import make_model, make_tokenizer, save_pretrained
 from quatro_ray.tasks.base import Verifier
 from quatro_ray.types import Query
@@ -20,55 +20,42 @@ _CHECK_EVERY = 50
 _IGNORE = -100
 
 
-def make_warm_model(
+def warm_up(
     config: TinyModelConfig,
     train: Sequence[Query],
     held_out: Sequence[Query],
     verifier: Verifier,
-    *,
     seed: int,
     path: Path,
-    report: Callable[[str], None],
-) -> float:
+) -> Iterator[str]:
     """Makes the model, trains it until `target_pass_rate` of samples on held-out questions are right, saves it.
 
-    Returns:
-        The pass rate reached.
+    Yields:
+        Lines of progress for people.
     """
     tokenizer = make_tokenizer()
     model = make_model(config, tokenizer, seed)
-    rate = _train(model, tokenizer, config.warmup, train, held_out, verifier, seed, report)
-    save_pretrained(model, tokenizer, path)
-    return rate
-
-
-def _train(
-    model: Qwen2ForCausalLM,
-    tokenizer: PreTrainedTokenizerFast,
-    config: WarmupConfig,
-    train: Sequence[Query],
-    held_out: Sequence[Query],
-    verifier: Verifier,
-    seed: int,
-    report: Callable[[str], None],
-) -> float:
+    optimizer = torch.optim.AdamW(model.parameters(), lr=config.warmup.learning_rate, weight_decay=0.01)
     rng = random.Random(seed)
-    optimizer = torch.optim.AdamW(model.parameters(), lr=config.learning_rate, weight_decay=0.01)
-    rate = 0.0
-    for step in range(1, config.max_steps + 1):
-        batch = [train[rng.randrange(len(train))] for _ in range(config.batch_size)]
-        tokens, labels = _encode(tokenizer, batch)
-        loss = F.cross_entropy(model(tokens).logits[:, :-1].flatten(0, 1), labels[:, 1:].flatten(), ignore_index=_IGNORE)
-        optimizer.zero_grad()
-        loss.backward()
-        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        optimizer.step()
+    for step in range(1, config.warmup.max_steps + 1):
+        loss = _step(model, optimizer, _encode(tokenizer, rng.choices(train, k=config.warmup.batch_size)))
         if step % _CHECK_EVERY == 0:
             rate = pass_rate(model, tokenizer, held_out, verifier)
-            report(f"warm-up step {step}: loss {loss.item():.3f}, {rate:.2f} of samples right")
-            if rate >= config.target_pass_rate:
+            if step % (4 * _CHECK_EVERY) == 0 or rate >= config.warmup.target_pass_rate:
+                yield f"warm-up step {step}: loss {loss:.3f}, {rate:.0%} of samples right"
+            if rate >= config.warmup.target_pass_rate:
                 break
-    return rate
+    save_pretrained(model, tokenizer, path)
+
+
+def _step(model: Qwen2ForCausalLM, optimizer: torch.optim.Optimizer, batch: tuple[Tensor, Tensor]) -> float:
+    tokens, labels = batch
+    loss = F.cross_entropy(model(tokens).logits[:, :-1].flatten(0, 1), labels[:, 1:].flatten(), ignore_index=_IGNORE)
+    optimizer.zero_grad()
+    loss.backward()
+    torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+    optimizer.step()
+    return loss.item()
 
 
 def _encode(tokenizer: PreTrainedTokenizerFast, batch: Sequence[Query]) -> tuple[Tensor, Tensor]:

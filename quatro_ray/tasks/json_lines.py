@@ -8,6 +8,7 @@ from typing import Any
 
 from quatro_ray.config import JsonLinesTaskConfig
 from quatro_ray.errors import DataError
+from quatro_ray.tasks.prompts import chat_prompt
 from quatro_ray.types import Query
 
 
@@ -53,11 +54,10 @@ def _parse(path: Path, number: int, line: str, config: JsonLinesTaskConfig) -> Q
 
 
 def _prompt(where: str, value: Any) -> str:
-    """Chat messages travel as JSON text; the generator applies the tokenizer's template to them."""
     if isinstance(value, str) and value:
         return value
     if isinstance(value, list) and value and all(isinstance(m, dict) and {"role", "content"} <= m.keys() for m in value):
-        return json.dumps(value)
+        return chat_prompt(value)
     raise DataError(f"{where}: the prompt must be text, or a list of messages with role and content")
 
 

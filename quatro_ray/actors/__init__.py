@@ -1,0 +1,1 @@
+"""Ray wrappers: they translate calls, nothing else."""

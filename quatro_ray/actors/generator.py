@@ -1,0 +1,68 @@
+"""A vLLM engine as a Ray actor."""
+
+from __future__ import annotations
+
+import os
+from typing import Any
+
+import ray
+
+from quatro_ray.actors.host import HostMixin, interface_of
+from quatro_ray.config import GeneratorConfig
+from quatro_ray.engines.generation import GenerationEngine
+from quatro_ray.types import Query, RolloutGroup, SamplingParams
+
+
+@ray.remote
+class GeneratorActor(HostMixin):
+    """One engine, with all the devices of its tensor-parallel group. Methods mirror GenerationEngine."""
+
+    def __init__(self, model_path: str, config: GeneratorConfig, *, device: str, sync_backend: str, seed: int) -> None:
+        if interface := interface_of(self.address()):
+            os.environ.setdefault("GLOO_SOCKET_IFNAME", interface)
+        self._engine = GenerationEngine(model_path, config, device=device, sync_backend=sync_backend, seed=seed)  # type: ignore[arg-type]
+
+    async def start(self) -> None:
+        await self._engine.start()
+
+    @ray.method(num_returns=2)
+    async def generate(
+        self, group_id: int, query: Query, sampling: SamplingParams, group_size: int
+    ) -> tuple[dict[str, int], RolloutGroup]:
+        """A summary for the controller, and the group, which travels by reference."""
+        group = await self._engine.generate(group_id, query, sampling, group_size)
+        summary = {
+            "num_tokens": group.num_tokens,
+            "multi_version_rollouts": sum(len({s.version for s in r.spans}) > 1 for r in group.rollouts),
+        }
+        return summary, group
+
+    async def load(self) -> dict[str, int]:
+        return self._engine.load()
+
+    async def pause(self) -> int:
+        return await self._engine.pause()
+
+    async def resume(self) -> None:
+        await self._engine.resume()
+
+    async def policy_version(self) -> int:
+        return await self._engine.policy_version()
+
+    async def init_weight_transfer_engine(self, init_info: dict[str, Any]) -> None:
+        await self._engine.init_weight_transfer_engine(init_info)
+
+    async def start_weight_update(self) -> None:
+        await self._engine.start_weight_update()
+
+    async def update_weights(self, update_info: dict[str, Any]) -> None:
+        await self._engine.update_weights(update_info)
+
+    async def finish_weight_update(self, version: int) -> None:
+        await self._engine.finish_weight_update(version)
+
+    async def weight_checksums(self) -> dict[str, str]:
+        return await self._engine.weight_checksums()
+
+    async def shutdown(self) -> None:
+        await self._engine.shutdown()

@@ -1,0 +1,106 @@
+"""One ZeRO-3 rank as a Ray actor."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import ray
+
+from quatro_ray.actors.host import HostMixin, interface_of
+from quatro_ray.config import LearnerConfig, ObjectiveConfig, WeightSyncConfig
+from quatro_ray.engines.learning import LearningEngine
+from quatro_ray.replay.packing import pack
+from quatro_ray.types import RolloutGroup
+from quatro_ray.weight_sync.client import EngineClient
+from quatro_ray.weight_sync.trainer import open_transfer
+
+
+@ray.remote
+class LearnerActor(HostMixin):
+    """Every method but those about the host is a collective: call it on all ranks."""
+
+    def __init__(
+        self,
+        model_path: str,
+        config: LearnerConfig,
+        objective: ObjectiveConfig,
+        *,
+        rank: int,
+        device: str,
+        temperature: float,
+        seed: int,
+        num_steps: int,
+    ) -> None:
+        if interface := interface_of(self.address()):
+            os.environ.setdefault("GLOO_SOCKET_IFNAME", interface)
+        self._rank = rank
+        self._config = config
+        self._engine = LearningEngine(
+            model_path,
+            config,
+            objective,
+            rank=rank,
+            device=device,  # type: ignore[arg-type]
+            temperature=temperature,
+            seed=seed,
+            num_steps=num_steps,
+        )
+
+    def start(self, master_address: str, master_port: int) -> None:
+        self._engine.start(master_address, master_port)
+
+    def train_step(self, groups: tuple[RolloutGroup, ...], version: int) -> dict[str, Any]:
+        """Each rank packs the same plan from the same groups and trains its own part of it."""
+        return self._engine.train_step(self._pack(groups), version)
+
+    def logprobs(self, groups: tuple[RolloutGroup, ...]) -> list[np.ndarray]:
+        return self._engine.logprobs(self._pack(groups))
+
+    def _pack(self, groups: tuple[RolloutGroup, ...]) -> Any:
+        return pack(
+            groups, num_ranks=self._config.num_ranks, tokens_per_micro_batch=self._config.tokens_per_micro_batch
+        )
+
+    def open_weight_transfer(
+        self,
+        backend: str,
+        generators: list[Any],
+        workers_per_engine: int,
+        master_address: str,
+        master_port: int,
+        config: WeightSyncConfig,
+    ) -> None:
+        self._client = EngineClient(
+            generators,
+            submit=lambda actor, method, *args: getattr(actor, method).remote(*args),
+            wait=lambda futures, seconds: ray.get(futures, timeout=seconds),
+            workers_per_engine=workers_per_engine,
+            rendezvous_deadline_s=config.rendezvous_deadline_s,
+            transfer_deadline_s=config.transfer_deadline_s,
+        )
+        self._transfer = open_transfer(
+            backend,  # type: ignore[arg-type]
+            rank=self._rank,
+            master_address=master_address,
+            master_port=master_port,
+            num_workers=len(generators) * workers_per_engine,
+            deadline_s=config.rendezvous_deadline_s,
+            client=self._client,
+            source=self._engine.weights,
+        )
+
+    def send_weights(self, version: int) -> None:
+        """Raises RuntimeError where this rank does not hold the version it is to send."""
+        if version != self._engine.version:
+            raise RuntimeError(f"rank {self._rank} holds version {self._engine.version}, not {version}")
+        self._client.version = version
+        self._transfer.send_weights()
+
+    def save_checkpoint(self, path: Path, tag: str) -> None:
+        self._engine.save_checkpoint(path, tag)
+
+    def export(self, path: Path) -> None:
+        self._engine.export(path)

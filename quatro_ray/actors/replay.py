@@ -1,0 +1,63 @@
+"""The replay buffer as a Ray actor: the one process that holds the ledger."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import ray
+
+from quatro_ray.actors.host import HostMixin
+from quatro_ray.config import ReplayConfig
+from quatro_ray.replay.buffer import ReplayBuffer
+from quatro_ray.replay.serial import readable
+from quatro_ray.types import DropReason, Query, RolloutGroup
+
+
+@ray.remote
+class ReplayActor(HostMixin):
+    """Methods mirror ReplayBuffer; groups come and go by reference."""
+
+    def __init__(self, config: ReplayConfig, path: Path, *, num_steps: int) -> None:
+        self._buffer = ReplayBuffer(config, path, num_steps=num_steps)
+
+    def capacity(self, version: int) -> int:
+        return self._buffer.capacity(version)
+
+    def admit(self, queries: list[Query], version: int) -> list[int]:
+        return self._buffer.admit(queries, version)
+
+    def start(self, group_id: int) -> None:
+        self._buffer.start(group_id)
+
+    def generated(self, group_id: int) -> None:
+        self._buffer.generated(group_id)
+
+    def retry(self, group_id: int) -> None:
+        self._buffer.retry(group_id)
+
+    def ready(self, group: RolloutGroup) -> None:
+        self._buffer.ready(group)
+
+    def drop(self, group_id: int, reason: DropReason) -> None:
+        self._buffer.drop(group_id, reason)
+
+    @ray.method(num_returns=2)
+    def lease(self, version: int, num_samples: int) -> tuple[dict[str, Any] | None, tuple[RolloutGroup, ...]]:
+        """Age metrics and a few groups in readable form (None while there are too few groups); and the groups."""
+        lease = self._buffer.lease(version)
+        if lease is None:
+            return None, ()
+        return {"metrics": lease.metrics, "samples": [readable(g) for g in lease.groups[:num_samples]]}, lease.groups
+
+    def commit(self, version: int) -> None:
+        self._buffer.commit(version)
+
+    def forget_payloads(self, version: int) -> int:
+        return self._buffer.ledger.forget_payloads(version)
+
+    def end_run(self) -> None:
+        self._buffer.end_run()
+
+    def stats(self) -> dict[str, Any]:
+        return self._buffer.stats()

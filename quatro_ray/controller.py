@@ -1,0 +1,273 @@
+"""The loops that turn the ring. Each says what it consumes, what it waits for, and what unblocks it.
+
+Written against small interfaces: on a cluster they are actors (actors/clients.py), in tests plain objects.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import hashlib
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from ray.exceptions import RayActorError, RayError
+
+from quatro_ray.actors.verifier_pool import VerifierFailed
+from quatro_ray.config import Config
+from quatro_ray.errors import ClusterError, StallError
+from quatro_ray.evaluation import EvaluationResult, evaluate
+from quatro_ray.telemetry.recorder import Recorder
+from quatro_ray.types import DropReason, Query, SamplingParams
+from quatro_ray.weight_sync.update import WeightSync
+
+
+@dataclass(frozen=True)
+class Parts:
+    """What the controller drives."""
+
+    generators: Any  # actors.clients.GeneratorPool
+    verifiers: Any  # actors.verifier_pool.VerifierPool
+    replay: Any  # actors.clients.ReplayClient
+    learner: Any  # actors.clients.LearnerClient
+    weight_sync: WeightSync
+
+
+@dataclass
+class Tally:
+    """Counted by the controller itself, to be held against the ledger."""
+
+    groups_admitted: int = 0
+    generated_tokens: int = 0
+    trained_tokens: int = 0
+    learner_steps: int = 0
+    skipped_steps: int = 0
+    weight_updates: int = 0
+    in_flight_updates: int = 0
+    multi_version_rollouts: int = 0
+    staleness_tokens: Counter[int] = field(default_factory=Counter)
+    outcomes: Counter[str] = field(default_factory=Counter)
+    evaluations: list[EvaluationResult] = field(default_factory=list)
+
+
+class Controller:
+    """`version` is the policy that the engines have; it goes up only after an update is verified."""
+
+    def __init__(
+        self, config: Config, parts: Parts, queries: Iterator[Query], held_out: Sequence[Query], recorder: Recorder
+    ) -> None:
+        self._config = config
+        self._parts = parts
+        self._queries = queries
+        self._held_out = held_out[: config.evaluation.num_queries]
+        self._recorder = recorder
+        self.version = 0
+        self.tally = Tally()
+        self._room = asyncio.Event()
+        self._ready = asyncio.Event()
+        self._failures_in_a_row = 0
+
+    async def run(self) -> Tally:
+        """Trains `run.num_steps` steps.
+
+        Raises:
+            QuatroError: with a message for people; also a failed part, named.
+        """
+        await self._evaluate()
+        try:
+            async with asyncio.TaskGroup() as tasks:
+                background = [tasks.create_task(self._generate_loop(tasks)), tasks.create_task(self._watch_loop())]
+                await self._learn_loop()
+                for task in background:
+                    task.cancel()
+        except BaseExceptionGroup as group:
+            raise group.exceptions[0] from group
+        await self._parts.replay.end_run()
+        return self.tally
+
+    async def _generate_loop(self, tasks: asyncio.TaskGroup) -> None:
+        """Consumes queries. Waits for capacity; unblocked by a new version or by a drop."""
+        while True:
+            self._room.clear()
+            room = await self._parts.replay.capacity(self.version)
+            if room:
+                queries = [next(self._queries) for _ in range(room)]
+                group_ids = await self._parts.replay.admit(queries, self.version)
+                self.tally.groups_admitted += len(group_ids)
+                for group_id, query in zip(group_ids, queries, strict=True):
+                    tasks.create_task(self._life(group_id, query))
+            await self._room.wait()  # no stall of its own: the learner's wait holds the deadline
+
+    async def _life(self, group_id: int, query: Query) -> None:
+        """One group from pending to ready or dropped."""
+        group = await self._generate(group_id, query)
+        if group is None:
+            return await self._drop(group_id, DropReason.GENERATOR_ERROR)
+        try:
+            summary, scored = await self._parts.verifiers.score(group, self._config.replay.group_size)
+        except VerifierFailed as failure:
+            self._recorder.note(f"group {group_id}: {failure}")
+            return await self._drop(group_id, failure.reason)
+        self.tally.outcomes.update(summary["outcomes"])
+        await self._parts.replay.ready(scored)
+        self._failures_in_a_row = 0
+        self._ready.set()
+
+    async def _generate(self, group_id: int, query: Query) -> Any | None:
+        """A reference to the group, or None after the last try."""
+        config = self._config.generator
+        for _ in range(1 + config.max_retries):
+            async with self._parts.generators.slot() as generator:
+                await self._parts.replay.start(group_id)
+                try:
+                    summary, group = await asyncio.wait_for(
+                        generator.generate(group_id, query, self._sampling(group_id), self._config.replay.group_size),
+                        config.group_deadline_s,
+                    )
+                except RayActorError as error:
+                    raise ClusterError(f"a generator died: {_last_line(error)}") from error
+                except (TimeoutError, RayError) as error:
+                    self._recorder.note(f"group {group_id}: generation failed: {_last_line(error)}")
+                    await self._parts.replay.retry(group_id)
+                    continue
+            self.tally.generated_tokens += summary["num_tokens"]
+            self.tally.multi_version_rollouts += summary["multi_version_rollouts"]
+            await self._parts.replay.generated(group_id)
+            return group
+        return None
+
+    async def _drop(self, group_id: int, reason: DropReason) -> None:
+        """A drop makes room for another group; a long row of them ends the run instead of burning all data."""
+        await self._parts.replay.drop(group_id, reason)
+        self._failures_in_a_row += 1
+        limit = 4 * self._config.replay.groups_per_step
+        if self._failures_in_a_row >= limit:
+            raise StallError(f"{limit} groups in a row were dropped, the last one for {reason}; see notes.log in the run")
+        self._room.set()
+
+    def _sampling(self, group_id: int, domain: str = "train") -> SamplingParams:
+        """The seed depends on the run's seed and the group alone, so neither timing nor engine matters."""
+        config = self._config
+        digest = hashlib.sha256(f"{config.run.seed}/{domain}/{group_id}".encode()).digest()
+        return SamplingParams(
+            config.generator.temperature,
+            config.generator.top_p,
+            config.generator.max_response_tokens,
+            seed=int.from_bytes(digest[:4], "big") >> 1,
+        )
+
+    async def _learn_loop(self) -> None:
+        """Consumes ready groups, B a step. Waits for them; unblocked by each group that becomes ready."""
+        for step in range(1, self._config.run.num_steps + 1):
+            with self._recorder.phase("learner", "wait"):
+                lease, groups = await self._lease()
+            with self._recorder.phase("learner", "train"):
+                metrics = await self._train(groups)
+            await self._parts.replay.commit(self.version)
+            with self._recorder.phase("learner", "sync"):
+                update = await self._parts.weight_sync.update(self.version + 1)
+            self.version = update.version
+            self._room.set()
+            self._count(metrics, update.num_in_flight)
+            metrics |= lease["metrics"] | {
+                "time/weight_sync_pause_s": update.pause_s,
+                "time/weight_sync_transfer_s": update.transfer_s,
+                "weight_sync/groups_in_flight": update.num_in_flight,
+            }
+            self._recorder.step(step, metrics, lease["samples"])
+            await self._periodic(step)
+
+    async def _lease(self) -> tuple[dict[str, Any], Any]:
+        deadline = self._config.cluster.stall_deadline_s
+        while True:
+            self._ready.clear()
+            summary, groups = await self._parts.replay.lease(self.version, self._config.telemetry.rollout_groups_per_step)
+            self._room.set()  # groups that expired have made room
+            if summary is not None:
+                return summary, groups
+            try:
+                await asyncio.wait_for(self._ready.wait(), deadline)
+            except TimeoutError as error:
+                raise StallError(await self._stall_report(deadline)) from error
+
+    async def _stall_report(self, deadline: float) -> str:
+        stats = await self._parts.replay.stats()
+        loads = [await g.load() for g in self._parts.generators.generators]
+        return (
+            f"no group became ready for {deadline:g} s. Groups by state: {stats['groups']}; drops: {stats['drops']}; "
+            f"engines: {loads}; version {self.version}"
+        )
+
+    async def _train(self, groups: Any) -> dict[str, Any]:
+        deadline = self._config.learner.step_deadline_s
+        try:
+            return await asyncio.wait_for(self._parts.learner.train_step(groups, self.version), deadline)
+        except TimeoutError as error:
+            raise StallError(f"an optimiser step missed its deadline of {deadline:g} s") from error
+
+    def _count(self, metrics: dict[str, Any], num_in_flight: int) -> None:
+        tally = self.tally
+        tally.learner_steps += 1
+        tally.skipped_steps += int(metrics["step/skipped"])
+        tally.weight_updates += 1
+        tally.in_flight_updates += num_in_flight > 0
+        tally.trained_tokens += metrics["tokens/trained"]
+        tally.staleness_tokens.update(metrics["off_policy/staleness_tokens"])
+
+    async def _periodic(self, step: int) -> None:
+        last = step == self._config.run.num_steps
+        if last or _due(step, self._config.evaluation.every_steps):
+            await self._evaluate()
+        if last or _due(step, self._config.checkpoint.every_steps):
+            await self._checkpoint(step)
+
+    async def _evaluate(self) -> None:
+        """The learner waits meanwhile, so the weights are those of one version; generation for training goes on."""
+        config = self._config.evaluation
+        with self._recorder.phase("learner", "evaluate"):
+            work = evaluate(
+                self, self._held_out, self._sampling(0, "evaluate"), config.samples_per_query, version=self.version
+            )
+            try:
+                result = await asyncio.wait_for(work, config.deadline_s)
+            except TimeoutError as error:
+                raise StallError(f"an evaluation missed its deadline of {config.deadline_s:g} s") from error
+        self.tally.evaluations.append(result)
+        self._recorder.evaluation(result)
+
+    async def sample(self, group_id: int, query: Query, sampling: SamplingParams, size: int) -> dict[str, Any]:
+        """For evaluation: one group generated and scored, outside of the ledger."""
+        async with self._parts.generators.slot() as generator:
+            _, group = await generator.generate(group_id, query, sampling, size)
+        summary, _ = await self._parts.verifiers.score(group, size)
+        return summary
+
+    async def _checkpoint(self, step: int) -> None:
+        path = Path(self._config.run.dir)
+        deadline = self._config.checkpoint.deadline_s
+        with self._recorder.phase("learner", "checkpoint"):
+            try:
+                async with asyncio.timeout(deadline):
+                    await self._parts.learner.save_checkpoint(path / "checkpoints", f"step_{step}")
+                    await self._parts.learner.export(path / "export")
+                    await self._parts.replay.forget_payloads(self.version)
+            except TimeoutError as error:
+                raise StallError(f"a checkpoint missed its deadline of {deadline:g} s") from error
+
+    async def _watch_loop(self) -> None:
+        """Records how many groups each engine works on, twice a second, until cancelled."""
+        while True:
+            for index, generator in enumerate(self._parts.generators.generators):
+                self._recorder.engine_load(index, await generator.load())
+            await asyncio.sleep(0.5)
+
+
+def _due(step: int, every: int | None) -> bool:
+    return every is not None and step % every == 0
+
+
+def _last_line(error: BaseException) -> str:
+    lines = str(error).strip().splitlines()
+    return lines[-1] if lines else type(error).__name__

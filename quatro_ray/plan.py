@@ -1,0 +1,111 @@
+"""What a configuration will start, and whether it adds up. Loads neither torch nor ray nor vllm."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+
+from quatro_ray.config import Config, PretrainedModelConfig, TinyModelConfig
+
+_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
+_TINY_VOCABULARY = 103
+
+
+@dataclass(frozen=True)
+class Bundle:
+    """The resources of one actor, in Ray's names."""
+
+    role: str
+    index: int
+    resources: dict[str, float]
+
+
+def bundles(config: Config) -> list[Bundle]:
+    """One a actor, in the order of placement."""
+    cluster = config.cluster
+    gpu = cluster.device == "cuda"
+
+    def make(role: str, count: int, cpus: float, gpus: int) -> list[Bundle]:
+        resources = {"CPU": cpus} | ({"GPU": float(gpus)} if gpu and gpus else {})
+        return [Bundle(role, i, {k: v for k, v in resources.items() if v} or {"CPU": 0.001}) for i in range(count)]
+
+    return [
+        *make("generator", config.generator.num_engines, cluster.cpus_per_engine, config.generator.tensor_parallel_size),
+        *make("learner", config.learner.num_ranks, cluster.cpus_per_rank, 1),
+        *make("verifier", config.verifier.num_workers, cluster.cpus_per_verifier, 0),
+        *make("replay", 1, min(0.1, cluster.cpus_per_rank), 0),
+    ]
+
+
+def num_parameters(config: Config) -> int | None:
+    """Exact for a tiny model; for a pretrained one what the configuration or its folder says; None if unknown."""
+    model = config.model
+    if isinstance(model, TinyModelConfig):
+        d = model.hidden_size
+        kv = d * max(1, model.num_heads // 2) // model.num_heads
+        attention = d * d + d + 2 * (d * kv + kv) + d * d
+        return _TINY_VOCABULARY * d + model.num_layers * (attention + 12 * d * d + 2 * d) + d
+    assert isinstance(model, PretrainedModelConfig)
+    if model.num_parameters is not None:
+        return model.num_parameters
+    index = Path(model.path) / "model.safetensors.index.json"
+    if index.is_file():
+        return json.loads(index.read_text())["metadata"]["total_size"] // 2
+    weights = Path(model.path) / "model.safetensors"
+    return weights.stat().st_size // 2 if weights.is_file() else None
+
+
+def learner_bytes_per_rank(config: Config, parameters: int) -> int:
+    """ZeRO-3 model states of a rank: weights, gradients, and AdamW's float32 master copy and two moments."""
+    width = _BYTES[config.learner.dtype]
+    master = 0 if config.learner.dtype == "float32" else 4
+    reference = width if config.learner.reference_kl_coef > 0 else 0
+    return parameters * (width + width + master + 8 + reference) // config.learner.num_ranks
+
+
+def describe(config: Config) -> str:
+    """For `quatro-ray plan`."""
+    replay, learner, generator = config.replay, config.learner, config.generator
+    rollouts = replay.groups_per_step * replay.group_size
+    longest = generator.max_prompt_tokens + generator.max_response_tokens
+    ahead = (replay.max_staleness + 1) * replay.groups_per_step
+    lines = ["actors"]
+    plan = bundles(config)
+    for role in dict.fromkeys(b.role for b in plan):
+        same = [b for b in plan if b.role == role]
+        each = ", ".join(f"{v:g} {k}" for k, v in same[0].resources.items())
+        lines.append(f"  {len(same)} × {role}: {each} each")
+    for name in ("CPU", "GPU"):
+        lines.append(f"  together {sum(b.resources.get(name, 0) for b in plan):g} {name}")
+    lines += [
+        "batch",
+        f"  {replay.groups_per_step} queries × {replay.group_size} rollouts = {rollouts} rollouts a step, "
+        f"{config.run.num_steps} steps, {rollouts * config.run.num_steps:,} rollouts in all",
+        f"  at most {longest} tokens a rollout, {rollouts * longest:,} a step, "
+        f"{-(-rollouts * longest // (learner.num_ranks * learner.tokens_per_micro_batch))} micro-batches a rank",
+        f"  at most {ahead} groups ahead of the learner (staleness ≤ {replay.max_staleness}), "
+        f"{generator.num_engines * generator.max_groups_in_flight} in the engines",
+        "memory (estimates; activations and logits come on top)",
+    ]
+    return "\n".join([*lines, *_memory(config)])
+
+
+def _memory(config: Config) -> list[str]:
+    parameters = num_parameters(config)
+    if parameters is None:
+        return ["  unknown size: set model.num_parameters"]
+    gib = 2**30
+    states = learner_bytes_per_rank(config, parameters) / gib
+    weights = parameters * _BYTES[config.generator.dtype] / config.generator.tensor_parallel_size / gib
+    lines = [
+        f"  {parameters:,} parameters",
+        f"  learner: {states:.3f} GiB of model states a rank"
+        + (" (optimiser part on the CPU)" if config.learner.offload == "cpu" else ""),
+        f"  engine: {weights:.3f} GiB of weights a device",
+    ]
+    if config.cluster.device == "cpu":
+        lines.append(f"  engine: {config.generator.kv_cache_gib:g} GiB of keys and values")
+    else:
+        lines.append(f"  engine: {config.generator.gpu_memory_utilization:.0%} of a GPU, weights included")
+    return lines

@@ -1,0 +1,79 @@
+"""Groups as bytes: safetensors for the arrays, JSON for the rest. Nothing that runs code when read."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict
+from typing import Any
+
+import numpy as np
+from safetensors.numpy import load, save
+
+from quatro_ray.types import Outcome, Query, Rollout, RolloutGroup, Score, VersionSpan
+
+
+def to_bytes(group: RolloutGroup) -> bytes:
+    header = {
+        "group_id": group.group_id,
+        "query": asdict(group.query),
+        "rollouts": [_header(r) for r in group.rollouts],
+    }
+    arrays = {
+        "header": np.frombuffer(json.dumps(header).encode(), dtype=np.uint8),
+        "prompt_token_ids": group.prompt_token_ids,
+        "token_ids": np.concatenate([r.token_ids for r in group.rollouts]),
+        "behavior_logprobs": np.concatenate([r.behavior_logprobs for r in group.rollouts]),
+    }
+    return save(arrays)
+
+
+def from_bytes(data: bytes) -> RolloutGroup:
+    arrays = load(data)
+    header = json.loads(arrays["header"].tobytes())
+    ends = np.cumsum([h["num_tokens"] for h in header["rollouts"]])[:-1]
+    tokens, logprobs = np.split(arrays["token_ids"], ends), np.split(arrays["behavior_logprobs"], ends)
+    rollouts = tuple(_rollout(*parts) for parts in zip(header["rollouts"], tokens, logprobs, strict=True))
+    return RolloutGroup(header["group_id"], Query(**header["query"]), arrays["prompt_token_ids"], rollouts)
+
+
+def _header(rollout: Rollout) -> dict[str, Any]:
+    return {
+        "num_tokens": rollout.num_tokens,
+        "spans": [[s.version, s.start, s.end] for s in rollout.spans],
+        "text": rollout.text,
+        "finish_reason": rollout.finish_reason,
+        "score": asdict(rollout.score) if rollout.score else None,
+    }
+
+
+def _rollout(header: dict[str, Any], token_ids: np.ndarray, logprobs: np.ndarray) -> Rollout:
+    score = header["score"]
+    return Rollout(
+        token_ids=token_ids,
+        behavior_logprobs=logprobs,
+        spans=tuple(VersionSpan(*s) for s in header["spans"]),
+        text=header["text"],
+        finish_reason=header["finish_reason"],
+        score=Score(score["reward"], Outcome(score["outcome"]), score["detail"]) if score else None,
+    )
+
+
+def readable(group: RolloutGroup) -> dict[str, Any]:
+    """For people and for rollouts.jsonl: texts, versions, rewards."""
+    return {
+        "group_id": group.group_id,
+        "prompt": group.query.prompt,
+        "answer": group.query.answer,
+        "rollouts": [
+            {
+                "text": r.text,
+                "reward": r.score.reward if r.score else None,
+                "outcome": str(r.score.outcome) if r.score else None,
+                "versions": [[s.version, s.start, s.end] for s in r.spans],
+                "num_tokens": r.num_tokens,
+                "finish_reason": r.finish_reason,
+                "mean_logprob": float(r.behavior_logprobs.mean()),
+            }
+            for r in group.rollouts
+        ],
+    }

@@ -1,0 +1,21 @@
+"""From a query's prompt to tokens; the one place that knows about chat templates."""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+_CHAT = '[{"role"'
+
+
+def encode_prompt(tokenizer: Any, prompt: str) -> list[int]:
+    """Plain text as it is; chat messages (JSON text, as tasks/json_lines.py makes it) through the chat template."""
+    if prompt.startswith(_CHAT):
+        messages = json.loads(prompt)
+        return list(tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_dict=False))
+    return list(tokenizer.encode(prompt))
+
+
+def chat_prompt(messages: list[dict[str, Any]]) -> str:
+    """The messages as text with the keys in the order by which `encode_prompt` knows them."""
+    return json.dumps([{"role": m["role"], "content": m["content"]} for m in messages], ensure_ascii=False)

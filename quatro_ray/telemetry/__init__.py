@@ -1,0 +1,1 @@
+"""Metrics, timeline, progress, report: written in one place each."""

@@ -1,0 +1,30 @@
+"""Peak memory of a process tree."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import psutil
+
+
+def peak_rss_bytes() -> int:
+    """Sum of the peak resident sets of this process and its living descendants (engine workers)."""
+    processes = [psutil.Process(), *psutil.Process().children(recursive=True)]
+    return sum(_high_water(p.pid) for p in processes)
+
+
+def _high_water(pid: int) -> int:
+    try:
+        status = Path(f"/proc/{pid}/status").read_text()
+    except OSError:  # it ended between listing and reading
+        return 0
+    for line in status.splitlines():
+        if line.startswith("VmHWM:"):
+            return int(line.split()[1]) * 1024
+    return 0
+
+
+def own_peak_rss_bytes() -> int:
+    """Of this process alone."""
+    return _high_water(os.getpid())

@@ -1,0 +1,169 @@
+"""The run as one HTML file that needs nothing else: numbers, plots as inline SVG, a few rollouts."""
+
+from __future__ import annotations
+
+import html
+import io
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+_PHASE_COLOURS = {
+    "wait": "#d9d9d9",
+    "train": "#1f77b4",
+    "sync": "#ff7f0e",
+    "evaluate": "#2ca02c",
+    "checkpoint": "#9467bd",
+}
+_STYLE = (
+    "body{font:15px/1.5 system-ui,sans-serif;max-width:70em;margin:2em auto;padding:0 1em;color:#222}"
+    "table{border-collapse:collapse}td,th{padding:.15em .8em;border-bottom:1px solid #ddd;text-align:left}"
+    "svg{max-width:100%;height:auto}pre{background:#f6f6f6;padding:.6em;overflow:auto}"
+    ".plots{display:grid;grid-template-columns:repeat(auto-fit,minmax(26em,1fr));gap:1em}"
+)
+
+
+def write_report(run_dir: Path) -> Path:
+    """From the files of the run directory alone; returns the path of report.html."""
+    import matplotlib
+
+    matplotlib.use("svg")
+    metrics = _read(run_dir / "metrics.jsonl")
+    evaluations = _read(run_dir / "evaluations.jsonl")
+    timeline = _read(run_dir / "timeline.jsonl")
+    summary = json.loads((run_dir / "summary.json").read_text())
+    plots = [
+        _lines("Reward of the trained batch", metrics, {"mean reward": _scalar("reward/mean")}),
+        _pass_rates(evaluations),
+        _lines("Entropy, nats per token", metrics, {"entropy": _scalar("policy/entropy")}),
+        _lines(
+            "KL per query: realised against budget, nats",
+            metrics,
+            {"realised, mean": _mean("policy/realised_kl_nats"), "realised, largest": _largest("policy/realised_kl_nats"),
+             "budget": _scalar("trust_region/kl_budget_nats")},
+        ),
+        _histogram("λ of informative queries", _flat(metrics, "trust_region/lambda"), "λ, reward"),
+        _bars("Staleness of trained tokens", summary["staleness_tokens"], "learner version − token version"),
+        _lines("Gradient norm", metrics, {"gradient norm": _scalar("step/grad_norm")}),
+        _timeline(timeline),
+    ]  # fmt: skip
+    page = "\n".join(
+        [
+            "<!doctype html><html lang=en><meta charset=utf-8><title>quatro_ray run</title>",
+            f"<style>{_STYLE}</style><h1>quatro_ray run: {html.escape(run_dir.name)}</h1>",
+            _table(summary),
+            "<h2>Plots</h2><div class=plots>",
+            *plots,
+            "</div><h2>Last rollouts</h2>",
+            _rollouts(_read(run_dir / "rollouts.jsonl")[-3:]),
+            f"<h2>Configuration</h2><pre>{html.escape((run_dir / 'config.yaml').read_text())}</pre></html>",
+        ]
+    )
+    path = run_dir / "report.html"
+    path.write_text(page, encoding="utf-8")
+    return path
+
+
+def _read(path: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+
+
+def _scalar(key: str) -> Any:
+    return lambda m: m.get(key)
+
+
+def _mean(key: str) -> Any:
+    return lambda m: sum(m[key]) / len(m[key]) if m.get(key) else None
+
+
+def _largest(key: str) -> Any:
+    return lambda m: max(m[key]) if m.get(key) else None
+
+
+def _flat(metrics: Sequence[dict[str, Any]], key: str) -> list[float]:
+    return [value for m in metrics for value in m.get(key, [])]
+
+
+def _figure(title: str, xlabel: str) -> tuple[Any, Any]:
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(6, 3.2), layout="constrained")
+    axes = figure.add_subplot(title=title, xlabel=xlabel)
+    axes.grid(alpha=0.3)
+    return figure, axes
+
+
+def _svg(figure: Any) -> str:
+    buffer = io.StringIO()
+    figure.savefig(buffer, format="svg", metadata={"Date": None})
+    text = buffer.getvalue()
+    return f"<div>{text[text.index('<svg') :]}</div>"
+
+
+def _lines(title: str, metrics: Sequence[dict[str, Any]], series: dict[str, Any]) -> str:
+    figure, axes = _figure(title, "optimiser step")
+    for label, get in series.items():
+        points = [(m["step"], get(m)) for m in metrics if get(m) is not None]
+        if points:
+            axes.plot(*zip(*points, strict=True), label=label, linewidth=1)
+    if len(series) > 1:
+        axes.set_yscale("symlog", linthresh=0.1)
+        axes.legend()
+    return _svg(figure)
+
+
+def _pass_rates(evaluations: Sequence[dict[str, Any]]) -> str:
+    figure, axes = _figure("Held-out questions", "optimiser step")
+    for key in ("pass_at_1", "pass_at_8"):
+        axes.plot([e["step"] for e in evaluations], [e[key] for e in evaluations], marker="o", label=key)
+    axes.set_ylim(0, 1.02)
+    axes.legend()
+    return _svg(figure)
+
+
+def _histogram(title: str, values: Sequence[float], xlabel: str) -> str:
+    figure, axes = _figure(title, xlabel)
+    if values:
+        axes.hist(values, bins=60)
+        axes.set_yscale("log")
+    return _svg(figure)
+
+
+def _bars(title: str, counts: dict[str, int], xlabel: str) -> str:
+    figure, axes = _figure(title, xlabel)
+    axes.bar([int(k) for k in counts], list(counts.values()))
+    axes.set_ylabel("tokens")
+    return _svg(figure)
+
+
+def _timeline(timeline: Sequence[dict[str, Any]]) -> str:
+    """The learner's phases as bars, the number of groups that each engine works on as lines."""
+    from matplotlib.patches import Patch
+
+    figure, axes = _figure("What learner and generators were doing", "seconds")
+    for name, colour in _PHASE_COLOURS.items():
+        spans = [(e["start"], e["end"] - e["start"]) for e in timeline if e.get("phase") == name]
+        axes.broken_barh(spans, (-1.5, 1), color=colour)
+    for engine in sorted({e["role"] for e in timeline if "num_running" in e}):
+        points = [(e["t"], e["num_running"]) for e in timeline if e["role"] == engine]
+        axes.plot(*zip(*points, strict=True), label=engine, linewidth=0.8)
+    axes.set_ylabel("groups in the engine")
+    handles = [Patch(color=c, label=f"learner: {n}") for n, c in _PHASE_COLOURS.items()]
+    axes.legend(handles=[*handles, *axes.get_lines()], fontsize=7, loc="upper right")
+    return _svg(figure)
+
+
+def _table(summary: dict[str, Any]) -> str:
+    rows = (f"<tr><th>{html.escape(k)}</th><td>{html.escape(_show(v))}</td></tr>" for k, v in summary.items())
+    return "<table>" + "".join(rows) + "</table>"
+
+
+def _show(value: Any) -> str:
+    if isinstance(value, dict):
+        return ", ".join(f"{k}: {_show(v)}" for k, v in value.items())
+    return f"{value:.4g}" if isinstance(value, float) else str(value)
+
+
+def _rollouts(groups: Sequence[dict[str, Any]]) -> str:
+    return "".join(f"<pre>{html.escape(json.dumps(g, indent=1)[:2000])}</pre>" for g in groups)
