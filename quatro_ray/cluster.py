@@ -66,7 +66,9 @@ class Cluster:
     async def _open_weight_transfer(self) -> None:
         config = self.config
         deadline = config.weight_sync.rendezvous_deadline_s
-        address, port = _get([self.learners[0].address.remote(), self.learners[0].free_port.remote()], deadline, "ports")
+        address, port = _get(
+            [self.learners[0].address.remote(), self.learners[0].free_port.remote()], deadline, "ports"
+        )
         calls = [
             actor.open_weight_transfer.remote(
                 config.sync_backend,
@@ -144,7 +146,9 @@ def spawn(config: Config, model_path: str) -> Cluster:
     replay = place(ReplayActor, "replay", 0).remote(config.replay, run.dir / "ledger.sqlite", num_steps=run.num_steps)
     spawned = iter(range(1 << 30))
     verifiers = VerifierPool(
-        lambda: place(VerifierActor, "verifier", next(spawned) % config.verifier.num_workers).remote(config.task.verifier),
+        lambda: place(VerifierActor, "verifier", next(spawned) % config.verifier.num_workers).remote(
+            config.task.verifier
+        ),
         config.verifier,
     )
     cluster = Cluster(config, placement, generators, learners, replay, verifiers)

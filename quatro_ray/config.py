@@ -39,8 +39,11 @@ class WarmupConfig(Section):
     """Stop when this share of samples on held-out questions is right."""
     max_steps: int = Field(4000, ge=1)
     """Stop here in any case."""
-    batch_size: int = Field(256, ge=1)
-    learning_rate: float = Field(2e-3, gt=0)
+    batch_size: int = Field(128, ge=1)
+    learning_rate: float = Field(4e-3, gt=0)
+    wrong_answer_share: float = Field(0.0, ge=0, lt=1)
+    """Share of demonstrations with the answer of another question: like imperfect human data, it leaves a
+    policy that knows more than it shows, which RL brings out in a short run."""
 
 
 class TinyModelConfig(Section):

@@ -144,7 +144,9 @@ class Controller:
         self._failures_in_a_row += 1
         limit = 4 * self._config.replay.groups_per_step
         if self._failures_in_a_row >= limit:
-            raise StallError(f"{limit} groups in a row were dropped, the last one for {reason}; see notes.log in the run")
+            raise StallError(
+                f"{limit} groups in a row were dropped, the last one for {reason}; see notes.log in the run"
+            )
         self._room.set()
 
     def _sampling(self, group_id: int, domain: str = "train") -> SamplingParams:
@@ -183,7 +185,9 @@ class Controller:
         deadline = self._config.cluster.stall_deadline_s
         while True:
             self._ready.clear()
-            summary, groups = await self._parts.replay.lease(self.version, self._config.telemetry.rollout_groups_per_step)
+            summary, groups = await self._parts.replay.lease(
+                self.version, self._config.telemetry.rollout_groups_per_step
+            )
             self._room.set()  # groups that expired have made room
             if summary is not None:
                 return summary, groups

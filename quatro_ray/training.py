@@ -69,7 +69,9 @@ def prepare_run_dir(config: Config) -> None:
         if not config.run.overwrite:
             raise ConfigError(f"run.dir={path}: is not empty; choose another, or set run.overwrite=true to replace it")
         if not (path / _OURS).is_file():
-            raise ConfigError(f"run.dir={path}: has no {_OURS}, so it is no earlier run, and is not replaced; choose another")
+            raise ConfigError(
+                f"run.dir={path}: has no {_OURS}, so it is no earlier run, and is not replaced; choose another"
+            )
         shutil.rmtree(path)
     path.mkdir(parents=True, exist_ok=True)
     (path / _OURS).write_text(dump_config(config))

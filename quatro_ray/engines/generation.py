@@ -174,7 +174,9 @@ class GenerationEngine:
 def _to_rollout(completion: CompletionOutput) -> Rollout:
     token_ids = np.asarray(completion.token_ids, dtype=np.int32)
     assert completion.logprobs is not None and completion.weight_versions is not None
-    logprobs = [position[token].logprob for position, token in zip(completion.logprobs, completion.token_ids, strict=True)]
+    logprobs = [
+        position[token].logprob for position, token in zip(completion.logprobs, completion.token_ids, strict=True)
+    ]
     return Rollout(
         token_ids=token_ids,
         behavior_logprobs=np.asarray(logprobs, dtype=np.float32),

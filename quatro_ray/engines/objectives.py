@@ -101,5 +101,3 @@ class Grpo:
 
 def make_objective(config: ObjectiveConfig) -> Objective:
     return Quatro(config) if isinstance(config, QuatroConfig) else Grpo(config)
-
-

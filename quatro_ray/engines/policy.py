@@ -18,7 +18,9 @@ class PolicyModel(nn.Module):
         self, path: str, *, dtype: torch.dtype, attn_implementation: str, temperature: float, chunk_tokens: int
     ) -> None:
         super().__init__()
-        self.causal_lm = AutoModelForCausalLM.from_pretrained(path, dtype=dtype, attn_implementation=attn_implementation)
+        self.causal_lm = AutoModelForCausalLM.from_pretrained(
+            path, dtype=dtype, attn_implementation=attn_implementation
+        )
         self.causal_lm.lm_head = LogprobHead(self.causal_lm.lm_head, temperature, chunk_tokens)
 
     def forward(self, token_ids: Tensor, position_ids: Tensor, target_ids: Tensor) -> tuple[Tensor, Tensor]:

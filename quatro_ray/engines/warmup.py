@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import random
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -38,7 +39,8 @@ def warm_up(
     optimizer = torch.optim.AdamW(model.parameters(), lr=config.warmup.learning_rate, weight_decay=0.01)
     rng = random.Random(seed)
     for step in range(1, config.warmup.max_steps + 1):
-        loss = _step(model, optimizer, _encode(tokenizer, rng.choices(train, k=config.warmup.batch_size)))
+        batch = [_demonstration(train, config.warmup.wrong_answer_share, rng) for _ in range(config.warmup.batch_size)]
+        loss = _step(model, optimizer, _encode(tokenizer, batch))
         if step % _CHECK_EVERY == 0:
             rate = pass_rate(model, tokenizer, held_out, verifier)
             if step % (4 * _CHECK_EVERY) == 0 or rate >= config.warmup.target_pass_rate:
@@ -46,6 +48,11 @@ def warm_up(
             if rate >= config.warmup.target_pass_rate:
                 break
     save_pretrained(model, tokenizer, path)
+
+
+def _demonstration(train: Sequence[Query], wrong_answer_share: float, rng: random.Random) -> Query:
+    query = rng.choice(train)
+    return replace(query, answer=rng.choice(train).answer) if rng.random() < wrong_answer_share else query
 
 
 def _step(model: Qwen2ForCausalLM, optimizer: torch.optim.Optimizer, batch: tuple[Tensor, Tensor]) -> float:

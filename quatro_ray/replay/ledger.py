@@ -59,7 +59,9 @@ class Entry:
     ready_at: float | None
 
 
-_ENTRY = "group_id, state, reason, step, admitted_version, oldest_version, num_tokens, mean_reward, admitted_at, ready_at"
+_ENTRY = (
+    "group_id, state, reason, step, admitted_version, oldest_version, num_tokens, mean_reward, admitted_at, ready_at"
+)
 
 
 class Ledger:
@@ -114,9 +116,7 @@ class Ledger:
                     (to, reason, step, group_id),
                 )
 
-    def store(
-        self, group_id: int, payload: bytes, *, oldest_version: int, num_tokens: int, mean_reward: float
-    ) -> None:
+    def store(self, group_id: int, payload: bytes, *, oldest_version: int, num_tokens: int, mean_reward: float) -> None:
         """verifying → ready, with everything that training needs."""
         with self._transaction():
             self._check(group_id, S.READY)

@@ -56,7 +56,11 @@ def _parse(path: Path, number: int, line: str, config: JsonLinesTaskConfig) -> Q
 def _prompt(where: str, value: Any) -> str:
     if isinstance(value, str) and value:
         return value
-    if isinstance(value, list) and value and all(isinstance(m, dict) and {"role", "content"} <= m.keys() for m in value):
+    if (
+        isinstance(value, list)
+        and value
+        and all(isinstance(m, dict) and {"role", "content"} <= m.keys() for m in value)
+    ):
         return chat_prompt(value)
     raise DataError(f"{where}: the prompt must be text, or a list of messages with role and content")
 

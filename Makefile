@@ -1,0 +1,50 @@
+# quatro_ray: `make demo` and `make test` do their own set-up; see README.md
+PYTHON ?= python3.11
+VENV := .venv
+LOCK := locks/cpu.txt
+# the set-up is done again when the lock or the package's metadata changes, and only then
+STAMP := $(VENV)/.ready-$(shell cat $(LOCK) pyproject.toml 2>/dev/null | cksum | cut -d' ' -f1)
+TORCH := torch==2.13.0+cpu
+BIN := $(abspath $(VENV)/bin)
+export TOKENIZERS_PARALLELISM := false
+
+.PHONY: demo test check unit setup lock clean
+
+demo: setup ## asynchronous RL of a tiny model, end to end
+	@$(BIN)/quatro-ray train configs/demo.yaml
+
+test: setup check ## everything CI runs
+	@$(BIN)/python -m pytest
+
+check: setup ## style and types
+	@$(BIN)/ruff check .
+	@$(BIN)/ruff format --check .
+	@$(BIN)/mypy
+
+unit: setup ## the tests that start no engine
+	@$(BIN)/python -m pytest -m "not slow"
+
+setup: $(STAMP)
+
+$(STAMP):
+	@command -v $(PYTHON) >/dev/null || { echo "missing: $(PYTHON) (Python 3.11); install it or run: make PYTHON=/path/to/python3.11 $(MAKECMDGOALS)"; exit 1; }
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info[:2] != (3, 11))' || { echo "missing: Python 3.11; $(PYTHON) is $$($(PYTHON) -V)"; exit 1; }
+	@$(PYTHON) -c 'import venv, ensurepip' 2>/dev/null || { echo "missing: the venv module of $(PYTHON) (Debian: apt install python3.11-venv)"; exit 1; }
+	@command -v c++ >/dev/null || command -v g++ >/dev/null || { echo "missing: a C++ compiler (Debian: apt install g++)"; exit 1; }
+	@echo "setting up $(VENV) from $(LOCK): a few minutes, once"
+	@rm -rf $(VENV) && $(PYTHON) -m venv $(VENV)
+	@$(BIN)/pip install --quiet --no-deps "$(TORCH)" 2>$(VENV)/torch.log \
+	  || $(BIN)/pip install --quiet --no-deps --index-url https://download.pytorch.org/whl/cpu "$(TORCH)" \
+	  || { cat $(VENV)/torch.log; exit 1; }
+	@$(BIN)/pip install --quiet --no-deps --require-hashes --requirement $(LOCK)
+	@$(BIN)/pip install --quiet --no-deps --no-build-isolation --editable .
+	@touch $@
+
+lock: ## resolve both locks again; needs uv
+	uv pip compile pyproject.toml locks/build.in --extra cpu --extra dev --override locks/overrides.txt --generate-hashes \
+	  --python-version 3.11 --python-platform x86_64-manylinux_2_28 --no-annotate --no-header -o locks/cpu.txt
+	uv pip compile pyproject.toml locks/build.in --extra gpu --extra dev --generate-hashes \
+	  --python-version 3.11 --python-platform x86_64-manylinux_2_28 --no-annotate --no-header -o locks/cuda.txt
+
+clean:
+	rm -rf $(VENV) runs build *.egg-info

@@ -1,0 +1,47 @@
+"""Chunked log-probs equal the plain ones, values and gradients, whatever the chunk."""
+
+import pytest
+import torch
+
+from quatro_ray.ops.logprobs import chunked_logprobs
+
+
+@pytest.mark.parametrize("chunk", [1, 3, 7, 100])
+@pytest.mark.parametrize("temperature", [1.0, 0.7])
+def test_equal_to_a_plain_log_softmax(chunk: int, temperature: float) -> None:
+    g = torch.Generator().manual_seed(0)
+    hidden = torch.randn(7, 5, generator=g, requires_grad=True)
+    weight = torch.randn(11, 5, generator=g, requires_grad=True)
+    targets = torch.randint(0, 11, (7,), generator=g)
+    upstream = torch.randn(7, generator=g)
+
+    plain = torch.log_softmax(hidden @ weight.T / temperature, -1)
+    expected = plain.gather(1, targets[:, None]).squeeze(1)
+    expected_grads = torch.autograd.grad((expected * upstream).sum(), (hidden, weight))
+    got, entropy = chunked_logprobs(hidden, weight, targets, temperature, chunk)
+    grads = torch.autograd.grad((got * upstream).sum(), (hidden, weight))
+
+    torch.testing.assert_close(got, expected)
+    torch.testing.assert_close(entropy, -(plain.exp() * plain).sum(-1))
+    torch.testing.assert_close(grads, expected_grads)
+
+
+def test_no_tensor_of_all_tokens_by_all_words_exists() -> None:
+    """Counts what autograd keeps and what each chunk makes: nothing as large as [N, V]."""
+    n, v, chunk = 64, 1000, 4
+    hidden, weight = torch.randn(n, 8, requires_grad=True), torch.randn(v, 8, requires_grad=True)
+    largest = 0
+
+    class Watch(torch.utils._python_dispatch.TorchDispatchMode):
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):  # type: ignore[no-untyped-def]
+            nonlocal largest
+            out = func(*args, **(kwargs or {}))
+            for tensor in out if isinstance(out, tuple) else (out,):
+                if isinstance(tensor, torch.Tensor):
+                    largest = max(largest, tensor.numel())
+            return out
+
+    with Watch():
+        logprobs, _ = chunked_logprobs(hidden, weight, torch.zeros(n, dtype=torch.long), 1.0, chunk)
+        logprobs.sum().backward()
+    assert largest == max(chunk * v, weight.numel()) < n * v
