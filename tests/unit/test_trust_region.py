@@ -81,9 +81,7 @@ def test_small_budgets_give_the_normalised_advantage() -> None:
     st.floats(-1e3, 1e3),
     st.floats(1e-3, 1e3),
 )
-def test_shift_and_scale_change_nothing_but_eta(
-    values: list[float], budget: float, shift: float, scale: float
-) -> None:
+def test_shift_and_scale_change_nothing_but_eta(values: list[float], budget: float, shift: float, scale: float) -> None:
     rewards = torch.tensor([values], dtype=torch.float64)
     moved = rewards * scale + shift
     if float(rewards.max() - rewards.min()) < 1e-3:  # the shift would round the differences away

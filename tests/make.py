@@ -1,0 +1,59 @@
+"""Small groups and configurations for tests."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from quatro_ray.config import Config
+from quatro_ray.types import Outcome, Query, Rollout, RolloutGroup, Score, VersionSpan
+
+
+def rollout(tokens: int = 3, version: int = 0, reward: float | None = 1.0, newer_from: int | None = None) -> Rollout:
+    """`newer_from`: tokens from there on come from version + 1."""
+    cut = tokens if newer_from is None else newer_from
+    spans = tuple(s for s in (VersionSpan(version, 0, cut), VersionSpan(version + 1, cut, tokens)) if s.start < s.end)
+    return Rollout(
+        token_ids=np.arange(5, 5 + tokens, dtype=np.int32),
+        behavior_logprobs=-np.arange(1, 1 + tokens, dtype=np.float32),
+        spans=spans,
+        text="4 2" * tokens,
+        finish_reason="stop",
+        score=None if reward is None else Score(reward, Outcome.OK, "fine"),
+    )
+
+
+def group(group_id: int, *rollouts: Rollout, prompt_tokens: int = 2) -> RolloutGroup:
+    prompt = np.arange(1, 1 + prompt_tokens, dtype=np.int32)
+    query = Query(f"q{group_id}", "1+1=", "2", {"level": "easy"})
+    return RolloutGroup(group_id, query, prompt, rollouts or (rollout(), rollout(reward=0.0)))
+
+
+def config_tree(run_dir: Path | str = "runs/test", **sections: dict[str, Any]) -> dict[str, Any]:
+    """A small valid configuration on CPU; `sections` are merged over it."""
+    tree: dict[str, dict[str, Any]] = {
+        "run": {"dir": str(run_dir), "num_steps": 3, "seed": 0},
+        "model": {"kind": "tiny", "warmup": {"max_steps": 1}},
+        "task": {"kind": "chain_sum", "num_questions": 200, "num_held_out": 16},
+        "generator": {
+            "max_prompt_tokens": 16,
+            "max_response_tokens": 8,
+            "max_num_seqs": 16,
+            "dtype": "float32",
+            "kv_cache_gib": 0.1,
+        },
+        "replay": {"groups_per_step": 4, "group_size": 4, "max_staleness": 2},
+        "objective": {"kind": "quatro"},
+        "learner": {"num_ranks": 2, "learning_rate": 1e-3, "dtype": "float32", "tokens_per_micro_batch": 64},
+        "evaluation": {"num_queries": 4, "samples_per_query": 8},
+        "cluster": {"device": "cpu", "cpus_per_engine": 0.5, "cpus_per_rank": 0.4, "cpus_per_verifier": 0.05},
+    }
+    for name, values in sections.items():
+        tree[name] = values if "kind" in values else tree.get(name, {}) | values
+    return tree
+
+
+def config(run_dir: Path | str = "runs/test", **sections: dict[str, Any]) -> Config:
+    return Config.model_validate(config_tree(run_dir, **sections))

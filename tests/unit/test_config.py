@@ -1,0 +1,113 @@
+"""The configuration: strict, clear about what is wrong, importable without the heavy libraries."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import yaml
+
+from quatro_ray.config import Config, dump_config, load_config
+from quatro_ray.errors import ConfigError
+from tests.make import config_tree
+
+ROOT = Path(__file__).parents[2]
+
+
+def write(tmp_path: Path, tree: object) -> Path:
+    path = tmp_path / "c.yaml"
+    path.write_text(yaml.safe_dump(tree))
+    return path
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "configs").glob("*.yaml")), ids=lambda p: p.name)
+def test_shipped_configs_are_valid(path: Path) -> None:
+    load_config(path)
+
+
+def test_dump_and_load_are_inverse(tmp_path: Path) -> None:
+    config = load_config(write(tmp_path, config_tree()))
+    (tmp_path / "again.yaml").write_text(dump_config(config))
+    assert load_config(tmp_path / "again.yaml") == config
+
+
+def test_overrides(tmp_path: Path) -> None:
+    path = write(tmp_path, config_tree())
+    config = load_config(path, ["learner.learning_rate=1e-4", "objective={kind: grpo}", "verifier.num_workers=3"])
+    assert config.learner.learning_rate == 1e-4
+    assert config.objective.kind == "grpo"
+    assert config.verifier.num_workers == 3
+
+
+@pytest.mark.parametrize(
+    ("override", "expected"),
+    [
+        ("learner.lr=1", "learner.lr: unknown field"),
+        ("nonsense.x=1", "nonsense: unknown field"),
+        ("learner.learning_rate=-1", "learner.learning_rate=-1: Input should be greater than 0"),
+        ("learner.learning_rate=fast", "learner.learning_rate='fast'"),
+        ("learner.tokens_per_micro_batch=20", "must hold the longest rollout"),
+        ("learner.num_ranks=99", "every rank needs one"),
+        ("objective={kind: ppo}", "'quatro', 'grpo'"),
+        ("objective={kind: quatro, importance: {truncation: 0.5}}", "truncation=0.5"),
+        ("weight_sync.backend=nccl", "weight_sync.backend=nccl needs cluster.device=cuda"),
+        ("learner.attn_implementation=flash_attention_2", "needs cluster.device=cuda"),
+        ("learner.num_warmup_steps=3", "the learning rate would never be reached"),
+        ("generator.engine_args={seed: 3}", "engine_args may not contain ['seed']"),
+        (
+            "generator={deterministic: true, num_engines: 2, max_prompt_tokens: 4, max_response_tokens: 4}",
+            "num_engines=1",
+        ),
+        ("model={kind: tiny, hidden_size: 48}", "multiple of 32*num_heads"),
+        ("task.num_held_out=200", "nothing would be left to train on"),
+        ("task.min_terms=5", "min_terms=5 must be at most max_terms=2"),
+        ("learner", "must have the form section.field=value"),
+        ("run.seed.x=1", "is a value, not a section"),
+        ("run.seed={", "the value is not YAML"),
+    ],
+)
+def test_bad_values_give_one_clear_error(tmp_path: Path, override: str, expected: str) -> None:
+    with pytest.raises(ConfigError) as caught:
+        load_config(write(tmp_path, config_tree()), [override])
+    assert expected in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+def test_missing_section(tmp_path: Path) -> None:
+    tree = config_tree()
+    del tree["learner"]
+    with pytest.raises(ConfigError, match="learner: required field is missing"):
+        load_config(write(tmp_path, tree))
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"), [("a: [", "is not YAML"), ("- 1", "must be a mapping"), (None, "cannot be read")]
+)
+def test_unusable_files(tmp_path: Path, text: str | None, expected: str) -> None:
+    path = tmp_path / "c.yaml"
+    if text is not None:
+        path.write_text(text)
+    with pytest.raises(ConfigError, match=expected):
+        load_config(path)
+
+
+def test_import_is_light() -> None:
+    code = "import sys, quatro_ray.config, quatro_ray.plan; print([m for m in ('torch', 'ray', 'vllm') if m in sys.modules])"
+    out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, timeout=60)
+    assert out.stdout.strip() == "[]"
+
+
+def every_section(model: type) -> list[type]:
+    from pydantic import BaseModel
+
+    found = [model]
+    for field in model.model_fields.values():  # type: ignore[attr-defined]
+        for part in getattr(field.annotation, "__args__", [field.annotation]):
+            if isinstance(part, type) and issubclass(part, BaseModel):
+                found += every_section(part)
+    return found
+
+
+def test_every_section_refuses_unknown_keys() -> None:
+    for section in every_section(Config):
+        assert section.model_config["extra"] == "forbid", section  # type: ignore[attr-defined]

@@ -1,0 +1,69 @@
+"""Packing: nothing lost, equal counts on every rank, rows within the limit."""
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from quatro_ray.replay.packing import pack
+from tests.make import group, rollout
+
+
+@settings(max_examples=100, deadline=None)
+@given(
+    st.lists(st.lists(st.integers(1, 20), min_size=1, max_size=5), min_size=1, max_size=6),
+    st.integers(1, 4),
+    st.integers(22, 60),
+)
+def test_every_token_once_and_equal_counts(lengths: list[list[int]], ranks: int, limit: int) -> None:
+    groups = [group(q, *(rollout(n, version=q) for n in ns)) for q, ns in enumerate(lengths)]
+    total = sum(map(len, lengths))
+    if total < ranks:
+        with pytest.raises(ValueError, match="cannot be split"):
+            pack(groups, num_ranks=ranks, tokens_per_micro_batch=limit)
+        return
+    batch = pack(groups, num_ranks=ranks, tokens_per_micro_batch=limit)
+    assert len({len(r) for r in batch.micro_batches}) == 1
+    micro = [m for rank in batch.micro_batches for m in rank]
+    assert all(len(m.token_ids) <= limit for m in micro)
+    assert batch.num_tokens == sum(map(sum, lengths)) == sum(int(m.is_response.sum()) for m in micro)
+    assert batch.num_rollouts == total
+    size = max(map(len, lengths))
+    for q, ns in enumerate(lengths):
+        for i, n in enumerate(ns):
+            cells = [m.rollout_index == q * size + i for m in micro]
+            assert sum(int((c & m.is_response).sum()) for c, m in zip(cells, micro, strict=True)) == n
+            assert sum(bool(c.any()) for c in cells) == 1  # a rollout is never split
+
+
+def test_targets_positions_and_versions_by_hand() -> None:
+    batch = pack([group(0, rollout(3, version=4, newer_from=2))], num_ranks=1, tokens_per_micro_batch=10)
+    (m,) = batch.micro_batches[0]
+    assert m.token_ids.tolist() == [1, 2, 5, 6]
+    assert m.position_ids.tolist() == [0, 1, 2, 3]
+    assert m.is_response.tolist() == [False, True, True, True]
+    assert m.target_ids.tolist() == [0, 5, 6, 7]
+    assert m.behavior_logprobs.tolist() == [0, -1, -2, -3]
+    assert m.versions.tolist() == [-1, 4, 4, 5]
+    assert batch.rewards.tolist() == [[1.0]]
+
+
+def test_ragged_groups_are_masked() -> None:
+    batch = pack(
+        [group(0, rollout(), rollout()), group(1, rollout(reward=0.5))], num_ranks=1, tokens_per_micro_batch=99
+    )
+    assert batch.valid.tolist() == [[True, True], [True, False]]
+    assert batch.rewards.tolist() == [[1.0, 1.0], [0.5, 0.0]]
+
+
+def test_a_rollout_that_does_not_fit_is_refused() -> None:
+    with pytest.raises(ValueError, match="exceeds tokens_per_micro_batch=4"):
+        pack([group(0, rollout(9))], num_ranks=1, tokens_per_micro_batch=4)
+
+
+def test_the_plan_depends_on_the_groups_alone() -> None:
+    groups = [group(q, rollout(q + 1), rollout(2 * q + 1)) for q in range(5)]
+    a, b = (pack(groups, num_ranks=2, tokens_per_micro_batch=16) for _ in range(2))
+    for ra, rb in zip(a.micro_batches, b.micro_batches, strict=True):
+        for ma, mb in zip(ra, rb, strict=True):
+            np.testing.assert_array_equal(ma.token_ids, mb.token_ids)
