@@ -33,11 +33,11 @@ $(STAMP):
 	@command -v c++ >/dev/null || command -v g++ >/dev/null || { echo "missing: a C++ compiler (Debian: apt install g++)"; exit 1; }
 	@echo "setting up $(VENV) from $(LOCK): a few minutes, once"
 	@rm -rf $(VENV) && $(PYTHON) -m venv $(VENV)
-	@$(BIN)/pip install --quiet --no-deps "$(TORCH)" 2>$(VENV)/torch.log \
-	  || $(BIN)/pip install --quiet --no-deps --index-url https://download.pytorch.org/whl/cpu "$(TORCH)" \
+	@$(BIN)/pip install -qq --no-deps "$(TORCH)" 2>$(VENV)/torch.log \
+	  || $(BIN)/pip install -qq --no-deps --index-url https://download.pytorch.org/whl/cpu "$(TORCH)" \
 	  || { cat $(VENV)/torch.log; exit 1; }
-	@$(BIN)/pip install --quiet --no-deps --require-hashes --requirement $(LOCK)
-	@$(BIN)/pip install --quiet --no-deps --no-build-isolation --editable .
+	@$(BIN)/pip install -qq --no-deps --require-hashes --requirement $(LOCK)
+	@$(BIN)/pip install -qq --no-deps --no-build-isolation --editable .
 	@touch $@
 
 lock: ## resolve both locks again; needs uv

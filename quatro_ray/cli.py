@@ -1,4 +1,4 @@
-"""quatro-ray: train, validate, plan, report."""
+"""Asynchronous RL for language models with an exact trust region per query."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import Annotated
 
 import typer
 
-from quatro_ray.config import Config, dump_config, load_config
+from quatro_ray.config import dump_config, load_config
 from quatro_ray.errors import ConfigError, QuatroError
 
 app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False, help=__doc__)
@@ -20,17 +20,20 @@ Overrides = Annotated[list[str] | None, typer.Argument(help="section.field=value
 @app.command()
 def train(config: ConfigPath, overrides: Overrides = None) -> None:
     """Train, then print where the report is."""
-    loaded = _checked(config, overrides)
+    loaded = load_config(config, overrides)
     from quatro_ray.training import train as run
 
-    report = run(loaded)
-    print(f"report: {report}")
+    print(f"report: {run(loaded)}")
 
 
 @app.command()
 def validate(config: ConfigPath, overrides: Overrides = None) -> None:
     """Check a configuration and its data files, and print it as resolved. Starts nothing."""
-    print(dump_config(_checked(config, overrides)), end="")
+    loaded = load_config(config, overrides)
+    from quatro_ray.tasks.registry import check_held_out, make_dataset
+
+    check_held_out(loaded.evaluation, make_dataset(loaded.task, loaded.run.seed))
+    print(dump_config(loaded), end="")
 
 
 @app.command()
@@ -42,6 +45,17 @@ def plan(config: ConfigPath, overrides: Overrides = None) -> None:
 
 
 @app.command()
+def fields(section: Annotated[str | None, typer.Argument(help="Only this section.")] = None) -> None:
+    """List every field of the configuration with type, default and meaning."""
+    from quatro_ray.reference import describe_fields
+
+    try:
+        print(describe_fields(section))
+    except KeyError as error:
+        raise ConfigError(f"{error.args[0]}: no such section; `quatro-ray fields` lists all") from error
+
+
+@app.command()
 def report(run_dir: Annotated[Path, typer.Argument(help="Directory of a finished run.")]) -> None:
     """Write report.html again from the files of a run."""
     from quatro_ray.telemetry.report import write_report
@@ -49,20 +63,6 @@ def report(run_dir: Annotated[Path, typer.Argument(help="Directory of a finished
     if not (run_dir / "summary.json").is_file():
         raise ConfigError(f"{run_dir}: has no summary.json; give the directory of a finished run")
     print(f"report: {write_report(run_dir)}")
-
-
-def _checked(path: Path, overrides: list[str] | None) -> Config:
-    """Also reads the data, so that a bad row is found before anything starts."""
-    from quatro_ray.tasks.registry import make_dataset
-
-    config = load_config(path, overrides)
-    dataset = make_dataset(config.task, config.run.seed)
-    if config.evaluation.num_queries > len(dataset.held_out):
-        raise ConfigError(
-            f"evaluation.num_queries={config.evaluation.num_queries}: there are only {len(dataset.held_out)} "
-            "held-out questions; lower it or provide more"
-        )
-    return config
 
 
 def main() -> None:

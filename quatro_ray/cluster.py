@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -98,10 +99,8 @@ class Cluster:
     def shutdown(self) -> None:
         """Ends the engines in order, then everything else; safe after a failure."""
         for actor in self.generators:
-            try:
+            with suppress(GetTimeoutError, RayError):  # it is killed below in any case
                 ray.get(actor.shutdown.remote(), timeout=30)
-            except (GetTimeoutError, RayError):
-                pass  # it is killed below in any case
         for actor in [*self.generators, *self.learners, self.replay, *self.verifiers.workers]:
             ray.kill(actor)
         remove_placement_group(self.placement)

@@ -410,7 +410,7 @@ def _apply_override(tree: dict[str, Any], override: str) -> None:
 def _explain(error: Any) -> str:
     where = ".".join(str(p) for p in error["loc"]) or "config"
     if error["type"] == "extra_forbidden":
-        return f"{where}: unknown field; remove it or correct its spelling (docs/configuration.md lists all)"
+        return f"{where}: unknown field; remove it or correct its spelling (`quatro-ray fields` lists all)"
     if error["type"] == "missing":
         return f"{where}: required field is missing; add it"
     message = error["msg"].removeprefix("Value error, ")

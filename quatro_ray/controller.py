@@ -117,25 +117,33 @@ class Controller:
 
     async def _generate(self, group_id: int, query: Query) -> Any | None:
         """A reference to the group, or None after the last try."""
-        config = self._config.generator
-        for _ in range(1 + config.max_retries):
+        for _ in range(1 + self._config.generator.max_retries):
             async with self._parts.generators.slot() as generator:
                 await self._parts.replay.start(group_id)
-                try:
-                    summary, group = await asyncio.wait_for(
-                        generator.generate(group_id, query, self._sampling(group_id), self._config.replay.group_size),
-                        config.group_deadline_s,
-                    )
-                except RayActorError as error:
-                    raise ClusterError(f"a generator died: {_last_line(error)}") from error
-                except (TimeoutError, RayError) as error:
-                    self._recorder.note(f"group {group_id}: generation failed: {_last_line(error)}")
-                    await self._parts.replay.retry(group_id)
-                    continue
+                result = await self._try(
+                    generator, group_id, query, self._sampling(group_id), self._config.replay.group_size
+                )
+            if result is None:
+                await self._parts.replay.retry(group_id)
+                continue
+            summary, group = result
             self.tally.generated_tokens += summary["num_tokens"]
             self.tally.multi_version_rollouts += summary["multi_version_rollouts"]
             await self._parts.replay.generated(group_id)
             return group
+        return None
+
+    async def _try(self, generator: Any, group_id: int, query: Query, sampling: SamplingParams, size: int) -> Any:
+        """(summary, reference) or None, with a note why; raises ClusterError where the engine itself is gone."""
+        deadline = self._config.generator.group_deadline_s
+        try:
+            return await asyncio.wait_for(generator.generate(group_id, query, sampling, size), deadline)
+        except RayActorError as error:
+            raise ClusterError(f"a generator died: {_last_line(error)}") from error
+        except TimeoutError:
+            self._recorder.note(f"group {group_id}: not generated within group_deadline_s={deadline:g} s")
+        except RayError as error:
+            self._recorder.note(f"group {group_id}: generation failed: {_last_line(error)}")
         return None
 
     async def _drop(self, group_id: int, reason: DropReason) -> None:
@@ -242,10 +250,24 @@ class Controller:
         self._recorder.evaluation(result)
 
     async def sample(self, group_id: int, query: Query, sampling: SamplingParams, size: int) -> dict[str, Any]:
-        """For evaluation: one group generated and scored, outside of the ledger."""
-        async with self._parts.generators.slot() as generator:
-            _, group = await generator.generate(group_id, query, sampling, size)
-        summary, _ = await self._parts.verifiers.score(group, size)
+        """For evaluation: one group generated and scored, outside of the ledger.
+
+        Raises:
+            ClusterError: it failed, retries included; a pass rate over the rest would be biased.
+        """
+        for _ in range(1 + self._config.generator.max_retries):
+            async with self._parts.generators.slot() as generator:
+                result = await self._try(generator, group_id, query, sampling, size)
+            if result is not None:
+                break
+        else:
+            raise ClusterError(
+                f"evaluation: question {query.query_id!r} could not be generated; see notes.log in the run"
+            )
+        try:
+            summary, _ = await self._parts.verifiers.score(result[1], size)
+        except VerifierFailed as failure:
+            raise ClusterError(f"evaluation: question {query.query_id!r} could not be scored: {failure}") from failure
         return summary
 
     async def _checkpoint(self, step: int) -> None:

@@ -9,7 +9,7 @@ from pathlib import Path
 from quatro_ray.config import Config, PretrainedModelConfig, TinyModelConfig
 
 _BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
-_TINY_VOCABULARY = 103
+_TINY_VOCABULARY = 258
 
 
 @dataclass(frozen=True)

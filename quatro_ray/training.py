@@ -16,7 +16,7 @@ from quatro_ray.config import Config, TinyModelConfig, dump_config
 from quatro_ray.controller import Controller, Tally
 from quatro_ray.errors import ConfigError, DataError
 from quatro_ray.tasks.base import Dataset, shuffled_epochs
-from quatro_ray.tasks.registry import make_dataset, make_verifier
+from quatro_ray.tasks.registry import check_held_out, make_dataset, make_verifier
 from quatro_ray.telemetry.memory import own_peak_rss_bytes
 from quatro_ray.telemetry.progress import Progress
 from quatro_ray.telemetry.recorder import Recorder
@@ -34,6 +34,7 @@ def train(config: Config) -> Path:
     """
     run_dir = config.run.dir
     dataset = make_dataset(config.task, config.run.seed)
+    check_held_out(config.evaluation, dataset)
     prepare_run_dir(config)
     progress = Progress()
     recorder = Recorder(
@@ -100,18 +101,29 @@ def _warm_up(config: Config, train: Any, held_out: Any, path: Path) -> Any:
 
 
 def check_prompts(config: Config, dataset: Dataset, model_path: str) -> None:
-    """Raises DataError for a prompt that does not fit generator.max_prompt_tokens, before anything starts."""
+    """Before any actor starts.
+
+    Raises:
+        ConfigError: the model's folder has no tokenizer that loads.
+        DataError: a prompt does not fit generator.max_prompt_tokens.
+    """
     from transformers import AutoTokenizer
 
     from quatro_ray.tasks.prompts import encode_prompt
 
-    tokenizer = AutoTokenizer.from_pretrained(model_path)
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(model_path)
+    except (OSError, ValueError) as error:
+        reason = str(error).strip().splitlines()[0]
+        raise ConfigError(
+            f"model.path={model_path}: cannot be loaded ({reason}); give a folder or a name on the hub"
+        ) from error
     limit = config.generator.max_prompt_tokens
     for query in [*dataset.train, *dataset.held_out]:
         if not 1 <= (n := len(encode_prompt(tokenizer, query.prompt))) <= limit:
             raise DataError(
-                f"{query.query_id}: its prompt has {n} tokens, generator.max_prompt_tokens={limit} allows 1 to {limit}; "
-                "raise the limit or remove the row"
+                f"{query.query_id}: its prompt has {n} tokens, generator.max_prompt_tokens={limit} allows 1 to "
+                f"{limit}; raise the limit or remove the row"
             )
 
 

@@ -11,11 +11,9 @@ import ray
 
 from quatro_ray.actors.host import HostMixin, interface_of
 from quatro_ray.config import LearnerConfig, ObjectiveConfig, WeightSyncConfig
-from quatro_ray.engines.learning import LearningEngine
 from quatro_ray.replay.packing import pack
 from quatro_ray.types import RolloutGroup
 from quatro_ray.weight_sync.client import EngineClient
-from quatro_ray.weight_sync.trainer import open_transfer
 
 
 @ray.remote
@@ -34,6 +32,9 @@ class LearnerActor(HostMixin):
         seed: int,
         num_steps: int,
     ) -> None:
+        # here, not above: who only spawns the actor needs neither torch nor DeepSpeed
+        from quatro_ray.engines.learning import LearningEngine
+
         if interface := interface_of(self.address()):
             os.environ.setdefault("GLOO_SOCKET_IFNAME", interface)
         self._rank = rank
@@ -73,6 +74,8 @@ class LearnerActor(HostMixin):
         master_port: int,
         config: WeightSyncConfig,
     ) -> None:
+        from quatro_ray.weight_sync.trainer import open_transfer
+
         self._client = EngineClient(
             generators,
             submit=lambda actor, method, *args: getattr(actor, method).remote(*args),

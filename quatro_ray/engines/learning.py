@@ -107,9 +107,8 @@ class LearningEngine:
     def _schedule(self, optimizer: torch.optim.Optimizer) -> Any:
         from transformers import get_scheduler
 
-        name = self._config.schedule
-        if name == "constant":
-            name = "constant_with_warmup"
+        schedule = self._config.schedule
+        name = "constant_with_warmup" if schedule == "constant" else schedule
         return get_scheduler(name, optimizer, self._config.num_warmup_steps, self._num_steps)
 
     def _deepspeed_config(self) -> dict[str, Any]:

@@ -1,37 +1,37 @@
-"""A Qwen2-architecture model and a character tokenizer from scratch, in Hugging Face format."""
+"""A Qwen2-architecture model and a byte tokenizer from scratch, in Hugging Face format."""
 
 from __future__ import annotations
 
-import string
 from pathlib import Path
 
 import torch
-from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
-from transformers import PreTrainedTokenizerFast, Qwen2Config, Qwen2ForCausalLM
+from tokenizers import pre_tokenizers
+from transformers import Qwen2Config, Qwen2ForCausalLM, Qwen2Tokenizer
 
 from quatro_ray.config import TinyModelConfig
 
-PAD, EOS, UNKNOWN = "<pad>", "<eos>", "<unk>"
+PAD, EOS = "<pad>", "<eos>"
 MAX_POSITIONS = 512
 
 
-def make_tokenizer() -> PreTrainedTokenizerFast:
-    """One token a printable ASCII character."""
-    characters = [PAD, EOS, UNKNOWN, *string.printable]
-    backend = Tokenizer(models.WordLevel({c: i for i, c in enumerate(characters)}, unk_token=UNKNOWN))
-    backend.pre_tokenizer = pre_tokenizers.Split(Regex("[\\s\\S]"), "isolated")
-    backend.decoder = decoders.Fuse()
-    return PreTrainedTokenizerFast(
-        tokenizer_object=backend,
+def make_tokenizer() -> Qwen2Tokenizer:
+    """One token a byte: a byte-level BPE without merges, so that any text is encoded and none is unknown.
+
+    It is of the class that `AutoTokenizer` picks for Qwen2 models whatever their files say; another class
+    would come back with this one's rules, and other tokens.
+    """
+    vocabulary = [PAD, EOS, *sorted(pre_tokenizers.ByteLevel.alphabet())]
+    return Qwen2Tokenizer(
+        vocab={token: i for i, token in enumerate(vocabulary)},
+        merges=[],
         pad_token=PAD,
         eos_token=EOS,
-        unk_token=UNKNOWN,
+        unk_token=None,
         model_max_length=MAX_POSITIONS,
-        clean_up_tokenization_spaces=False,
     )
 
 
-def make_model(config: TinyModelConfig, tokenizer: PreTrainedTokenizerFast, seed: int) -> Qwen2ForCausalLM:
+def make_model(config: TinyModelConfig, tokenizer: Qwen2Tokenizer, seed: int) -> Qwen2ForCausalLM:
     """Random weights, float32. The generator's and the learner's view of it are the same files."""
     torch.manual_seed(seed)
     return Qwen2ForCausalLM(
@@ -51,7 +51,7 @@ def make_model(config: TinyModelConfig, tokenizer: PreTrainedTokenizerFast, seed
     )
 
 
-def save_pretrained(model: Qwen2ForCausalLM, tokenizer: PreTrainedTokenizerFast, path: Path) -> None:
+def save_pretrained(model: Qwen2ForCausalLM, tokenizer: Qwen2Tokenizer, path: Path) -> None:
     path.mkdir(parents=True, exist_ok=True)
     model.save_pretrained(path)
     tokenizer.save_pretrained(path)

@@ -10,7 +10,7 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from transformers import PreTrainedTokenizerFast, Qwen2ForCausalLM
+from transformers import Qwen2ForCausalLM, Qwen2Tokenizer
 
 from quatro_ray.config import TinyModelConfig
 from quatro_ray.engines.tiny_model import make_model, make_tokenizer, save_pretrained
@@ -18,6 +18,8 @@ from quatro_ray.tasks.base import Verifier
 from quatro_ray.types import Query
 
 _CHECK_EVERY = 50
+_SAMPLES_PER_CHECK = 4
+"""Of each held-out question."""
 _IGNORE = -100
 
 
@@ -65,7 +67,7 @@ def _step(model: Qwen2ForCausalLM, optimizer: torch.optim.Optimizer, batch: tupl
     return loss.item()
 
 
-def _encode(tokenizer: PreTrainedTokenizerFast, batch: Sequence[Query]) -> tuple[Tensor, Tensor]:
+def _encode(tokenizer: Qwen2Tokenizer, batch: Sequence[Query]) -> tuple[Tensor, Tensor]:
     """int64 [B, T] tokens, padded on the right, and labels with _IGNORE outside of answers."""
     rows = [(tokenizer.encode(q.prompt), [*tokenizer.encode(q.answer), tokenizer.eos_token_id]) for q in batch]
     width = max(len(p) + len(a) for p, a in rows)
@@ -79,9 +81,9 @@ def _encode(tokenizer: PreTrainedTokenizerFast, batch: Sequence[Query]) -> tuple
 
 @torch.no_grad()
 def pass_rate(
-    model: Qwen2ForCausalLM, tokenizer: PreTrainedTokenizerFast, queries: Sequence[Query], verifier: Verifier
+    model: Qwen2ForCausalLM, tokenizer: Qwen2Tokenizer, queries: Sequence[Query], verifier: Verifier
 ) -> float:
-    """Share of right answers at temperature 1, one sample a query; prompts of one length go together."""
+    """Share of right answers at temperature 1; prompts of one length go together."""
     generator = torch.Generator().manual_seed(0)
     longest = max(len(tokenizer.encode(q.answer)) for q in queries) + 1
     by_length: dict[int, list[Query]] = {}
@@ -89,6 +91,7 @@ def pass_rate(
         by_length.setdefault(len(query.prompt), []).append(query)
     right = 0.0
     for same in by_length.values():
+        same = same * _SAMPLES_PER_CHECK
         tokens = torch.tensor([tokenizer.encode(q.prompt) for q in same])
         start = tokens.shape[1]
         for _ in range(longest):
@@ -97,4 +100,4 @@ def pass_rate(
         for query, row in zip(same, tokens[:, start:].tolist(), strict=True):
             answer = row[: row.index(tokenizer.eos_token_id)] if tokenizer.eos_token_id in row else row
             right += verifier(query, tokenizer.decode(answer)).reward
-    return right / len(queries)
+    return right / (len(queries) * _SAMPLES_PER_CHECK)

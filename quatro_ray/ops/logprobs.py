@@ -77,9 +77,9 @@ class LogprobHead(nn.Module):
         super().__init__()
         if head.bias is not None:
             raise ValueError("output heads with a bias are not supported; the model must have lm_head.bias = None")
-        self.weight = head.weight
-        self.temperature = temperature
-        self.chunk_tokens = chunk_tokens
+        self.weight: nn.Parameter = head.weight
+        self.temperature: float = temperature
+        self.chunk_tokens: int = chunk_tokens
 
     def forward(self, hidden: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
         """hidden [N, D], targets int64 [N] → logprobs [N], entropy [N]."""

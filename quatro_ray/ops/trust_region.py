@@ -112,7 +112,7 @@ def _check(r: Tensor, valid: Tensor, budget: Tensor, base: Tensor) -> None:
 
 
 def _standardise(r: Tensor, base: Tensor) -> tuple[Tensor, Tensor]:
-    """x = (r − E_b[r]) / range in [−1, 1], and the range [Q]: a shift or a scale of rewards changes neither KL nor t."""
+    """x = (r − E_b[r]) / range in [−1, 1], and the range [Q]; shift and scale of rewards change neither KL nor t."""
     used = base > 0
     low = torch.where(used, r, torch.inf).amin(1, keepdim=True)
     span = torch.where(used, r, -torch.inf).amax(1, keepdim=True) - low

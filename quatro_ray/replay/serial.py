@@ -18,7 +18,7 @@ def to_bytes(group: RolloutGroup) -> bytes:
         "query": asdict(group.query),
         "rollouts": [_header(r) for r in group.rollouts],
     }
-    arrays = {
+    arrays: dict[str, np.ndarray] = {
         "header": np.frombuffer(json.dumps(header).encode(), dtype=np.uint8),
         "prompt_token_ids": group.prompt_token_ids,
         "token_ids": np.concatenate([r.token_ids for r in group.rollouts]),

@@ -12,8 +12,8 @@ from quatro_ray.types import Query, Score
 class Dataset(Protocol):
     """Questions to train on and distinct ones to evaluate with."""
 
-    train: Sequence[Query]
-    held_out: Sequence[Query]
+    train: list[Query]
+    held_out: list[Query]
 
 
 class Verifier(Protocol):

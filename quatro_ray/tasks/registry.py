@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from quatro_ray.config import ChainSumTaskConfig, TaskConfig
+from quatro_ray.config import ChainSumTaskConfig, EvaluationConfig, TaskConfig
 from quatro_ray.errors import ConfigError
 from quatro_ray.tasks import verifiers
 from quatro_ray.tasks.base import Dataset, Verifier
@@ -19,6 +19,15 @@ def make_dataset(config: TaskConfig, seed: int) -> Dataset:
     from quatro_ray.tasks.json_lines import JsonLinesDataset
 
     return JsonLinesDataset(config)
+
+
+def check_held_out(config: EvaluationConfig, dataset: Dataset) -> None:
+    """Raises ConfigError where evaluation asks for more questions than there are."""
+    if config.num_queries > len(dataset.held_out):
+        raise ConfigError(
+            f"evaluation.num_queries={config.num_queries}: there are only {len(dataset.held_out)} "
+            "held-out questions; lower it or provide more"
+        )
 
 
 def make_verifier(name: str) -> Verifier:

@@ -40,14 +40,17 @@ def write_report(run_dir: Path) -> Path:
         _lines(
             "KL per query: realised against budget, nats",
             metrics,
-            {"realised, mean": _mean("policy/realised_kl_nats"), "realised, largest": _largest("policy/realised_kl_nats"),
-             "budget": _scalar("trust_region/kl_budget_nats")},
+            {
+                "realised, mean": _mean("policy/realised_kl_nats"),
+                "realised, largest": _largest("policy/realised_kl_nats"),
+                "budget": _scalar("trust_region/kl_budget_nats"),
+            },
         ),
         _histogram("λ of informative queries", _flat(metrics, "trust_region/lambda"), "λ, reward"),
         _bars("Staleness of trained tokens", summary["staleness_tokens"], "learner version − token version"),
         _lines("Gradient norm", metrics, {"gradient norm": _scalar("step/grad_norm")}),
         _timeline(timeline),
-    ]  # fmt: skip
+    ]
     page = "\n".join(
         [
             "<!doctype html><html lang=en><meta charset=utf-8><title>quatro_ray run</title>",

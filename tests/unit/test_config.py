@@ -92,7 +92,8 @@ def test_unusable_files(tmp_path: Path, text: str | None, expected: str) -> None
 
 
 def test_import_is_light() -> None:
-    code = "import sys, quatro_ray.config, quatro_ray.plan; print([m for m in ('torch', 'ray', 'vllm') if m in sys.modules])"
+    heavy = "[m for m in ('torch', 'ray', 'vllm') if m in sys.modules]"
+    code = f"import sys, quatro_ray.config, quatro_ray.plan; print({heavy})"
     out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, timeout=60)
     assert out.stdout.strip() == "[]"
 

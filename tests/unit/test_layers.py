@@ -9,7 +9,7 @@ ROOT = Path(quatro_ray.__file__).parent
 LAYERS = [
     {"types", "errors"},
     {"config"},
-    {"ops", "plan"},
+    {"ops", "plan", "reference"},
     {"replay", "tasks"},
     {"weight_sync"},
     {"engines"},

@@ -1,0 +1,84 @@
+"""A real ring for the tests: Ray, a vLLM engine, two ZeRO-3 ranks, verifiers, the replay actor."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import pytest
+import ray
+
+from quatro_ray.cluster import Cluster, connect, spawn
+from quatro_ray.config import Config, TinyModelConfig
+from quatro_ray.controller import Parts
+from quatro_ray.engines.tiny_model import make_model, make_tokenizer, save_pretrained
+from quatro_ray.engines.warmup import warm_up
+from quatro_ray.tasks.registry import make_dataset, make_verifier
+from tests.make import config
+
+
+@pytest.fixture(scope="session")
+def model_path(tmp_path_factory: pytest.TempPathFactory) -> str:
+    """A tiny model with random weights."""
+    path = tmp_path_factory.mktemp("model")
+    tokenizer = make_tokenizer()
+    save_pretrained(make_model(TinyModelConfig(kind="tiny"), tokenizer, seed=1), tokenizer, path)
+    return str(path)
+
+
+@pytest.fixture(scope="session")
+def warm_model_path(tmp_path_factory: pytest.TempPathFactory) -> str:
+    """One that solves some one-digit sums."""
+    made = config(
+        model={"kind": "tiny", "warmup": {"max_steps": 200, "target_pass_rate": 0.5}},
+        task={"max_digits": 1, "num_questions": 100, "num_held_out": 8},
+    )
+    assert isinstance(made.model, TinyModelConfig)
+    dataset, path = make_dataset(made.task, 0), tmp_path_factory.mktemp("warm")
+    for line in warm_up(made.model, dataset.train, dataset.train[:64], make_verifier("integer"), 0, path):
+        print(line)
+    return str(path)
+
+
+@pytest.fixture(scope="session")
+def local_ray() -> Iterator[None]:
+    connect(config())
+    yield
+    ray.shutdown()
+
+
+@dataclass
+class Ring:
+    cluster: Cluster
+    parts: Parts
+    config: Config
+    loop: asyncio.AbstractEventLoop
+
+    def run(self, work: Any, seconds: float = 120) -> Any:
+        return self.loop.run_until_complete(asyncio.wait_for(work, seconds))
+
+    def on_ranks(self, method: str, *args: Any) -> list[Any]:
+        return ray.get([getattr(a, method).remote(*args) for a in self.cluster.learners], timeout=120)
+
+
+def start_ring(config: Config, model_path: str) -> Ring:
+    config.run.dir.mkdir(parents=True, exist_ok=True)
+    loop = asyncio.new_event_loop()
+    asyncio.set_event_loop(loop)
+    cluster = spawn(config, model_path)
+    return Ring(cluster, loop.run_until_complete(cluster.open()), config, loop)
+
+
+@pytest.fixture(scope="module")
+def ring(local_ray: None, model_path: str, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Ring]:
+    made = config(
+        tmp_path_factory.mktemp("ring"),
+        generator={"max_response_tokens": 200, "temperature": 0.8},
+        learner={"tokens_per_micro_batch": 512, "reference_kl_coef": 0.1},
+        verifier={"deadline_s": 20},
+    )
+    ring = start_ring(made, model_path)
+    yield ring
+    ring.cluster.shutdown()

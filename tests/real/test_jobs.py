@@ -1,0 +1,223 @@
+"""As people run it: `ray job submit` to a head with token authentication, and the command line on own data."""
+
+import json
+import os
+import re
+import secrets
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import psutil
+import pytest
+import yaml
+
+from tests.make import config_tree
+
+pytestmark = pytest.mark.slow
+ROOT = Path(__file__).parents[2]
+BIN = Path(sys.executable).parent
+
+
+def free_port() -> int:
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        return int(s.getsockname()[1])
+
+
+@dataclass
+class Head:
+    """A running Ray head on loopback; every client needs its token."""
+
+    dashboard: str
+    environment: dict[str, str]
+
+    def ray(self, *args: str, timeout_s: float = 120, token: bool = True) -> subprocess.CompletedProcess[str]:
+        env = self.environment if token else {k: v for k, v in self.environment.items() if k != "RAY_AUTH_TOKEN"}
+        command = [str(BIN / "ray"), *args]
+        return subprocess.run(command, env=env, capture_output=True, text=True, timeout=timeout_s, cwd=ROOT)
+
+
+@pytest.fixture(scope="module")
+def head(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Head]:
+    # sockets live under this path, and their names may have 107 bytes at most
+    temp, port, dashboard = Path(f"/tmp/qr{os.getpid()}"), free_port(), free_port()
+    environment = os.environ | {
+        "RAY_AUTH_MODE": "token",
+        "RAY_AUTH_TOKEN": secrets.token_hex(32),
+        "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0",
+        "PATH": f"{BIN}:{os.environ['PATH']}",
+        "HOME": str(tmp_path_factory.mktemp("home")),
+    }
+    environment.pop("RAY_ADDRESS", None)
+    log = (tmp_path_factory.mktemp("head") / "head.log").open("w")
+    process = subprocess.Popen(
+        [str(BIN / "ray"), "start", "--head", "--block", "--node-ip-address=127.0.0.1", f"--port={port}",
+         "--dashboard-host=127.0.0.1", f"--dashboard-port={dashboard}", f"--temp-dir={temp}", "--num-cpus=2",
+         "--disable-usage-stats"],
+        env=environment, stdout=log, stderr=subprocess.STDOUT, start_new_session=True,
+    )  # fmt: skip
+    head = Head(f"http://127.0.0.1:{dashboard}", environment)
+    try:
+        deadline = time.monotonic() + 90
+        while head.ray("job", "list", "--address", head.dashboard).returncode != 0:
+            assert process.poll() is None and time.monotonic() < deadline, Path(log.name).read_text()
+            time.sleep(1)
+        yield head
+    finally:
+        family = [process.pid, *(c.pid for c in psutil.Process(process.pid).children(recursive=True))]
+        for pid in family:
+            if psutil.pid_exists(pid):
+                os.kill(pid, signal.SIGKILL)
+        process.wait(timeout=30)
+        subprocess.run(["rm", "-rf", str(temp)], check=True)
+
+
+def test_a_client_without_the_token_is_refused(head: Head) -> None:
+    refused = head.ray("job", "submit", "--address", head.dashboard, "--", "echo", "hello", token=False)
+    assert refused.returncode != 0
+
+
+def test_the_demo_as_a_submitted_job(head: Head, tmp_path: Path) -> None:
+    """The whole demo, as `make demo` runs it, and everything it promises."""
+    run_dir = tmp_path / "demo"
+    command = ["quatro-ray", "train", str(ROOT / "configs/demo.yaml"), f"run.dir={run_dir}"]
+    submitted = head.ray("job", "submit", "--address", head.dashboard, "--no-wait", "--", *command)
+    assert submitted.returncode == 0, submitted.stdout + submitted.stderr
+    job = re.search(r"raysubmit_\w+", submitted.stdout)
+    assert job
+    status = ""
+    deadline = time.monotonic() + 540
+    while "SUCCEEDED" not in status and "FAILED" not in status and time.monotonic() < deadline:
+        time.sleep(3)
+        shown = head.ray("job", "status", "--address", head.dashboard, job[0])
+        status = shown.stdout + shown.stderr
+    logs = head.ray("job", "logs", "--address", head.dashboard, job[0]).stdout
+    assert "SUCCEEDED" in status, f"{status}\n{logs}"
+    assert "report: " in logs
+    assert head.environment["RAY_AUTH_TOKEN"] not in logs
+
+    summary = json.loads((run_dir / "summary.json").read_text())
+    assert summary["pass_at_1_end"] >= summary["pass_at_1_start"] + 0.25
+    assert summary["pass_at_8_end"] >= summary["pass_at_8_start"]
+    assert 0.2 <= summary["pass_at_1_start"] <= 0.45
+    assert summary["in_flight_updates"] >= 10
+    assert summary["multi_version_rollouts"] > 0
+    check_accounts(run_dir, max_staleness=4, steps=150)
+    assert any(int(s) > 0 and n > 0 for s, n in summary["staleness_tokens"].items())
+    check_files(run_dir)
+
+
+def check_accounts(run_dir: Path, *, max_staleness: int, steps: int) -> None:
+    summary = json.loads((run_dir / "summary.json").read_text())
+    assert sum(summary["groups"].values()) == summary["groups_admitted"]
+    assert summary["groups"]["dropped"] == sum(summary["drops"].values())
+    assert summary["learner_steps"] == summary["weight_updates"] == steps
+    assert max(int(s) for s in summary["staleness_tokens"]) <= max_staleness
+    assert sum(summary["staleness_tokens"].values()) == summary["trained_tokens"] <= summary["generated_tokens"]
+    assert all(v > 0 for v in summary["peak_rss_bytes"].values())
+    learner = sum(summary["seconds"][p] for p in ("wait", "train", "sync", "evaluate", "checkpoint"))
+    assert 0 < learner < summary["seconds"]["total"]
+
+
+def read_lines(path: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+def check_files(run_dir: Path) -> None:
+    import torch
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    metrics = read_lines(run_dir / "metrics.jsonl")
+    agreement = [m["rollout_corr/logprob_abs_diff"] for m in metrics if m["rollout_corr/logprob_abs_diff"] is not None]
+    assert agreement and max(agreement) < 1e-3
+    assert [m["step"] for m in metrics] == list(range(1, len(metrics) + 1))
+    rollouts = read_lines(run_dir / "rollouts.jsonl")
+    assert {"text", "reward", "versions"} <= rollouts[0]["rollouts"][0].keys()
+    assert list((run_dir / "tensorboard").glob("events.out.tfevents.*"))
+    assert list((run_dir / "checkpoints").glob("step_*/*optim_states.pt"))
+    assert yaml.safe_load((run_dir / "config.yaml").read_text())["run"]["seed"] == 0
+    page = (run_dir / "report.html").read_text()
+    assert page.count("<svg") == 8
+    assert "<script" not in page and 'src="http' not in page
+    tokenizer = AutoTokenizer.from_pretrained(run_dir / "export")
+    model = AutoModelForCausalLM.from_pretrained(run_dir / "export")
+    out = model.generate(torch.tensor([tokenizer.encode("1+1=")]), max_new_tokens=4, do_sample=False)
+    assert out.shape[1] > 4
+
+
+def quatro_ray(*args: str, timeout_s: float = 60) -> subprocess.CompletedProcess[str]:
+    command = [str(BIN / "quatro-ray"), *args]
+    return subprocess.run(command, capture_output=True, text=True, timeout=timeout_s, cwd=ROOT)
+
+
+@pytest.fixture
+def own_data(tmp_path: Path) -> Path:
+    """A configuration over the user's own JSON lines, GRPO this time, with a schedule and two engines."""
+    rows = [{"question": f"say {c}:", "gold": c} for c in "abcdefghijklmnopqrstuvwxyz"]
+    for name, part in (("train", rows[:20]), ("eval", rows[20:])):
+        (tmp_path / f"{name}.jsonl").write_text("\n".join(map(json.dumps, part)))
+    tree = config_tree(
+        tmp_path / "run",
+        task={
+            "kind": "jsonl",
+            "train_path": str(tmp_path / "train.jsonl"),
+            "eval_path": str(tmp_path / "eval.jsonl"),
+            "prompt_key": "question",
+            "answer_key": "gold",
+        },
+        objective={"kind": "grpo"},
+        learner={"schedule": "cosine", "loss_agg_mode": "sequence_mean"},
+        generator={"num_engines": 2},
+        run={"num_steps": 4},
+        cluster={"cpus_per_engine": 0.3},
+    )
+    path = tmp_path / "own.yaml"
+    path.write_text(yaml.safe_dump(tree))
+    return path
+
+
+def test_training_on_own_prompts_with_two_engines(own_data: Path, tmp_path: Path) -> None:
+    done = quatro_ray("train", str(own_data), timeout_s=300)
+    assert done.returncode == 0, done.stdout + done.stderr
+    check_accounts(tmp_path / "run", max_staleness=2, steps=4)
+    check_files(tmp_path / "run")
+    again = quatro_ray("train", str(own_data))
+    assert again.returncode == 2
+    assert "is not empty; choose another, or set run.overwrite=true" in again.stderr
+    assert "Traceback" not in again.stderr
+
+
+@pytest.mark.parametrize(
+    ("override", "expected"),
+    [
+        ("task.train_path=/nowhere.jsonl", "/nowhere.jsonl: cannot be read"),
+        ("task.answer_key=label", "train.jsonl:1: has no field 'label'"),
+        ("task.verifier=integer", "verifier 'integer' needs an integer answer, not 'a'"),
+        ("evaluation.num_queries=7", "there are only 6 held-out questions"),
+        ("model={kind: pretrained, path: /nowhere}", "model.path=/nowhere: cannot be loaded"),
+        ("generator.max_prompt_tokens=3", "its prompt has 6 tokens"),
+        ("cluster.cpus_per_rank=50", "CPUs and the cluster has"),
+        ("run.dir=/etc", "run.dir=/etc: is not empty"),
+    ],
+)
+def test_what_a_user_can_get_wrong_is_one_line(own_data: Path, override: str, expected: str) -> None:
+    done = quatro_ray("train", str(own_data), override, timeout_s=120)
+    assert done.returncode == 2, done.stdout + done.stderr
+    assert expected in done.stderr
+    assert "Traceback" not in done.stderr
+
+
+def test_plan_and_validate_start_nothing(own_data: Path) -> None:
+    plan = quatro_ray("plan", str(own_data))
+    assert plan.returncode == 0
+    assert "2 × generator" in plan.stdout and "4 queries × 4 rollouts = 16 rollouts a step" in plan.stdout
+    valid = quatro_ray("validate", str(own_data))
+    assert valid.returncode == 0
+    assert yaml.safe_load(valid.stdout)["objective"]["kind"] == "grpo"

@@ -1,0 +1,179 @@
+"""Engine and learner hold the same policy, before and after updates; checkpoints and exports are whole."""
+
+import asyncio
+import hashlib
+import math
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import ray
+import torch
+from transformers import AutoModelForCausalLM
+
+from quatro_ray.replay.packing import pack
+from quatro_ray.types import Query, RolloutGroup, SamplingParams
+from tests.real.conftest import Ring
+
+pytestmark = pytest.mark.slow
+SAMPLING = SamplingParams(temperature=0.8, top_p=1.0, max_tokens=24, seed=3)
+
+
+def sample(ring: Ring, count: int = 4, max_tokens: int = 24) -> tuple[RolloutGroup, ...]:
+    """Scored groups straight from the engine; rewards alternate, so that there is something to learn."""
+
+    async def one(i: int) -> RolloutGroup:
+        _, ref = await ring.parts.generators.generators[0].generate(
+            i, Query(str(i), f"{10 + i}+34=", "44"), replace(SAMPLING, max_tokens=max_tokens, seed=i), 4
+        )
+        _, scored = await ring.parts.verifiers.score(ref, 4)
+        return await scored
+
+    async def all_of_them() -> list[RolloutGroup]:
+        return await asyncio.gather(*(one(i) for i in range(count)))
+
+    groups = ring.run(all_of_them())
+    return tuple(
+        replace(
+            g, rollouts=tuple(replace(r, score=replace(r.score, reward=float(i % 2))) for i, r in enumerate(g.rollouts))
+        )
+        for g in groups
+    )
+
+
+def disagreement(ring: Ring, groups: tuple[RolloutGroup, ...]) -> float:
+    """Mean |behaviour − recomputed| log-prob over all response tokens."""
+    batch = pack(groups, num_ranks=2, tokens_per_micro_batch=ring.config.learner.tokens_per_micro_batch)
+    recomputed = ring.on_ranks("logprobs", groups)
+    errors = [
+        np.abs(values - micro.behavior_logprobs)[micro.is_response]
+        for rank, per_rank in zip(batch.micro_batches, recomputed, strict=True)
+        for micro, values in zip(rank, per_rank, strict=True)
+    ]
+    return float(np.concatenate(errors).mean())
+
+
+def version(ring: Ring) -> int:
+    return ring.run(ring.parts.generators.generators[0].policy_version())
+
+
+def train(ring: Ring, groups: tuple[RolloutGroup, ...]) -> dict:
+    return ring.run(ring.parts.learner.train_step(groups, version(ring)))
+
+
+def test_behaviour_logprobs_are_the_learners_own(ring: Ring) -> None:
+    """At temperature 0.8, so that logits before scaling would show."""
+    groups = sample(ring)
+    assert all(r.score is not None and len(r.behavior_logprobs) == r.num_tokens for g in groups for r in g.rollouts)
+    assert disagreement(ring, groups) < 1e-3
+
+
+PACKED_AWAY = hashlib.sha256(b"").hexdigest()
+"""vLLM on CPU keeps only a packed copy of a linear layer's weight: what is left of the parameter is empty."""
+
+
+def test_after_an_update_the_engine_has_the_learners_weights(ring: Ring, tmp_path: Path) -> None:
+    """By checksum where the engine still has the tensor, and by log-probs, which go through the packed copies."""
+    engine = ring.cluster.generators[0]
+    before = ray.get(engine.weight_checksums.remote(), timeout=60)
+    start, old = version(ring), sample(ring)
+    for _ in range(2):
+        metrics = train(ring, sample(ring))
+        assert metrics["step/skipped"] == 0
+        assert metrics["off_policy/staleness_max"] == 0
+        update = ring.run(ring.parts.weight_sync.update(version(ring) + 1))
+    assert update.version == version(ring) == start + 2
+    after = ray.get(engine.weight_checksums.remote(), timeout=60)
+    assert all((after[n] == before[n]) == (after[n] == PACKED_AWAY) for n in before)
+
+    ring.run(ring.parts.learner.export(tmp_path / "export"))
+    state = AutoModelForCausalLM.from_pretrained(tmp_path / "export", dtype=torch.float32).state_dict()
+    expected = {f"dp0:pp0:pcp0:tp0:{name}": digest for name, digest in engine_digests(state).items()}
+    assert expected.keys() == after.keys()
+    compared = [name for name in after if after[name] != PACKED_AWAY]
+    assert len(compared) >= 7
+    assert {n: after[n] for n in compared} == {n: expected[n] for n in compared}
+
+    assert disagreement(ring, old) > 0.01  # the policy has moved, so that old weights anywhere would show
+    assert disagreement(ring, sample(ring)) < 1e-3
+
+
+def engine_digests(state: dict[str, torch.Tensor]) -> dict[str, str]:
+    """SHA-256 of the tensors as vLLM holds them: projections fused, vocabulary padded to a multiple of 64."""
+    fused: dict[str, torch.Tensor] = {}
+    for name, tensor in state.items():
+        if name == "lm_head.weight":
+            continue
+        for target, parts in (
+            ("qkv_proj", ("q_proj", "k_proj", "v_proj")),
+            ("gate_up_proj", ("gate_proj", "up_proj")),
+        ):
+            if any(f".{p}." in name for p in parts):
+                first = next(p for p in parts if f".{p}." in name)
+                names = [name.replace(first, p) for p in parts]
+                name, tensor = name.replace(first, target), torch.cat([state[n] for n in names])
+        if name == "model.embed_tokens.weight":
+            tensor = torch.nn.functional.pad(tensor, (0, 0, 0, -len(tensor) % 64))
+        fused[name] = tensor
+    return {n: hashlib.sha256(t.contiguous().view(-1).view(torch.uint8).numpy()).hexdigest() for n, t in fused.items()}
+
+
+def test_requests_in_flight_go_on_under_the_new_version(ring: Ring) -> None:
+    train(ring, sample(ring))
+    start = version(ring)
+
+    async def update_in_the_middle() -> tuple[RolloutGroup, int]:
+        generator = ring.parts.generators.generators[0]
+        running = asyncio.ensure_future(
+            generator.generate(0, Query("q", "1+1=", "2"), replace(SAMPLING, max_tokens=200), 4)
+        )
+        while (await generator.load())["num_running"] == 0:
+            await asyncio.sleep(0.005)
+        await asyncio.sleep(0.05)
+        update = await ring.parts.weight_sync.update(start + 1)
+        _, ref = await running
+        return await ref, update.num_in_flight
+
+    group, in_flight = ring.run(update_in_the_middle())
+    assert in_flight == 1
+    for rollout in group.rollouts:
+        assert rollout.spans[0].start == 0 and rollout.spans[-1].end == rollout.num_tokens
+        assert all(a.end == b.start for a, b in zip(rollout.spans, rollout.spans[1:], strict=False))
+    assert {v for r in group.rollouts for v in r.versions()} == {start, start + 1}
+
+
+def test_a_loss_that_is_not_finite_skips_the_step_on_all_ranks(ring: Ring, tmp_path: Path) -> None:
+    groups = sample(ring)
+    r = groups[0].rollouts[0]
+    poisoned = replace(r, behavior_logprobs=np.full_like(r.behavior_logprobs, np.nan))
+    bad = (replace(groups[0], rollouts=(poisoned, *groups[0].rollouts[1:])), *groups[1:])
+    before = ring.on_ranks("logprobs", groups)
+    metrics = train(ring, bad)
+    assert metrics["step/skipped"] == 1
+    after = ring.on_ranks("logprobs", groups)
+    for a, b in zip(before, after, strict=True):
+        np.testing.assert_array_equal(np.concatenate(a), np.concatenate(b))
+    ring.run(ring.parts.weight_sync.update(version(ring) + 1))
+    assert train(ring, sample(ring))["step/skipped"] == 0  # and the next one is well again
+    ring.run(ring.parts.weight_sync.update(version(ring) + 1))
+
+
+def test_reference_kl_is_zero_at_the_start_and_grows(ring: Ring) -> None:
+    """The reference is the starting policy; this ring has trained for some steps already."""
+    metrics = train(ring, sample(ring))
+    ring.run(ring.parts.weight_sync.update(version(ring) + 1))
+    assert 0 < metrics["policy/reference_kl"] < math.inf
+
+
+def test_the_checkpoint_is_deepspeeds(ring: Ring, tmp_path: Path) -> None:
+    ring.run(ring.parts.learner.save_checkpoint(tmp_path, "step_1"))
+    assert (tmp_path / "latest").read_text() == "step_1"
+    shards = sorted(p.name for p in (tmp_path / "step_1").glob("*optim_states.pt"))
+    assert len(shards) == 2
+
+
+def test_a_prompt_that_is_too_long_is_refused_by_name(ring: Ring) -> None:
+    generator = ring.parts.generators.generators[0]
+    with pytest.raises(ValueError, match="max_prompt_tokens=16"):
+        ring.run(generator.generate(0, Query("q", "1" * 17, "1"), SAMPLING, 2))
