@@ -94,12 +94,12 @@ def test_the_demo_as_a_submitted_job(head: Head, tmp_path: Path) -> None:
     assert job
     status = ""
     deadline = time.monotonic() + 540
-    while "SUCCEEDED" not in status and "FAILED" not in status and time.monotonic() < deadline:
-        time.sleep(3)
+    while "succeeded" not in status and "failed" not in status and time.monotonic() < deadline:
+        time.sleep(15)  # each look starts a Python with Ray in it
         shown = head.ray("job", "status", "--address", head.dashboard, job[0])
-        status = shown.stdout + shown.stderr
+        status = (shown.stdout + shown.stderr).lower()
     logs = head.ray("job", "logs", "--address", head.dashboard, job[0]).stdout
-    assert "SUCCEEDED" in status, f"{status}\n{logs}"
+    assert "succeeded" in status, f"{status}\n{logs}"
     assert "report: " in logs
     assert head.environment["RAY_AUTH_TOKEN"] not in logs
 
@@ -109,7 +109,7 @@ def test_the_demo_as_a_submitted_job(head: Head, tmp_path: Path) -> None:
     assert 0.2 <= summary["pass_at_1_start"] <= 0.45
     assert summary["in_flight_updates"] >= 10
     assert summary["multi_version_rollouts"] > 0
-    check_accounts(run_dir, max_staleness=4, steps=150)
+    check_accounts(run_dir, max_staleness=4, steps=200)
     assert any(int(s) > 0 and n > 0 for s, n in summary["staleness_tokens"].items())
     check_files(run_dir)
 
