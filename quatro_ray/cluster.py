@@ -22,7 +22,7 @@ from quatro_ray.actors.verifier import VerifierActor
 from quatro_ray.actors.verifier_pool import VerifierPool
 from quatro_ray.config import Config
 from quatro_ray.controller import Parts
-from quatro_ray.errors import ClusterError
+from quatro_ray.errors import ClusterError, last_line
 from quatro_ray.plan import Bundle, bundles
 from quatro_ray.weight_sync.update import WeightSync
 
@@ -59,7 +59,7 @@ class Cluster:
         return Parts(
             generators=GeneratorPool(clients, config.generator.max_groups_in_flight),
             verifiers=self.verifiers,
-            replay=ReplayClient(self.replay),
+            replay=ReplayClient(self.replay, config.replay.deadline_s),
             learner=learner,
             weight_sync=WeightSync(clients, learner.send_weights, config.weight_sync),
         )
@@ -215,8 +215,7 @@ def _get(refs: list[Any], deadline_s: float, what: str) -> list[Any]:
     except GetTimeoutError as error:
         raise ClusterError(f"{what} did not answer within {deadline_s:g} s") from error
     except RayError as error:
-        reason = str(error).strip().splitlines()[-1]
-        raise ClusterError(f"{what} failed: {reason}; see the logs under {_log_dir()}") from error
+        raise ClusterError(f"{what} failed: {last_line(error)}; see the logs under {_log_dir()}") from error
 
 
 def _log_dir() -> Path:

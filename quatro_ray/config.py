@@ -170,6 +170,8 @@ class VerifierConfig(Section):
     num_workers: int = Field(2, ge=1)
     deadline_s: float = Field(30, gt=0)
     """For a group; a rollout that is scored again alone has the same."""
+    start_deadline_s: float = Field(120, gt=0)
+    """A new worker must run by then; this does not count against what it scores."""
     max_retries: int = Field(1, ge=0)
     """Further tries where the machinery failed; then the group is dropped with that reason."""
     exhausted_reward: float = 0.0
@@ -187,6 +189,8 @@ class ReplayConfig(Section):
     """Learner version minus token version may be at most this, in optimiser steps. 0: synchronous."""
     on_stale: Literal["drop", "train"] = "drop"
     """A straggler beyond the cap at lease time: drop it with a reason, or train on it all the same."""
+    deadline_s: float = Field(120, gt=0)
+    """For each answer of the buffer."""
 
 
 class ImportanceConfig(Section):

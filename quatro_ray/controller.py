@@ -17,11 +17,13 @@ from ray.exceptions import RayActorError, RayError
 
 from quatro_ray.actors.verifier_pool import VerifierFailed
 from quatro_ray.config import Config
-from quatro_ray.errors import ClusterError, StallError
+from quatro_ray.errors import ClusterError, StallError, last_line
 from quatro_ray.evaluation import EvaluationResult, evaluate
 from quatro_ray.telemetry.recorder import Recorder
 from quatro_ray.types import DropReason, Query, SamplingParams
 from quatro_ray.weight_sync.update import WeightSync
+
+_LOOK_DEADLINE_S = 10.0
 
 
 @dataclass(frozen=True)
@@ -139,11 +141,11 @@ class Controller:
         try:
             return await asyncio.wait_for(generator.generate(group_id, query, sampling, size), deadline)
         except RayActorError as error:
-            raise ClusterError(f"a generator died: {_last_line(error)}") from error
+            raise ClusterError(f"a generator died: {last_line(error)}") from error
         except TimeoutError:
             self._recorder.note(f"group {group_id}: not generated within group_deadline_s={deadline:g} s")
         except RayError as error:
-            self._recorder.note(f"group {group_id}: generation failed: {_last_line(error)}")
+            self._recorder.note(f"group {group_id}: generation failed: {last_line(error)}")
         return None
 
     async def _drop(self, group_id: int, reason: DropReason) -> None:
@@ -206,11 +208,18 @@ class Controller:
 
     async def _stall_report(self, deadline: float) -> str:
         stats = await self._parts.replay.stats()
-        loads = [await g.load() for g in self._parts.generators.generators]
+        loads = [await self._load(g) for g in self._parts.generators.generators]
         return (
             f"no group became ready for {deadline:g} s. Groups by state: {stats['groups']}; drops: {stats['drops']}; "
             f"engines: {loads}; version {self.version}"
         )
+
+    async def _load(self, generator: Any) -> dict[str, int]:
+        """-1 for an engine that does not answer: a look at the load must not hold up what it looks at."""
+        try:
+            return await asyncio.wait_for(generator.load(), _LOOK_DEADLINE_S)
+        except TimeoutError:
+            return {"num_running": -1, "num_generated_tokens": -1}
 
     async def _train(self, groups: Any) -> dict[str, Any]:
         deadline = self._config.learner.step_deadline_s
@@ -286,14 +295,9 @@ class Controller:
         """Records how many groups each engine works on, twice a second, until cancelled."""
         while True:
             for index, generator in enumerate(self._parts.generators.generators):
-                self._recorder.engine_load(index, await generator.load())
+                self._recorder.engine_load(index, await self._load(generator))
             await asyncio.sleep(0.5)
 
 
 def _due(step: int, every: int | None) -> bool:
     return every is not None and step % every == 0
-
-
-def _last_line(error: BaseException) -> str:
-    lines = str(error).strip().splitlines()
-    return lines[-1] if lines else type(error).__name__

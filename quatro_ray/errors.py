@@ -1,6 +1,12 @@
 """The exceptions that a user can meet. Each message names what is wrong, the rule, and what to do."""
 
 
+def last_line(error: BaseException) -> str:
+    """What an exception says in the end; remote ones carry a whole traceback in their text."""
+    lines = str(error).strip().splitlines()
+    return lines[-1] if lines else type(error).__name__
+
+
 class QuatroError(Exception):
     """Base of all errors that the command line prints in one line, without a traceback."""
 

@@ -10,11 +10,12 @@ from pathlib import Path
 from typing import Any
 
 import ray
+from ray.exceptions import RayError
 
 from quatro_ray.cluster import Cluster, connect, spawn
 from quatro_ray.config import Config, TinyModelConfig, dump_config
 from quatro_ray.controller import Controller, Tally
-from quatro_ray.errors import ConfigError, DataError
+from quatro_ray.errors import ClusterError, ConfigError, DataError, last_line
 from quatro_ray.tasks.base import Dataset, shuffled_epochs
 from quatro_ray.tasks.registry import check_held_out, make_dataset, make_verifier
 from quatro_ray.telemetry.memory import own_peak_rss_bytes
@@ -49,6 +50,10 @@ def train(config: Config) -> Path:
         tally, memory = _run(config, dataset, model_path, recorder)
     except BaseException as error:
         recorder.note(f"ended by {type(error).__name__}: {error}")
+        if isinstance(error, RayError):
+            raise ClusterError(
+                f"an actor failed: {last_line(error)}; {run_dir}/notes.log has the whole story"
+            ) from error
         raise
     finally:
         recorder.seconds["total"] = recorder.now()

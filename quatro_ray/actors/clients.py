@@ -13,7 +13,13 @@ from typing import Any
 
 import ray
 
+from quatro_ray.errors import StallError
 from quatro_ray.types import DropReason, Query, SamplingParams
+
+
+async def value_of(ref: Any) -> Any:
+    """An object reference as a coroutine, which is what asyncio's deadlines take."""
+    return await ref
 
 
 class GeneratorClient:
@@ -63,45 +69,56 @@ class GeneratorPool:
 
 
 class ReplayClient:
-    def __init__(self, actor: Any) -> None:
+    """Every call raises StallError when the replay actor does not answer within `deadline_s`."""
+
+    def __init__(self, actor: Any, deadline_s: float) -> None:
         self._actor = actor
+        self._deadline_s = deadline_s
 
     async def capacity(self, version: int) -> int:
-        return await self._actor.capacity.remote(version)
+        return await self._answer(self._actor.capacity.remote(version))
 
     async def admit(self, queries: list[Query], version: int) -> list[int]:
-        return await self._actor.admit.remote(queries, version)
+        return await self._answer(self._actor.admit.remote(queries, version))
 
     async def start(self, group_id: int) -> None:
-        await self._actor.start.remote(group_id)
+        await self._answer(self._actor.start.remote(group_id))
 
     async def generated(self, group_id: int) -> None:
-        await self._actor.generated.remote(group_id)
+        await self._answer(self._actor.generated.remote(group_id))
 
     async def retry(self, group_id: int) -> None:
-        await self._actor.retry.remote(group_id)
+        await self._answer(self._actor.retry.remote(group_id))
 
     async def ready(self, group: Any) -> None:
-        await self._actor.ready.remote(group)
+        await self._answer(self._actor.ready.remote(group))
 
     async def drop(self, group_id: int, reason: DropReason) -> None:
-        await self._actor.drop.remote(group_id, reason)
+        await self._answer(self._actor.drop.remote(group_id, reason))
 
     async def lease(self, version: int, num_samples: int) -> tuple[dict[str, Any] | None, Any]:
         summary, groups = self._actor.lease.remote(version, num_samples)
-        return await summary, groups
+        return await self._answer(summary), groups
 
     async def commit(self, version: int) -> None:
-        await self._actor.commit.remote(version)
+        await self._answer(self._actor.commit.remote(version))
 
     async def forget_payloads(self, version: int) -> int:
-        return await self._actor.forget_payloads.remote(version)
+        return await self._answer(self._actor.forget_payloads.remote(version))
 
     async def end_run(self) -> None:
-        await self._actor.end_run.remote()
+        await self._answer(self._actor.end_run.remote())
 
     async def stats(self) -> dict[str, Any]:
-        return await self._actor.stats.remote()
+        return await self._answer(self._actor.stats.remote())
+
+    async def _answer(self, ref: Any) -> Any:
+        try:
+            return await asyncio.wait_for(value_of(ref), self._deadline_s)
+        except TimeoutError as error:
+            raise StallError(
+                f"the replay buffer did not answer within replay.deadline_s={self._deadline_s:g} s"
+            ) from error
 
 
 class LearnerClient:

@@ -67,7 +67,10 @@ class GenerationEngine:
         }
         if self._device == "cpu":
             args |= {"kv_cache_memory_bytes": int(config.kv_cache_gib * 2**30), "enforce_eager": True}
-        else:
+        elif config.tensor_parallel_size > 1:
+            # inside a placement group vLLM would look for bundles of its own; the actor already has the devices
+            args["distributed_executor_backend"] = "mp"
+        if self._device == "cuda":
             args["gpu_memory_utilization"] = config.gpu_memory_utilization
         return args | config.engine_args
 

@@ -100,3 +100,16 @@ def test_the_built_in_actor_scores_by_reference(local_ray: None) -> None:
     scored = asyncio.run(asyncio.wait_for(run(), 60))
     assert scored.query == Query("q1", "1+1=", "2", {"level": "easy"})
     assert scored.rewards().tolist() == [1, 1, 0, 0]
+
+
+def test_a_worker_that_never_starts_is_not_the_answers_fault(local_ray: None) -> None:
+    async def run() -> None:
+        pool = VerifierPool(
+            lambda: Awkward.options(num_cpus=10_000).remote(), VerifierConfig(num_workers=1, start_deadline_s=1)
+        )
+        with pytest.raises(VerifierFailed) as caught:
+            await pool.score(ray.put(texts("ok")), 1)
+        assert caught.value.reason is DropReason.VERIFIER_TIMEOUT
+        close(pool)
+
+    asyncio.run(asyncio.wait_for(run(), 60))
