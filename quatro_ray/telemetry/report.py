@@ -147,13 +147,15 @@ def _timeline(timeline: Sequence[dict[str, Any]]) -> str:
     figure, axes = _figure("What learner and generators were doing", "seconds")
     for name, colour in _PHASE_COLOURS.items():
         spans = [(e["start"], e["end"] - e["start"]) for e in timeline if e.get("phase") == name]
-        axes.broken_barh(spans, (-1.5, 1), color=colour)
+        axes.broken_barh(spans, (-2.5, 2), color=colour, linewidth=0)
     for engine in sorted({e["role"] for e in timeline if "num_running" in e}):
         points = [(e["t"], e["num_running"]) for e in timeline if e["role"] == engine]
         axes.plot(*zip(*points, strict=True), label=engine, linewidth=0.8)
     axes.set_ylabel("groups in the engine")
     handles = [Patch(color=c, label=f"learner: {n}") for n, c in _PHASE_COLOURS.items()]
-    axes.legend(handles=[*handles, *axes.get_lines()], fontsize=7, loc="upper right")
+    axes.legend(
+        handles=[*handles, *axes.get_lines()], fontsize=7, ncols=3, loc="upper center", bbox_to_anchor=(0.5, -0.2)
+    )
     return _svg(figure)
 
 
