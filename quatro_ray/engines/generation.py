@@ -65,12 +65,12 @@ class GenerationEngine:
             "enable_prefix_caching": not config.deterministic,
             "disable_log_stats": True,
         }
-        if self._device == "cpu":
-            args |= {"kv_cache_memory_bytes": int(config.kv_cache_gib * 2**30), "enforce_eager": True}
-        elif config.tensor_parallel_size > 1:
+        if config.tensor_parallel_size > 1:
             # inside a placement group vLLM would look for bundles of its own; the actor already has the devices
             args["distributed_executor_backend"] = "mp"
-        if self._device == "cuda":
+        if self._device == "cpu":
+            args |= {"kv_cache_memory_bytes": int(config.kv_cache_gib * 2**30), "enforce_eager": True}
+        else:
             args["gpu_memory_utilization"] = config.gpu_memory_utilization
         return args | config.engine_args
 
