@@ -137,6 +137,7 @@ def spawn(config: Config, model_path: str) -> Cluster:
             rank=i,
             device=device,
             temperature=config.generator.temperature,
+            max_response_tokens=config.generator.max_response_tokens,
             seed=seed,
             num_steps=run.num_steps,
         )

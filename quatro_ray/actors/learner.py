@@ -29,6 +29,7 @@ class LearnerActor(HostMixin):
         rank: int,
         device: str,
         temperature: float,
+        max_response_tokens: int,
         seed: int,
         num_steps: int,
     ) -> None:
@@ -46,6 +47,7 @@ class LearnerActor(HostMixin):
             rank=rank,
             device=device,  # type: ignore[arg-type]
             temperature=temperature,
+            max_response_tokens=max_response_tokens,
             seed=seed,
             num_steps=num_steps,
         )

@@ -15,11 +15,14 @@ from torch import Tensor
 
 from quatro_ray.config import LearnerConfig, ObjectiveConfig
 from quatro_ray.engines import step_metrics
-from quatro_ray.engines.objectives import TokenBatch, make_objective
+from quatro_ray.engines.objectives import Prepared, StepBatch, TokenBatch, make_objective
 from quatro_ray.engines.policy import PolicyModel, export
+from quatro_ray.engines.probe import Probe
+from quatro_ray.engines.zero_shards import ZeroStep
 from quatro_ray.ops import losses
-from quatro_ray.ops.aggregation import aggregate
-from quatro_ray.ops.importance import sequence_sums
+from quatro_ray.ops.aggregation import BatchSize, aggregate
+from quatro_ray.ops.step_control import StepLimits, StepReport, control_step
+from quatro_ray.replay.staleness import staleness
 from quatro_ray.types import LearnerBatch, MicroBatch
 from quatro_ray.weight_sync.source import ZeroWeightSource
 
@@ -38,6 +41,7 @@ class LearningEngine:
         rank: int,
         device: Literal["cpu", "cuda"],
         temperature: float,
+        max_response_tokens: int,
         seed: int,
         num_steps: int,
     ) -> None:
@@ -47,6 +51,7 @@ class LearningEngine:
         self._rank = rank
         self._device = torch.device(device, 0) if device == "cuda" else torch.device("cpu")
         self._temperature = temperature
+        self._max_response_tokens = max_response_tokens
         self._seed = seed
         self._num_steps = num_steps
         self.version = 0
@@ -139,79 +144,115 @@ class LearningEngine:
         """
         if learner_version != self.version:
             raise RuntimeError(f"rank {self._rank} is at version {self.version}, asked to train from {learner_version}")
-        micro_batches = batch.micro_batches[self._rank]
-        rewards = torch.from_numpy(batch.rewards).to(self._device)
-        valid = torch.from_numpy(batch.valid).to(self._device)
-        log_ratio = torch.zeros(rewards.numel(), dtype=torch.float64, device=self._device)
-        if self._objective.needs_sequence_ratio:
-            log_ratio = self._sequence_log_ratio(micro_batches, rewards.numel())
-        advantage, diagnostics = self._objective.advantages(rewards, valid, log_ratio.view_as(rewards))
-        collector = step_metrics.Collector(rewards.numel(), learner_version, self._device)
-        for number, micro in enumerate(micro_batches, start=1):
+        micro_batches = [self._tensors(micro) for micro in batch.micro_batches[self._rank]]
+        step_batch = self._step_batch(batch, micro_batches)
+        prepared = self._objective.prepare(step_batch)
+        collector = step_metrics.Collector(step_batch.valid.numel(), self._device)
+        control = self._config.step_control.window_kl_nats is not None
+        before = ZeroStep(self._engine.optimizer) if control else None
+        start_logprobs = []
+        for number, t in enumerate(micro_batches, start=1):
             self._engine.set_gradient_accumulation_boundary(number == len(micro_batches))
-            loss = self._micro_loss(micro, advantage.flatten(), batch, collector)
+            loss, policy_logprobs = self._micro_loss(t, prepared, batch, collector)
+            start_logprobs.append(policy_logprobs)
             # NaN here makes every gradient NaN, and ZeRO-3 refuses such a step on all ranks together
             poison = torch.where(torch.isfinite(loss.detach()), 1.0, torch.nan)
             self._engine.backward(loss * poison * self._config.num_ranks)
         self._engine.step()
+        applied = self._engine.was_step_applied()
+        metrics = collector.reduce(step_batch.rewards, step_batch.valid) | prepared.diagnostics
+        if before is not None and applied:
+            metrics |= self._control(
+                before,
+                Probe(micro_batches, start_logprobs, self._config.step_control.probe_share, step_batch.valid),
+                step_batch.query_staleness(),
+            ).metrics()
         self.version += 1
-        metrics = collector.reduce(rewards, valid) | diagnostics
-        metrics["step/skipped"] = float(not self._engine.was_step_applied())
+        metrics["step/skipped"] = float(not applied)
         metrics["step/grad_norm"] = float(self._engine.get_global_grad_norm() or 0.0)
         metrics["step/learning_rate"] = self._engine.optimizer.param_groups[0]["lr"]
         metrics["step/micro_batches_per_rank"] = float(len(micro_batches))
         return metrics
 
-    def _micro_loss(
-        self, micro: MicroBatch, advantage: Tensor, batch: LearnerBatch, collector: step_metrics.Collector
-    ) -> Tensor:
-        t = self._tensors(micro)
-        policy_logprobs, entropy = self._engine(t["token_ids"], t["position_ids"], t["target_ids"])
-        tokens = TokenBatch(
-            policy_logprobs=policy_logprobs,
-            behavior_logprobs=t["behavior_logprobs"],
-            advantage=advantage[t["rollout_index"].clamp(min=0)].float(),
-            is_response=t["is_response"],
-            rollout_index=t["rollout_index"],
-            num_cells=len(advantage),
+    def _control(self, before: ZeroStep, probe: Probe, query_staleness: Tensor) -> StepReport:
+        """Moves the weights back along the step where it went beyond its budget (ops/step_control.py)."""
+        config = self._config.step_control
+        assert config.window_kl_nats is not None
+        return control_step(
+            lambda: probe.measure(self._logprobs, query_staleness),
+            before.move_to,
+            StepLimits(config.window_kl_nats, config.max_kl_nats),
         )
-        per_token = self._objective.token_loss(tokens)
+
+    def _micro_loss(
+        self, t: dict[str, Tensor], prepared: Prepared, batch: LearnerBatch, collector: step_metrics.Collector
+    ) -> tuple[Tensor, Tensor]:
+        """This micro-batch's share of the loss, and the log-probs [N] of its targets without gradient."""
+        policy_logprobs, entropy = self._engine(t["token_ids"], t["position_ids"], t["target_ids"])
+        response, index = t["is_response"], t["rollout_index"]
+        tokens = TokenBatch(
+            policy_logprobs=torch.where(response, policy_logprobs, 0.0),
+            behavior_logprobs=t["behavior_logprobs"],
+            advantage=prepared.advantage.flatten()[index.clamp(min=0)].float(),
+            is_response=response,
+            rollout_index=index,
+            staleness=torch.where(response, staleness(self.version, t["versions"]), 0),
+            num_cells=prepared.advantage.numel(),
+        )
+        per_token, limited = self._objective.token_loss(tokens, prepared.constant)
         if self._reference is not None:
             with torch.no_grad():
                 reference_logprobs, _ = self._reference(t["token_ids"], t["position_ids"], t["target_ids"])
             reference_kl = losses.reference_kl(policy_logprobs, reference_logprobs)
             per_token = per_token + self._config.reference_kl_coef * reference_kl
-            collector.add_reference_kl(reference_kl.detach(), t["is_response"])
-        collector.add(policy_logprobs.detach(), entropy, per_token.detach(), t)
-        return aggregate(
-            per_token,
-            t["is_response"],
-            self._config.loss_agg_mode,
-            num_tokens=batch.num_tokens,
-            num_rollouts=batch.num_rollouts,
+            collector.add_reference_kl(reference_kl.detach(), response)
+        collector.add(tokens, entropy, per_token.detach(), limited)
+        mode = self._config.loss_agg_mode or self._objective.loss_agg_mode
+        size = BatchSize(batch.num_tokens, batch.num_rollouts, tokens.num_cells, self._max_response_tokens)
+        return aggregate(per_token, response, index, mode, size), tokens.policy_logprobs.detach()
+
+    def _step_batch(self, batch: LearnerBatch, micro_batches: list[dict[str, Tensor]]) -> StepBatch:
+        """What the whole batch is known to be; log-ratios, where the objective asks for them, take a pass."""
+        everyone = [micro for rank in batch.micro_batches for micro in rank]
+        response = [micro.is_response for micro in everyone]
+
+        def joined(values: list[np.ndarray]) -> Tensor:
+            return torch.from_numpy(np.concatenate([v[r] for v, r in zip(values, response, strict=True)])).to(
+                self._device
+            )
+
+        log_ratio = None
+        if self._objective.needs_log_ratio:
+            counts = [[int(micro.is_response.sum()) for micro in rank] for rank in batch.micro_batches]
+            log_ratio = self._log_ratio(micro_batches, sum(map(sum, counts[: self._rank])), sum(map(sum, counts)))
+        return StepBatch(
+            rewards=torch.from_numpy(batch.rewards).to(self._device),
+            valid=torch.from_numpy(batch.valid).to(self._device),
+            rollout_index=joined([micro.rollout_index for micro in everyone]),
+            staleness=staleness(self.version, joined([micro.versions for micro in everyone])),
+            log_ratio=log_ratio,
         )
 
     @torch.no_grad()
-    def _sequence_log_ratio(self, micro_batches: tuple[MicroBatch, ...], num_cells: int) -> Tensor:
-        """float64 [Q*G]: log π_θ − log β of every rollout of the global batch, on every rank."""
-        total = torch.zeros(num_cells, dtype=torch.float64, device=self._device)
-        for micro in micro_batches:
-            t = self._tensors(micro)
-            logprobs, _ = self._engine(t["token_ids"], t["position_ids"], t["target_ids"])
-            difference = (logprobs - t["behavior_logprobs"]).double() * t["is_response"]
-            total += sequence_sums(difference, t["rollout_index"], num_cells)
+    def _log_ratio(self, micro_batches: list[dict[str, Tensor]], offset: int, num_tokens: int) -> Tensor:
+        """float64 [M]: log π_θ − log β of the response tokens of all ranks, this rank's at `offset`, on every rank."""
+        total = torch.zeros(num_tokens, dtype=torch.float64, device=self._device)
+        for t in micro_batches:
+            difference = (self._logprobs(t) - t["behavior_logprobs"]).double()[t["is_response"]]
+            total[offset : offset + len(difference)] = difference
+            offset += len(difference)
         dist.all_reduce(total)
         return total
 
     @torch.no_grad()
+    def _logprobs(self, t: dict[str, Tensor]) -> Tensor:
+        """Float32 [N], of the targets, 0 outside of responses."""
+        values, _ = self._engine(t["token_ids"], t["position_ids"], t["target_ids"])
+        return torch.where(t["is_response"], values, 0.0)
+
     def logprobs(self, batch: LearnerBatch) -> list[np.ndarray]:
         """Float32 [N] for each micro-batch of this rank, under the current version, 0 outside responses."""
-        out = []
-        for micro in batch.micro_batches[self._rank]:
-            t = self._tensors(micro)
-            values, _ = self._engine(t["token_ids"], t["position_ids"], t["target_ids"])
-            out.append((values * t["is_response"]).cpu().numpy())
-        return out
+        return [self._logprobs(self._tensors(micro)).cpu().numpy() for micro in batch.micro_batches[self._rank]]
 
     def _tensors(self, micro: MicroBatch) -> dict[str, Tensor]:
         # copies: arrays that come from Ray's object store are read-only

@@ -8,36 +8,40 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from quatro_ray.engines.objectives import TokenBatch
 from quatro_ray.ops.advantages import group_mean, realised_kl
 from quatro_ray.ops.importance import effective_sample_share, sequence_sums
-from quatro_ray.replay.staleness import staleness
 
-_SUMS = ("tokens", "loss", "entropy", "on_version_tokens", "on_version_error", "reference_kl")
+_SUMS = ("tokens", "loss", "entropy", "limited", "on_version_tokens", "on_version_error", "reference_kl")
 _MAX_STALENESS_BIN = 256
+RATIO_BIN_NATS = 0.1
+RATIO_BINS = 41
+"""Bins of log π_θ/β, RATIO_BIN_NATS wide, the middle one around 0; the outermost hold all beyond."""
 
 
 class Collector:
     """Filled by one rank during a step; `reduce` is a collective."""
 
-    def __init__(self, num_cells: int, learner_version: int, device: torch.device) -> None:
-        self._version = learner_version
+    def __init__(self, num_cells: int, device: torch.device) -> None:
         self._sums = torch.zeros(len(_SUMS), dtype=torch.float64, device=device)
         self._log_ratio = torch.zeros(num_cells, dtype=torch.float64, device=device)
         self._staleness = torch.zeros(_MAX_STALENESS_BIN + 1, dtype=torch.float64, device=device)
+        self._ratios = torch.zeros(RATIO_BINS, dtype=torch.float64, device=device)
 
-    def add(self, policy_logprobs: Tensor, entropy: Tensor, per_token_loss: Tensor, t: dict[str, Tensor]) -> None:
-        """All [N]; `t` holds the tensors of the micro-batch (types.MicroBatch)."""
-        mask = t["is_response"]
-        difference = (policy_logprobs - t["behavior_logprobs"]).double() * mask
-        on_version = mask & (staleness(self._version, t["versions"]) == 0)
+    def add(self, t: TokenBatch, entropy: Tensor, per_token_loss: Tensor, limited: Tensor) -> None:
+        """All [N]; `limited`: tokens on which a clip, cut or mask of the loss acted."""
+        mask = t.is_response
+        difference = (t.policy_logprobs.detach() - t.behavior_logprobs).double() * mask
+        on_version = mask & (t.staleness == 0)
         self._add("tokens", mask)
         self._add("loss", per_token_loss * mask)
         self._add("entropy", entropy * mask)
+        self._add("limited", limited & mask)
         self._add("on_version_tokens", on_version)
         self._add("on_version_error", difference.abs() * on_version)
-        self._log_ratio += sequence_sums(difference, t["rollout_index"], len(self._log_ratio))
-        age = staleness(self._version, t["versions"][mask]).clamp(max=_MAX_STALENESS_BIN)
-        self._staleness += torch.bincount(age, minlength=_MAX_STALENESS_BIN + 1).double()
+        self._log_ratio += sequence_sums(difference, t.rollout_index, len(self._log_ratio))
+        self._staleness += _counts(t.staleness[mask], _MAX_STALENESS_BIN + 1)
+        self._ratios += _counts((difference[mask] / RATIO_BIN_NATS).round().long() + RATIO_BINS // 2, RATIO_BINS)
 
     def add_reference_kl(self, per_token: Tensor, mask: Tensor) -> None:
         self._add("reference_kl", per_token * mask)
@@ -47,28 +51,37 @@ class Collector:
 
     def reduce(self, rewards: Tensor, valid: Tensor) -> dict[str, Any]:
         """Metrics of the global batch, the same on every rank; lists are values per query."""
-        for tensor in (self._sums, self._log_ratio, self._staleness):
+        for tensor in (self._sums, self._log_ratio, self._staleness, self._ratios):
             dist.all_reduce(tensor)
         total = dict(zip(_SUMS, self._sums.tolist(), strict=True))
+        tokens = total["tokens"]
         log_ratio = self._log_ratio.view_as(rewards)
-        weights = log_ratio[valid].clamp(max=30).exp()
+        weights = log_ratio.clamp(max=30).exp()
         histogram = {s: int(n) for s, n in enumerate(self._staleness.tolist()) if n}
         reward = group_mean(rewards, valid)
         zero_std = torch.where(valid, rewards, rewards[:, :1]).std(1, correction=0) == 0
         return {
             "reward/mean": float(reward.mean()),
             "reward/frac_zero_std": float(zero_std.double().mean()),
-            "policy_gradient/loss": total["loss"] / total["tokens"],  # no measure of progress
-            "policy/entropy": total["entropy"] / total["tokens"],
+            "policy_gradient/loss": total["loss"] / tokens,  # no measure of progress
+            "policy_gradient/limited_share": total["limited"] / tokens,
+            "policy/entropy": total["entropy"] / tokens,
             "policy/realised_kl_nats": realised_kl(log_ratio, valid).tolist(),
-            "policy/reference_kl": total["reference_kl"] / total["tokens"],
-            "rollout_corr/eff_sample_size": float(effective_sample_share(weights)),
+            "policy/reference_kl": total["reference_kl"] / tokens,
+            "rollout_corr/eff_sample_size": float(effective_sample_share(weights[valid], valid[valid])),
+            "rollout_corr/query_eff_sample_size": effective_sample_share(weights, valid).tolist(),
+            "rollout_corr/log_ratio_tokens": [int(n) for n in self._ratios.tolist()],
             # agreement of engine and learner where both had the same weights; None where no token is on version
             "rollout_corr/logprob_abs_diff": total["on_version_error"] / total["on_version_tokens"]
             if total["on_version_tokens"]
             else None,
-            "off_policy/staleness_mean": sum(s * n for s, n in histogram.items()) / total["tokens"],
+            "off_policy/staleness_mean": sum(s * n for s, n in histogram.items()) / tokens,
             "off_policy/staleness_max": max(histogram, default=0),
             "off_policy/staleness_tokens": histogram,
-            "tokens/trained": int(total["tokens"]),
+            "tokens/trained": int(tokens),
         }
+
+
+def _counts(bins: Tensor, size: int) -> Tensor:
+    """int64 [n] → float64 [size]; what lies outside counts in the outermost."""
+    return torch.bincount(bins.clamp(0, size - 1), minlength=size).double()

@@ -42,7 +42,7 @@ def quatro(
     valid: Tensor,
     sequence_log_ratio: Tensor,
     *,
-    kl_budget_nats: float,
+    kl_budget_nats: Tensor | float,
     max_eta: float,
     stabilizer: Literal["active", "always"],
 ) -> QuatroAdvantages:
@@ -54,6 +54,7 @@ def quatro(
 
     Args:
         rewards: [Q, G]; valid: bool [Q, G]; sequence_log_ratio: [Q, G], log π_θ(y_i) − log β(y_i).
+        kl_budget_nats: [Q] or one number, > 0, nats per response.
     """
     solution = trust_region.solve(rewards, valid, kl_budget_nats, max_eta)
     target = solution.target_log_ratio
@@ -68,6 +69,12 @@ def quatro(
 @torch.no_grad()
 def group_normalised(rewards: Tensor, valid: Tensor, epsilon: float = 1e-6) -> Tensor:
     """A_i = (r_i − mean r) / (std r + ε) within the group; GRPO, arXiv 2402.03300, section 4.1.2. [Q, G]."""
-    mean = group_mean(rewards, valid)[:, None]
-    std = group_mean((rewards - mean).square(), valid).sqrt()[:, None]
-    return torch.where(valid, (rewards - mean) / (std + epsilon), 0.0)
+    centred = group_centred(rewards, valid)
+    std = group_mean(centred.square(), valid).sqrt()[:, None]
+    return centred / (std + epsilon)
+
+
+@torch.no_grad()
+def group_centred(rewards: Tensor, valid: Tensor) -> Tensor:
+    """A_i = r_i − mean r within the group; Dr. GRPO, arXiv 2503.20783, section 3.1. [Q, G]."""
+    return torch.where(valid, rewards - group_mean(rewards, valid)[:, None], 0.0)

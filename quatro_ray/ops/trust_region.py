@@ -3,9 +3,14 @@
 For a query with rewards r_i of samples drawn from β, the best policy within KL(π ‖ β) ≤ ε is
 π*(y)/β(y) = exp(η r(y)) / E_β[exp(η r)] with η = 1/λ (QUATRO, arXiv 2602.04620; derivation in
 docs/algorithm.md). On samples with base weights b_i: t_i = η r_i − log Σ_j b_j exp(η r_j), w_i = b_i exp(t_i),
-and η is the root of KL(w ‖ b) = Σ_i b_i φ(t_i) = ε, with φ(t) = t eᵗ − eᵗ + 1 ≥ 0.
+and η is the root of KL(w ‖ b) = Σ_i w_i t_i = ε.
 
-Shape letters: Q queries, G rollouts of a query.
+How: per query, x = (r − max r)/range ∈ [−1, 0], so η inside is in units of 1/range. A start from the cumulants of x;
+a few Newton steps for all queries, clamped to [Hoeffding's bound, cap]; one evaluation that yields t and confirms the
+KL; for the queries where it does not, Newton in a bracket that every iteration narrows.
+
+Shape letters: Q queries, G rollouts of a query, B queries of a block. Inside, tensors are [G, B]: sums over a group
+then run over the leading dimension, which is what vectorises.
 """
 
 from __future__ import annotations
@@ -18,10 +23,19 @@ import torch
 from torch import Tensor
 
 _MAX_ITERATIONS = 200
-_KL_TOLERANCE = 1e-10
-"""Relative; the promise is 1e-8."""
-_SERIES_BELOW = 0.25
-_SERIES = tuple((k - 1) / math.factorial(k) for k in range(2, 16))
+"""Never reached: from the 20th on every second one bisects, and 65 bisections exhaust float64."""
+_TOLERANCE = 3e-9
+"""Of the KL, relative; the promise is 1e-8."""
+_PRECISE_BELOW = 1e-4
+"""Budgets below which the KL is computed without cancellation, at twice the time."""
+_PLAIN_STEPS = 5
+_SETTLED_STEP = 3e-5
+"""Of η, relative: Newton is quadratic, so what is left is about the square of its last step."""
+_NOISE_BELOW = 3e-7
+"""Budgets below which a step by plain sums would be less accurate than the start."""
+_LARGEST_ETA = 1e300
+_CPU_BLOCK = 131_072
+"""Samples of a block: its tensors stay in the cache, and the calls on [B] still do enough work each."""
 
 
 class Status(IntEnum):
@@ -38,8 +52,8 @@ class Solution:
 
     Attributes:
         eta: float64 [Q], 1/λ, in 1/reward; the cap where slack or void.
-        target_log_ratio: float64 [Q, G], t_i = log π*(y_i)/β(y_i), nats; 0 where invalid or void.
-        kl_nats: float64 [Q], the KL reached.
+        target_log_ratio: float64 [Q, G], t_i = log π*(y_i)/β(y_i), nats; 0 where invalid, of base weight 0, or void.
+        kl_nats: float64 [Q], the KL reached; within 1e-8 relative of the budget where active.
         status: int8 [Q], values of `Status`.
     """
 
@@ -60,107 +74,258 @@ def solve(
     """Solves the dual of every query.
 
     Args:
-        rewards: [Q, G], any float dtype; computed in float64.
+        rewards: [Q, G], any real dtype; computed in float64.
         valid: bool [Q, G]; False where a group is smaller than G.
         kl_budget_nats: [Q] or one number, > 0.
         max_eta: cap on η (a floor on λ), in 1/reward, > 0 and finite. Without it the targets of
             failures run to −∞ where the constraint is slack.
-        base_weights: [Q, G] ≥ 0, for samples that do not stand for β equally; uniform if None.
+        base_weights: [Q, G] ≥ 0, for samples that do not stand for β equally; uniform if None. Only their
+            proportions within a query count; below 1e-307 of the query's sum counts as 0.
 
     Raises:
-        ValueError: naming the first query with a NaN or infinite reward, no valid sample, or a
-            budget that is not positive.
+        ValueError: naming the first query with a NaN or infinite reward, no valid sample of positive weight, a
+            bad weight, or a budget that is not positive and finite; or naming an argument of the wrong shape.
     """
+    budget = _check_arguments(rewards, valid, kl_budget_nats, max_eta, base_weights)
+    num_queries, group = rewards.shape
+    uniform = base_weights is None and bool(valid.all())
+    eta, kl = torch.empty_like(budget), torch.empty_like(budget)
+    status = torch.empty(num_queries, dtype=torch.int8, device=rewards.device)
+    target = torch.empty(num_queries, group, dtype=torch.float64, device=rewards.device)
+    block = max(1, _CPU_BLOCK // group) if rewards.device.type == "cpu" and group else max(1, num_queries)
+    memory = torch.empty(3 * group * block, dtype=torch.float64, device=rewards.device)
+    for start in range(0, num_queries, block):
+        rows = slice(start, min(start + block, num_queries))
+        work = memory[: 3 * group * (rows.stop - start)].view(3, group, -1)
+        weights = None if base_weights is None else base_weights[rows]
+        groups = _standardise(rewards[rows], None if uniform else valid[rows], weights, budget[rows], max_eta, work)
+        if groups is None:
+            raise _diagnose(rewards, valid, base_weights)
+        scaled_eta, t, reached = _solve_block(groups)
+        void, capped = groups.span == 0, scaled_eta >= groups.cap
+        eta[rows] = torch.where(capped, max_eta, (scaled_eta / groups.span).clamp_max_(max_eta))
+        kl[rows] = reached.clamp_min_(0).masked_fill_(void, 0)
+        target[rows] = t.mul_(groups.pushed).T
+        status[rows] = torch.where(void, int(Status.VOID), capped.to(torch.int8))
+    return Solution(eta, target, kl, status)
+
+
+def _check_arguments(
+    rewards: Tensor, valid: Tensor, kl_budget_nats: Tensor | float, max_eta: float, base_weights: Tensor | None
+) -> Tensor:
+    """Refuses wrong shapes and numbers; what is wrong inside a query shows later. Returns the budget, float64 [Q]."""
     if rewards.ndim != 2 or rewards.shape != valid.shape:
         raise ValueError(f"rewards and valid must both be [Q, G]; got {tuple(rewards.shape)}, {tuple(valid.shape)}")
+    if base_weights is not None and base_weights.shape != rewards.shape:
+        raise ValueError(f"base_weights must be [Q, G] = {tuple(rewards.shape)}; got {tuple(base_weights.shape)}")
     if not (max_eta > 0 and math.isfinite(max_eta)):
         raise ValueError(f"max_eta={max_eta} must be positive and finite")
-    r = rewards.to(torch.float64)
-    budget = torch.as_tensor(kl_budget_nats, dtype=torch.float64, device=r.device).expand(len(r)).clone()
-    base = _base(valid, base_weights)
-    _check(r, valid, budget, base)
-
-    x, span = _standardise(r, base)
-    cap = max_eta * span
-    void = span == 0
-    _, kl_at_cap, _ = _evaluate(x, base, cap)
-    slack = ~void & (kl_at_cap <= budget)
-    scaled_eta = _find_root(x, base, budget, cap, settled=void | slack)
-    t, kl, _ = _evaluate(x, base, scaled_eta)
-
-    eta = torch.where(void | slack, max_eta, scaled_eta / torch.where(void, 1.0, span))
-    t = torch.where(valid & ~void[:, None], t, 0.0)
-    status = torch.where(void, int(Status.VOID), torch.where(slack, int(Status.SLACK), int(Status.ACTIVE)))
-    return Solution(eta, t, torch.where(void, 0.0, kl), status.to(torch.int8))
+    budget = torch.as_tensor(kl_budget_nats, dtype=torch.float64, device=rewards.device)
+    if budget.ndim and budget.shape != rewards.shape[:1]:
+        raise ValueError(f"kl_budget_nats must be one number or [Q] = [{len(rewards)}]; got {tuple(budget.shape)}")
+    budget = budget.expand(len(rewards)).contiguous()
+    bad = ~((budget > 0) & (budget < torch.inf))
+    if bad.any():
+        query = int(bad.nonzero()[0])
+        raise ValueError(f"query {query} has a kl_budget_nats of {float(budget[query])}: not positive and finite")
+    if len(rewards) and not rewards.shape[1]:
+        raise ValueError("query 0 has no valid sample: rewards have a group size of 0")
+    return budget
 
 
-def _base(valid: Tensor, base_weights: Tensor | None) -> Tensor:
-    """float64 [Q, G], rows summing to 1 (0 for a row without a valid sample, which _check refuses)."""
-    weights = valid.to(torch.float64) if base_weights is None else base_weights.to(torch.float64) * valid
-    return weights / weights.sum(1, keepdim=True).clamp_min(torch.finfo(torch.float64).tiny)
-
-
-def _check(r: Tensor, valid: Tensor, budget: Tensor, base: Tensor) -> None:
+def _diagnose(rewards: Tensor, valid: Tensor, base_weights: Tensor | None) -> ValueError:
+    """Why `_standardise` refused: the slow but exact search for the first bad query."""
+    r = torch.where(valid, rewards.to(torch.float64), 0.0)
+    weights = valid.to(torch.float64) if base_weights is None else torch.where(valid, base_weights.to(torch.float64), 0)
     for bad, problem in (
-        (~((base > 0) & valid).any(1), "has no valid sample with a positive base weight"),
-        ((~torch.isfinite(base) | (base < 0)).any(1), "has a base weight that is negative, NaN or infinite"),
-        ((~torch.isfinite(r) & valid).any(1), "has a reward that is NaN or infinite"),
-        (~(budget > 0) | ~torch.isfinite(budget), "has a kl_budget_nats that is not positive and finite"),
+        (~torch.isfinite(r).all(1), "has a reward that is NaN or infinite"),
+        (~(torch.isfinite(weights) & (weights >= 0)).all(1), "has a base weight that is negative, NaN or infinite"),
+        (~(weights > 0).any(1), "has no valid sample with a positive base weight"),
     ):
         if bad.any():
-            raise ValueError(f"query {int(bad.nonzero()[0])} {problem}")
+            return ValueError(f"query {int(bad.nonzero()[0])} {problem}")
+    query = int((r.amax(1) - r.amin(1)).argmax())
+    return ValueError(f"query {query} has rewards further apart than float64 can tell")
 
 
-def _standardise(r: Tensor, base: Tensor) -> tuple[Tensor, Tensor]:
-    """x = (r − E_b[r]) / range in [−1, 1], and the range [Q]; shift and scale of rewards change neither KL nor t."""
-    used = base > 0
-    low = torch.where(used, r, torch.inf).amin(1, keepdim=True)
-    span = torch.where(used, r, -torch.inf).amax(1, keepdim=True) - low
-    x = torch.where(used, r - low, 0.0) / torch.where(span == 0, 1.0, span)
-    x = torch.where(used, x - (base * x).sum(1, keepdim=True), 0.0)
-    return x, span.squeeze(1)
+@dataclass(frozen=True)
+class _Groups:
+    """A block of B queries; [1, B] stands for [G, B] with equal rows.
+
+    Attributes:
+        x: [G, B], (r − max r)/range in [−1, 0]; 0 where not counted.
+        base: [G, B] or [1, B], base weights that sum to 1 over G; 0 where not counted.
+        pushed: float64 [G, B] or [B], 1; 0 where not counted and for all of a query whose rewards are equal.
+        span: [B], the range of the rewards.
+        budget: [B], ε.
+        cap: [B], of η in units of 1/range.
+        scratch: [2, G, B], overwritten by every evaluation: fresh memory would cost more than the arithmetic.
+        precise: whether a budget is so small that plain sums cancel.
+    """
+
+    x: Tensor
+    base: Tensor
+    pushed: Tensor
+    span: Tensor
+    budget: Tensor
+    cap: Tensor
+    scratch: Tensor
+    precise: bool
+
+    def select(self, index: Tensor) -> _Groups:
+        """The queries at `index`, with scratch of their own."""
+        return _Groups(
+            self.x[:, index],
+            self.base[:, index],
+            self.pushed[..., index],
+            self.span[index],
+            self.budget[index],
+            self.cap[index],
+            self.x.new_empty(2, len(self.x), len(index)),
+            self.precise,
+        )
 
 
-def _evaluate(x: Tensor, base: Tensor, eta: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """t [Q, G], KL(w ‖ b) [Q] and Var_w(x) [Q] at η [Q], without cancellation at small η."""
-    z = eta[:, None] * x
-    top = torch.where(base > 0, z, -torch.inf).amax(1, keepdim=True)
-    by_shift = top + (base * torch.exp(z - top)).sum(1, keepdim=True).log()
-    by_log1p = torch.log1p((base * torch.expm1(z.clamp(-1, 1))).sum(1, keepdim=True))
-    t = z - torch.where(eta[:, None] < 1, by_log1p, by_shift)
-    w = base * torch.exp(torch.where(base > 0, t, 0.0))
-    kl = (base * _phi(torch.where(base > 0, t, 0.0))).sum(1)
-    variance = (w * (x - (w * x).sum(1, keepdim=True)).square()).sum(1)
-    return t, kl, variance
+def _standardise(
+    rewards: Tensor, valid: Tensor | None, base_weights: Tensor | None, budget: Tensor, max_eta: float, work: Tensor
+) -> _Groups | None:
+    """The block in standard form; None if a query in it is bad. Shift and scale of rewards change neither KL nor t.
+
+    Args:
+        rewards: [B, G]; valid: [B, G], None if all are; base_weights: [B, G] or None; budget: [B];
+        work: [3, G, B], memory that the result keeps.
+    """
+    x = work[0].copy_(rewards.T)
+    if valid is None:
+        base = x.new_full((1, 1), 1 / len(x)).expand(1, len(rewards))
+        counted, total, highest = None, budget, x.amax(0)
+    else:
+        base = valid.T.to(torch.float64) if base_weights is None else base_weights.T.to(torch.float64)
+        base = torch.where(valid.T, base, 0.0)
+        negative = base.amin(0) < 0
+        base /= base.amax(0)
+        total = base.sum(0).masked_fill_(negative, torch.nan)
+        base /= total
+        counted = base >= torch.finfo(torch.float64).tiny
+        base *= counted
+        highest = x.masked_fill(~counted, -torch.inf).amax(0)
+        torch.where(counted, x, highest, out=x)
+    x -= highest
+    span = x.amin(0).neg_()
+    if not torch.isfinite(span + total).all():
+        return None
+    distinct = span > 0
+    x /= torch.where(distinct, span, 1.0)
+    pushed = (distinct if counted is None else counted & distinct).to(x.dtype)
+    cap = (max_eta * span).clamp_max_(_LARGEST_ETA)
+    precise = bool(budget.amin() < _PRECISE_BELOW)
+    return _Groups(x, base, pushed, span, budget, cap, work[1:], precise)
 
 
-def _phi(t: Tensor) -> Tensor:
-    """t eᵗ − eᵗ + 1 = Σ_{k≥2} (k−1)/k! tᵏ; the series where the closed form would cancel."""
-    small = t.clamp(-_SERIES_BELOW, _SERIES_BELOW)
-    series = torch.zeros_like(t)
-    for coefficient in reversed(_SERIES):
-        series = series * small + coefficient
-    return torch.where(t.abs() < _SERIES_BELOW, series * small.square(), t * t.exp() - torch.expm1(t))
+def _solve_block(groups: _Groups) -> tuple[Tensor, Tensor, Tensor]:
+    """η [B] in units of 1/range, t [G, B] and the KL [B]; η is the cap exactly where the budget is not reached.
 
-
-def _find_root(x: Tensor, base: Tensor, budget: Tensor, cap: Tensor, settled: Tensor) -> Tensor:
-    """Newton on √KL − √ε, which is nearly linear in η near 0, inside a bracket that no iteration can leave."""
-    low, high = torch.zeros_like(cap), cap.clone()
-    std = (base * x.square()).sum(1).sqrt()
-    start = torch.minimum((2 * budget).sqrt() / torch.where(std == 0, 1.0, std), cap)
-    eta = torch.where(settled, cap, start)
+    A few plain Newton steps clamped to the bracket suffice for nearly all; the others get a bracket that narrows.
+    """
+    budget, low = groups.budget, _lower_bound(groups.budget)
     root_budget = budget.sqrt()
-    for _ in range(_MAX_ITERATIONS):
-        _, kl, variance = _evaluate(x, base, eta)
-        done = settled | ((kl - budget).abs() <= _KL_TOLERANCE * budget) | (high - low <= 1e-15 * high)
+    eta = _start(groups)
+    for _ in range(_PLAIN_STEPS):
+        _, kl, slope = _plain_sums(groups, eta)
+        step = _newton_step(kl, slope, root_budget)
+        if groups.precise:
+            step *= budget > _NOISE_BELOW
+        before, eta = eta, torch.clamp(torch.addcmul(eta, eta, step), low, groups.cap)
+        if _is_rare((eta - before).abs_() > _SETTLED_STEP * before):
+            break
+    t, kl, _ = _log_ratio(groups, eta)
+    met = ((kl - budget).abs_() <= _TOLERANCE * budget) | ((eta == groups.cap) & (kl <= budget))
+    index = (~met).nonzero().squeeze(1)
+    if len(index):
+        rest = groups.select(index)
+        eta[index] = _find_root(rest, torch.minimum(eta[index].nan_to_num_(nan=1.0), rest.cap))
+        t[:, index], kl[index], _ = _log_ratio(rest, eta[index])
+    return eta, t, kl
+
+
+def _is_rare(condition: Tensor) -> bool:
+    """Whether it holds for too few to go on with all: 1 in 16."""
+    return int(condition.sum()) * 16 <= len(condition)
+
+
+def _start(groups: _Groups) -> Tensor:
+    """η [B] from KL = σ²η²/2 + κ₃η³/3 + κ₄η⁴/8 + …, inverted as η = d/(σ (1 + c₁d + c₂d²)) with d = √(2ε)."""
+    x, term = groups.scratch
+    torch.mul(groups.x, groups.base, out=term)
+    torch.sub(groups.x, term.sum(0), out=x)
+    torch.mul(x, x, out=term).mul_(groups.base)
+    variance = term.sum(0)
+    third, fourth = term.mul_(x).sum(0), term.mul_(x).sum(0)
+    first_order = (2 * groups.budget / variance).sqrt_()
+    ratio = first_order / variance
+    skew = third.mul_(ratio)
+    kurtosis = fourth.mul_(ratio).mul_(first_order).addcmul_(groups.budget, variance.sign(), value=-6)
+    bend = torch.addcmul(skew * (1 / 3), skew, skew, value=-1 / 6).add_(kurtosis, alpha=1 / 8)
+    eta = first_order.div_(bend.add_(1).clamp_min_(0.25)).nan_to_num_(nan=0.0)
+    return torch.clamp(eta, _lower_bound(groups.budget), groups.cap)
+
+
+def _lower_bound(budget: Tensor) -> Tensor:
+    """Hoeffding: the variance of x in [−1, 0] is at most 1/4 under any weights, so KL(η) ≤ η²/8."""
+    return (8 * budget).sqrt_().mul_(1 - 1e-6)
+
+
+def _plain_sums(groups: _Groups, eta: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """log Σ b exp(ηx), KL and dKL/d log η = Var_w(ηx), each [B]; the KL to about 1e-16 absolute, so not at small ε."""
+    term = torch.mul(groups.x, eta, out=groups.scratch[0]).exp_().mul_(groups.base)
+    total = term.sum(0)
+    mean = term.mul_(groups.x).sum(0).div_(total).mul_(eta)
+    square = term.mul_(groups.x).sum(0).div_(total).mul_(eta).mul_(eta)
+    log_total = total.log_()
+    return log_total, mean - log_total, square.addcmul_(mean, mean, value=-1)
+
+
+def _log_ratio(groups: _Groups, eta: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """t [G, B] (in the scratch), KL [B] and Var_w(t) [B].
+
+    Where precise, to about 1e-16/√ε relative: with s = Σ b (eᵗ − 1), what rounding leaves of the normaliser,
+    KL = Σ b t eᵗ/(1 + s) − log(1 + s).
+    """
+    t, w = groups.scratch
+    if not groups.precise:
+        log_total, kl, slope = _plain_sums(groups, eta)
+        return torch.mul(groups.x, eta, out=t).sub_(log_total), kl, slope
+    torch.mul(groups.x, eta, out=t)
+    t -= torch.exp(t, out=w).mul_(groups.base).sum(0).log_()
+    residue = torch.expm1(t, out=w).mul_(groups.base).sum(0)
+    w += groups.base
+    total, shift = 1 + residue, torch.log1p(residue)
+    mean = w.mul_(t).sum(0).div_(total)
+    square = w.mul_(t).sum(0).div_(total)
+    return t.sub_(shift), mean - shift, square.addcmul_(mean, mean, value=-1)
+
+
+def _newton_step(kl: Tensor, slope: Tensor, root_budget: Tensor) -> Tensor:
+    """The change of log η, to first order, that brings √KL, which is nearly linear in η, to √ε."""
+    return kl.clamp_min(0).sqrt_().mul_(root_budget).sub_(kl).div_(slope).mul_(2)
+
+
+def _find_root(groups: _Groups, eta: Tensor) -> Tensor:
+    """Newton inside a bracket that no iteration leaves and each narrows; the cap where the KL there is within ε."""
+    low, high = _lower_bound(groups.budget), torch.full_like(eta, torch.inf)  # ∞: the cap has not been tried
+    root_budget = groups.budget.sqrt()
+    for iteration in range(_MAX_ITERATIONS):
+        _, kl, slope = _log_ratio(groups, eta)
+        below = kl < groups.budget
+        low, high = torch.where(below, eta, low), torch.where(below, high, eta)
+        done = (kl - groups.budget).abs() <= _TOLERANCE * groups.budget
+        done |= (low >= groups.cap) | (high - low <= 1e-15 * low)
         if done.all():
             break
-        low = torch.where(kl < budget, eta, low)
-        high = torch.where(kl < budget, high, eta)
-        root_kl = kl.sqrt()
-        step = (root_kl - root_budget) * 2 * root_kl / (eta * variance)
-        newton = eta - step
-        middle = torch.where(low > 0, (low * high).sqrt(), high / 2)
+        newton = torch.minimum(eta + eta * _newton_step(kl, slope, root_budget), groups.cap)
         inside = (newton > low) & (newton < high)  # False for NaN
+        if iteration >= 20 and iteration % 2:
+            inside = torch.zeros_like(inside)
+        middle = torch.where(high < torch.inf, low.sqrt() * high.sqrt(), groups.cap)
         eta = torch.where(done, eta, torch.where(inside, newton, middle))
     return eta

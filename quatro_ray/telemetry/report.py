@@ -43,10 +43,31 @@ def write_report(run_dir: Path) -> Path:
             {
                 "realised, mean": _mean("policy/realised_kl_nats"),
                 "realised, largest": _largest("policy/realised_kl_nats"),
-                "budget": _scalar("trust_region/kl_budget_nats"),
+                "budget, mean": _mean("trust_region/kl_budget_nats"),
             },
         ),
-        _histogram("λ of informative queries", _flat(metrics, "trust_region/lambda"), "λ, reward"),
+        _lines(
+            "Step control: KL of the optimiser's step over its budget, and what was kept",
+            metrics,
+            {"share of budget": _scalar("step_control/share_of_budget"), "kept": _scalar("step_control/kept")},
+        ),
+        _lines(
+            "Queries by what bound their trust region",
+            metrics,
+            {name: _scalar(f"trust_region/frac_{name}") for name in ("active", "slack", "void")},
+        ),
+        _lines(
+            "Effective sample size of the batch, and tokens limited by clip, cut or mask",
+            metrics,
+            {
+                "effective share": _scalar("rollout_corr/eff_sample_size"),
+                "limited share": _scalar("policy_gradient/limited_share"),
+            },
+        ),
+        _histogram("Targets t", _flat(metrics, "trust_region/target_log_ratio"), "log π*/β, nats"),
+        _histogram("Residuals t − log ρ", _flat(metrics, "trust_region/residual"), "nats"),
+        _ratios(metrics),
+        _histogram("η of informative queries", _flat(metrics, "trust_region/eta"), "1/λ, 1/reward"),
         _bars("Staleness of trained tokens", summary["staleness_tokens"], "learner version − token version"),
         _lines("Gradient norm", metrics, {"gradient norm": _scalar("step/grad_norm")}),
         _timeline(timeline),
@@ -137,6 +158,16 @@ def _bars(title: str, counts: dict[str, int], xlabel: str) -> str:
     figure, axes = _figure(title, xlabel)
     axes.bar([int(k) for k in counts], list(counts.values()))
     axes.set_ylabel("tokens")
+    return _svg(figure)
+
+
+def _ratios(metrics: Sequence[dict[str, Any]]) -> str:
+    """log π_θ/β of all trained tokens; bins as in engines/step_metrics.py, the middle one around 0."""
+    counts = [sum(column) for column in zip(*(m["rollout_corr/log_ratio_tokens"] for m in metrics), strict=True)]
+    figure, axes = _figure("Importance ratios of trained tokens", "log π_θ/β, nats; the ends hold all beyond")
+    axes.bar([0.1 * (i - len(counts) // 2) for i in range(len(counts))], counts, width=0.09)
+    axes.set_ylabel("tokens")
+    axes.set_yscale("symlog")
     return _svg(figure)
 
 

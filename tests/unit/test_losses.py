@@ -1,119 +1,192 @@
-"""Losses, advantages, importance weights, aggregation: golden values by hand, gradients by numbers."""
+"""Per-token losses: golden values by hand, gradients against numbers."""
 
 import math
+from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
+from torch import Tensor
 
-from quatro_ray.ops import advantages, importance, losses
-from quatro_ray.ops.aggregation import aggregate
-
-
-def test_quatro_loss_golden_and_gradient() -> None:
-    logprobs = torch.tensor([-1.0, -2.0], dtype=torch.float64, requires_grad=True)
-    loss = losses.quatro(logprobs, torch.tensor([0.5, -1.0]), torch.tensor([2.0, 0.25]))
-    assert loss.tolist() == [1.0, -0.5]
-    loss.sum().backward()
-    assert logprobs.grad is not None
-    assert logprobs.grad.tolist() == [-1.0, 0.25]  # −w A
+from quatro_ray.ops import losses
+from quatro_ray.ops.losses import TokenLoss
 
 
-def test_grpo_golden() -> None:
+def logs(*ratios: float) -> Tensor:
+    return torch.tensor([math.log(r) for r in ratios], dtype=torch.float64)
+
+
+ZERO = torch.zeros(4, dtype=torch.float64)
+SIGNS = torch.tensor([1.0, -1.0, 1.0, -1.0], dtype=torch.float64)
+RATIOS = logs(1.5, 1.5, 0.5, 0.5)
+"""log π_θ with log β = 0, so that these are the importance ratios too."""
+
+
+def check(got: TokenLoss, loss: list[float], limited: list[bool]) -> None:
+    assert got.loss.tolist() == pytest.approx(loss)
+    assert got.limited.tolist() == limited
+
+
+def test_quatro() -> None:
+    """−w A log π with w = min(ρ, 1.2) = 1.2, 1.2, 0.5, 0.5."""
+    got = losses.quatro(RATIOS, SIGNS, RATIOS, truncation=1.2)
+    a, b = 1.2 * math.log(1.5), 0.5 * math.log(0.5)
+    check(got, [-a, a, -b, b], [True, True, False, False])
+
+
+def test_clipped() -> None:
     """ρ = 1.5 with A = 1 is clipped at 1.2; with A = −1 it is not, since the minimum is the pessimist."""
-    policy = torch.log(torch.tensor([1.5, 1.5, 0.5, 0.5]))
-    loss = losses.grpo(policy, torch.zeros(4), torch.tensor([1.0, -1.0, 1.0, -1.0]), clip_low=0.2, clip_high=0.2)
-    assert loss.tolist() == pytest.approx([-1.2, 1.5, -0.5, 0.8])
+    got = losses.clipped(RATIOS, SIGNS, clip_low=0.2, clip_high=0.2)
+    check(got, [-1.2, 1.5, -0.5, 0.8], [True, False, False, True])
 
 
-@pytest.mark.parametrize("advantage", [0.7, -0.7])
-@pytest.mark.parametrize("ratio", [0.6, 0.95, 1.05, 1.5])
-def test_grpo_gradient_by_numbers(advantage: float, ratio: float) -> None:
-    policy = torch.tensor([math.log(ratio)], dtype=torch.float64, requires_grad=True)
-    args = (torch.zeros(1, dtype=torch.float64), torch.tensor([advantage], dtype=torch.float64))
-    assert torch.autograd.gradcheck(lambda x: losses.grpo(x, *args, clip_low=0.2, clip_high=0.2), policy)
+def test_clip_higher_lets_good_tokens_grow_further() -> None:
+    got = losses.clipped(RATIOS, SIGNS, clip_low=0.2, clip_high=0.6)
+    check(got, [-1.5, 1.5, -0.5, 0.8], [False, False, False, True])
 
 
-def test_reference_kl_golden_and_gradient() -> None:
+def test_gspo() -> None:
+    """s_i = 1.5 and 0.5, whatever the token's own log-prob; clipped as a whole."""
+    own = torch.tensor([-1.0, -2.0, -3.0, -4.0], dtype=torch.float64)
+    got = losses.gspo(own, RATIOS, SIGNS, clip_low=0.1, clip_high=0.1)
+    check(got, [-1.1, 1.5, -0.5, 0.9], [True, False, False, True])
+
+
+def test_cispo() -> None:
+    got = losses.cispo(RATIOS, ZERO, SIGNS, upper=1.2)
+    a, b = 1.2 * math.log(1.5), 0.5 * math.log(0.5)
+    check(got, [-a, a, -b, b], [True, True, False, False])
+
+
+def test_decoupled_ppo() -> None:
+    """π_prox = 0.75 β: u = 2, 2, 2/3, 2/3 clipped to [0.8, 1.2], times the weight 0.75; a cap below leaves all out."""
+    proximal = logs(0.75, 0.75, 0.75, 0.75)
+    clip = {"clip_low": 0.2, "clip_high": 0.2}
+    got = losses.decoupled_ppo(RATIOS, proximal, ZERO, SIGNS, **clip, weight_cap=2.0)
+    check(got, [-0.75 * 1.2, 0.75 * 2, -0.75 * 2 / 3, 0.75 * 0.8], [True, False, False, True])
+    outside = losses.decoupled_ppo(RATIOS, proximal, ZERO - 2, SIGNS, **clip, weight_cap=2.0)
+    check(outside, [0, 0, 0, 0], [True] * 4)
+
+
+def test_interpolated_proximal() -> None:
+    """α = 1/staleness: at 4, a quarter of β and three quarters of π_θ; on policy π_θ itself."""
+    policy = torch.tensor([-1.0, -1.0, -1.0])
+    got = losses.interpolated_proximal(torch.tensor([-2.0, -2.0, -2.0]), policy, torch.tensor([0, 1, 4]))
+    assert got.tolist() == [-1.0, -2.0, -1.25]
+
+
+def test_tis_grpo() -> None:
+    """π_prox/β = 3 is truncated to 2; u = π_θ/π_prox = 1.5, 0.5 is clipped as in GRPO."""
+    got = losses.tis_grpo(RATIOS, ZERO, logs(3, 0.5, 3, 0.5), SIGNS, clip_low=0.2, clip_high=0.2, truncation=2.0)
+    check(got, [-2.4, 0.75, -1.0, 0.4], [True, False, True, True])
+
+
+def test_mis_grpo() -> None:
+    """π_prox/β = 3 lies outside of [0.4, 2] and counts nothing; 0.5 lies inside."""
+    got = losses.mis_grpo(
+        RATIOS, ZERO, logs(3, 0.5, 3, 0.5), SIGNS, clip_low=0.2, clip_high=0.2, mask_low=0.4, mask_high=2.0
+    )
+    check(got, [0, 0.75, 0, 0.4], [True, False, True, True])
+
+
+def test_m2po() -> None:
+    """Tokens 1 and 4 push outwards, by |log ρ| = 0.405 and 0.693; the threshold 0.5 drops the latter."""
+    got = losses.m2po(RATIOS, ZERO, SIGNS, log_ratio_threshold=0.5)
+    check(got, [-1.5, 1.5, -0.5, 0], [False, False, False, True])
+
+
+def test_m2_threshold() -> None:
+    """Outward |log ρ| = 0.1, 0.2, 0.4: running second moments 0.01, 0.025, 0.07."""
+    log_ratio = torch.tensor([0.1, -0.2, 0.4, 0.9, -0.9])
+    advantage = torch.tensor([1.0, -1.0, 1.0, -1.0, 1.0])
+    assert losses.m2_threshold(log_ratio, advantage, 0.04) == pytest.approx(0.2)
+    assert losses.m2_threshold(log_ratio, advantage, 0.0701) == math.inf
+    assert losses.m2_threshold(log_ratio, advantage, 0.001) == 0.0
+    assert losses.m2_threshold(log_ratio[3:], advantage[3:], 0.001) == math.inf  # nothing pushes outwards
+
+
+def test_sapo() -> None:
+    """(4/τ) σ(τ(ρ − 1)) A with τ = 1 for A > 0 and 2 for A < 0."""
+    got = losses.sapo(RATIOS, ZERO, SIGNS, tau_positive=1.0, tau_negative=2.0)
+
+    def gate(tau: float, ratio: float) -> float:
+        return 4 / tau / (1 + math.exp(-tau * (ratio - 1)))
+
+    check(got, [-gate(1, 1.5), gate(2, 1.5), -gate(1, 0.5), gate(2, 0.5)], [False] * 4)
+
+
+def test_reinforce() -> None:
+    got = losses.reinforce(RATIOS, RATIOS, SIGNS, truncation=1.2)
+    a, b = 1.2 * math.log(1.5), 0.5 * math.log(0.5)
+    check(got, [-a, a, -b, b], [True, True, False, False])
+
+
+def test_reference_kl() -> None:
     policy = torch.tensor([-1.0], dtype=torch.float64, requires_grad=True)
     reference = torch.tensor([-1.5], dtype=torch.float64)
     assert losses.reference_kl(policy, reference).item() == pytest.approx(math.exp(-0.5) + 0.5 - 1)
     assert torch.autograd.gradcheck(lambda x: losses.reference_kl(x, reference), policy)
 
 
-def test_group_normalised_golden() -> None:
-    rewards = torch.tensor([[1.0, 0.0, 0.0, 1.0], [1.0, 1.0, 1.0, 1.0]])
-    out = advantages.group_normalised(rewards, torch.ones(2, 4, dtype=torch.bool))
-    assert out[0].tolist() == pytest.approx([1, -1, -1, 1], abs=1e-5)
-    assert out[1].tolist() == [0, 0, 0, 0]
+CLIP = {"clip_low": 0.2, "clip_high": 0.2}
+ADVANTAGE = torch.tensor([0.7, -0.7, 0.7, -0.7, 0.7, -0.7, 0.7, -0.7], dtype=torch.float64)
+START = logs(0.6, 0.6, 0.95, 0.95, 1.05, 1.05, 1.5, 1.5)
+NONE = torch.zeros_like(START)
+
+# For losses whose weights are detached, the gradient by numbers must hold the weights still: they are taken at START.
+WITH_GRADIENT: dict[str, tuple[Callable[[Tensor], Tensor], Callable[[Tensor], Tensor]]] = {
+    "quatro": (
+        lambda x: losses.quatro(x, ADVANTAGE, x, truncation=1.2).loss,
+        lambda x: -START.exp().clamp(max=1.2) * ADVANTAGE * x,
+    ),
+    "clipped": (lambda x: losses.clipped(x, ADVANTAGE, **CLIP).loss,) * 2,
+    "gspo": (
+        lambda x: losses.gspo(x, x, ADVANTAGE, **CLIP).loss,
+        lambda x: losses.clipped(START + x - START, ADVANTAGE, **CLIP).loss,
+    ),
+    "cispo": (
+        lambda x: losses.cispo(x, NONE, ADVANTAGE, upper=1.2).loss,
+        lambda x: -START.exp().clamp(max=1.2) * ADVANTAGE * x,
+    ),
+    "decoupled_ppo": (lambda x: losses.decoupled_ppo(x, NONE + 0.1, NONE, ADVANTAGE, **CLIP, weight_cap=2.0).loss,) * 2,
+    "tis_grpo": (
+        lambda x: losses.tis_grpo(x, NONE + 0.1, x, ADVANTAGE, **CLIP, truncation=1.2).loss,
+        lambda x: START.exp().clamp(max=1.2) * losses.clipped(x - 0.1, ADVANTAGE, **CLIP).loss,
+    ),
+    "mis_grpo": (
+        lambda x: losses.mis_grpo(x, NONE + 0.1, x, ADVANTAGE, **CLIP, mask_low=0.7, mask_high=1.2).loss,
+        lambda x: (
+            START.exp() * ((START.exp() < 1.2) & (START.exp() > 0.7)) * losses.clipped(x - 0.1, ADVANTAGE, **CLIP).loss
+        ),
+    ),
+    "m2po": (lambda x: losses.m2po(x, NONE, ADVANTAGE, log_ratio_threshold=0.3).loss,) * 2,
+    "sapo": (lambda x: losses.sapo(x, NONE, ADVANTAGE, tau_positive=1.0, tau_negative=1.05).loss,) * 2,
+    "reinforce": (
+        lambda x: losses.reinforce(x, x, ADVANTAGE, truncation=1.2).loss,
+        lambda x: -START.exp().clamp(max=1.2) * ADVANTAGE * x,
+    ),
+}  # fmt: skip
 
 
-def quatro(rewards: torch.Tensor, log_ratio: torch.Tensor, stabilizer: str) -> advantages.QuatroAdvantages:
-    valid = torch.ones(rewards.shape, dtype=torch.bool)
-    return advantages.quatro(rewards, valid, log_ratio, kl_budget_nats=0.1, max_eta=2.0, stabilizer=stabilizer)
+@pytest.mark.parametrize("name", sorted(WITH_GRADIENT))
+def test_gradient_by_numbers(name: str) -> None:
+    """Central differences of the loss with what is detached held still, against autograd of the loss itself."""
+    loss, held_still = WITH_GRADIENT[name]
+    x = START.clone().requires_grad_(True)
+    (got,) = torch.autograd.grad(loss(x).sum(), x)
+    h = 1e-6
+    expected = (held_still(START + h) - held_still(START - h)) / (2 * h)  # elementwise: no token sees another
+    torch.testing.assert_close(got, expected, rtol=1e-6, atol=1e-8)
 
 
-def test_on_policy_residuals_are_centred_targets() -> None:
-    rewards = torch.tensor([[1.0, 0.0, 0.0, 0.0]])
-    result = quatro(rewards, torch.zeros(1, 4), "always")
-    target = result.solution.target_log_ratio
-    torch.testing.assert_close(result.advantage, target - target.mean())
-    assert float(result.advantage.sum()) == pytest.approx(0, abs=1e-12)
-
-
-def test_stabiliser_turns_the_push_once_a_sample_is_past_its_target() -> None:
-    rewards = torch.tensor([[1.0, 0.0]])
-    assert quatro(rewards, torch.zeros(1, 2), "always").advantage[0, 0] > 0
-    assert quatro(rewards, torch.tensor([[3.0, 0.0]]), "always").advantage[0, 0] < 0
-
-
-def test_active_stabiliser_acts_only_beyond_the_budget() -> None:
-    rewards = torch.tensor([[1.0, 0.0], [1.0, 0.0]])
-    log_ratio = torch.tensor([[0.1, -0.1], [2.0, -2.0]])
-    result = quatro(rewards, log_ratio, "active")
-    centred = quatro(rewards, torch.zeros(2, 2), "active").advantage
-    assert result.realised_kl_nats[0] < 0.1 < result.realised_kl_nats[1]
-    torch.testing.assert_close(result.advantage[0], centred[0])
-    torch.testing.assert_close(result.advantage[1], centred[1] - log_ratio[1].double())
-
-
-def test_realised_kl_golden() -> None:
-    """mean(ρ − 1 − log ρ) of ρ = e and ρ = 1."""
-    got = advantages.realised_kl(torch.tensor([[1.0, 0.0]]), torch.ones(1, 2, dtype=torch.bool))
-    assert float(got[0]) == pytest.approx((math.e - 2) / 2, rel=1e-6)
-
-
-def test_importance_weights_at_three_levels() -> None:
-    """Two rollouts of two tokens and one padding token; ratios e^0.2, e^0.4 and e^−1, 1."""
-    log_ratio = torch.tensor([0.2, 0.4, -1.0, 0.0, 0.0])
-    response = torch.tensor([True, True, True, True, False])
-    index = torch.tensor([0, 0, 1, 1, -1])
-    args = (log_ratio, response, index, 2)
-    token = importance.weights("token", 1.3, *args)[:4]
-    assert token.tolist() == pytest.approx([math.exp(0.2), 1.3, math.exp(-1), 1.0])
-    sequence = importance.weights("sequence", 9.0, *args)[:4]
-    assert sequence.tolist() == pytest.approx([math.exp(0.6)] * 2 + [math.exp(-1)] * 2)
-    geometric = importance.weights("geometric", 9.0, *args)[:4]
-    assert geometric.tolist() == pytest.approx([math.exp(0.3)] * 2 + [math.exp(-0.5)] * 2)
-
-
-def test_effective_sample_share() -> None:
-    assert float(importance.effective_sample_share(torch.ones(5))) == pytest.approx(1)
-    assert float(importance.effective_sample_share(torch.tensor([1.0, 0.0, 0.0, 0.0]))) == pytest.approx(0.25)
-
-
-@pytest.mark.parametrize("mode", ["token_mean", "sequence_mean"])
-@pytest.mark.parametrize("parts", [1, 2, 8])
-def test_no_split_changes_the_aggregate(mode: str, parts: int) -> None:
-    values = torch.arange(16, dtype=torch.float64, requires_grad=True)
-    mask = torch.arange(16) % 3 > 0
-    whole = aggregate(values, mask, mode, num_tokens=int(mask.sum()), num_rollouts=4)  # type: ignore[arg-type]
-    (expected,) = torch.autograd.grad(whole, values)
-    total = sum(
-        aggregate(v, m, mode, num_tokens=int(mask.sum()), num_rollouts=4)  # type: ignore[arg-type]
-        for v, m in zip(values.chunk(parts), mask.chunk(parts), strict=True)
-    )
-    (got,) = torch.autograd.grad(total, values)  # type: ignore[arg-type]
-    torch.testing.assert_close(got, expected)
-    assert float(whole.detach()) == pytest.approx(
-        float(values[mask].detach().sum()) / (int(mask.sum()) if mode == "token_mean" else 4)
-    )
+def test_no_loss_lets_an_exploded_ratio_through_as_infinity() -> None:
+    far = torch.tensor([200.0], dtype=torch.float64, requires_grad=True)
+    one: dict[str, Any] = {"advantage": torch.ones(1)}
+    zero = torch.zeros(1)
+    for got in (
+        losses.clipped(far, **one, **CLIP),
+        losses.m2po(far, zero, **one, log_ratio_threshold=math.inf),
+        losses.sapo(far, zero, **one, tau_positive=1.0, tau_negative=1.0),
+        losses.quatro(far, torch.ones(1), far, truncation=2.0),
+    ):
+        assert torch.isfinite(got.loss).all()

@@ -1,24 +1,14 @@
-"""The configuration: one strict tree, one docstring a field, units in the names.
-
-Importing this module loads neither torch nor ray nor vllm. Unknown keys are refused; rules that
-span fields are checked here, before any process starts.
-"""
+"""The sections of the configuration, and the rules that span them."""
 
 from __future__ import annotations
 
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import Field, model_validator
 
-from quatro_ray.errors import ConfigError
-
-
-class Section(BaseModel):
-    """A part of the configuration; a component receives its own part, never the whole."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True, protected_namespaces=())
+from quatro_ray.config.base import Section
+from quatro_ray.config.objectives import ObjectiveConfig
 
 
 class RunConfig(Section):
@@ -144,7 +134,7 @@ class GeneratorConfig(Section):
     """Key-value cache of an engine on CPU, GiB (ignored on GPUs)."""
     deterministic: bool = False
     """One sequence at a time and no prefix cache: the same seed gives the same bits. Slow; for tests."""
-    engine_args: dict[str, Any] = {}
+    engine_args: dict[str, Any] = Field({})
     """Further vLLM AsyncEngineArgs by name; those that quatro_ray sets itself are refused."""
     start_deadline_s: float = Field(600, gt=0)
     group_deadline_s: float = Field(600, gt=0)
@@ -193,37 +183,18 @@ class ReplayConfig(Section):
     """For each answer of the buffer."""
 
 
-class ImportanceConfig(Section):
-    """Weights that correct for the policy having moved since sampling: w = min(ρ, truncation), detached."""
-
-    level: Literal["token", "sequence", "geometric"] = "token"
-    """token: ρ of each token. sequence: product over the response. geometric: its length-normalised root."""
-    truncation: float = Field(2.0, ge=1)
-    """Upper bound of a weight; below 1 it would shrink on-policy samples."""
+AggregationMode = Literal["token_mean", "seq_mean_token_sum", "seq_mean_token_mean", "seq_mean_token_sum_norm"]
 
 
-class QuatroConfig(Section):
-    """Exact per-query trust region around the policy that sampled. arXiv 2602.04620; docs/algorithm.md."""
+class StepControlConfig(Section):
+    """After the optimiser's step, moves the weights back along it where the policy changed by more than its budget."""
 
-    kind: Literal["quatro"]
-    kl_budget_nats: float = Field(0.6, gt=0)
-    """ε_q: radius of the region of a query, nats per response."""
-    max_eta: float = Field(2.0, gt=0)
-    """Cap on η = 1/λ, in 1/reward: keeps targets finite where the region does not bind."""
-    stabilizer: Literal["active", "always"] = "active"
-    """active: −log ρ acts only for queries beyond their budget (complementary slackness)."""
-    importance: ImportanceConfig = ImportanceConfig()
-
-
-class GrpoConfig(Section):
-    """Group-normalised advantage with clipped ratios. arXiv 2402.03300."""
-
-    kind: Literal["grpo"]
-    clip_low: float = Field(0.2, gt=0, lt=1)
-    clip_high: float = Field(0.2, gt=0)
-
-
-ObjectiveConfig = Annotated[QuatroConfig | GrpoConfig, Field(discriminator="kind")]
+    window_kl_nats: float | None = Field(0.1, gt=0)
+    """ε_window: KL(π_k ‖ π_k+1) per response of one step may be ε_window/(1 + staleness). null: no control."""
+    max_kl_nats: float = Field(0.002, gt=0)
+    """However fresh its samples, one step may move the policy by no more."""
+    probe_share: float = Field(0.125, gt=0, le=1)
+    """Share of the step's tokens on which the KL is measured; a pass without gradient over them is its cost."""
 
 
 class LearnerConfig(Section):
@@ -242,8 +213,10 @@ class LearnerConfig(Section):
     """Prompt and response tokens in one packed row; must hold the longest rollout."""
     logprob_chunk_tokens: int = Field(1024, ge=1)
     """Tokens whose logits exist at the same time."""
-    loss_agg_mode: Literal["token_mean", "sequence_mean"] = "token_mean"
-    """Mean over the response tokens of the global batch, or over rollouts of the sum over their tokens."""
+    loss_agg_mode: AggregationMode | None = None
+    """How per-token losses become one number, over the global batch; null: as the objective's paper does.
+    token_mean; seq_mean_token_sum; seq_mean_token_mean; seq_mean_token_sum_norm (by the longest response allowed)."""
+    step_control: StepControlConfig = StepControlConfig()
     reference_kl_coef: float = Field(0.0, ge=0)
     """Weight of KL(π_θ ‖ π_ref), the reference being the starting policy. 0: no reference is loaded."""
     attn_implementation: Literal["sdpa", "eager", "flash_attention_2"] = "sdpa"
@@ -348,6 +321,21 @@ class Config(Section):
         return self
 
     @model_validator(mode="after")
+    def _no_length_bias(self) -> Config:
+        mode = self.learner.loss_agg_mode
+        if self.objective.kind == "dr_grpo" and mode in ("token_mean", "seq_mean_token_mean"):
+            raise ValueError(
+                f"learner.loss_agg_mode={mode} divides by response lengths, the bias that dr_grpo removes: "
+                "use seq_mean_token_sum_norm (or leave it out), or objective.kind grpo"
+            )
+        if self.objective.kind == "gspo" and mode in ("token_mean", "seq_mean_token_sum", "seq_mean_token_sum_norm"):
+            raise ValueError(
+                f"learner.loss_agg_mode={mode} weights responses by their length, which gspo's loss over whole "
+                "responses does not: use seq_mean_token_mean (or leave it out)"
+            )
+        return self
+
+    @model_validator(mode="after")
     def _device_rules(self) -> Config:
         if self.cluster.device == "cpu":
             if self.weight_sync.backend == "nccl":
@@ -369,60 +357,3 @@ class Config(Section):
                 "with several, which engine takes a group depends on timing"
             )
         return self
-
-
-def load_config(path: Path, overrides: list[str] | None = None) -> Config:
-    """Reads YAML, applies `section.field=value` overrides, validates.
-
-    Raises:
-        ConfigError: one message with every broken rule: field, value, rule, remedy.
-    """
-    try:
-        tree = yaml.safe_load(path.read_text())
-    except OSError as error:
-        raise ConfigError(f"{path}: cannot be read ({error.strerror}); give the path of a YAML file") from error
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise ConfigError(f"{path}: is not YAML: {' '.join(str(error).split())}") from error
-    if not isinstance(tree, dict):
-        raise ConfigError(f"{path}: must be a mapping of sections, not {type(tree).__name__}")
-    for override in overrides or []:
-        _apply_override(tree, override)
-    try:
-        return Config.model_validate(tree)
-    except ValidationError as error:
-        raise ConfigError(f"{path}: " + "; ".join(_explain(e) for e in error.errors())) from error
-
-
-def _apply_override(tree: dict[str, Any], override: str) -> None:
-    key, sep, text = override.partition("=")
-    parts = key.split(".")
-    if not sep or not all(parts):
-        raise ConfigError(f"override {override!r}: must have the form section.field=value")
-    try:
-        value = yaml.safe_load(text)
-    except yaml.YAMLError as error:
-        raise ConfigError(f"override {override!r}: the value is not YAML; quote it") from error
-    node = tree
-    for part in parts[:-1]:
-        node = node.setdefault(part, {})
-        if not isinstance(node, dict):
-            raise ConfigError(f"override {override!r}: {part!r} is a value, not a section")
-    # YAML 1.1 reads 1e-4 as text; pydantic reads it as the number it is
-    node[parts[-1]] = value
-
-
-def _explain(error: Any) -> str:
-    where = ".".join(str(p) for p in error["loc"]) or "config"
-    if error["type"] == "extra_forbidden":
-        return f"{where}: unknown field; remove it or correct its spelling (`quatro-ray fields` lists all)"
-    if error["type"] == "missing":
-        return f"{where}: required field is missing; add it"
-    message = error["msg"].removeprefix("Value error, ")
-    if error["type"] == "value_error":
-        return f"{where}: {message}" if error["loc"] else message
-    return f"{where}={error['input']!r}: {message}; change this value"
-
-
-def dump_config(config: Config) -> str:
-    """The resolved configuration as YAML that `load_config` reads back to an equal one."""
-    return yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False)

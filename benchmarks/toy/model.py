@@ -1,0 +1,124 @@
+"""A decoder of two layers whose groups share their prompt's keys and values.
+
+Shape letters: Q queries, G rollouts a query, P prompt tokens, T response tokens, H heads, E head size, D width, V
+vocabulary.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+_HEADS = 2
+
+
+class Block(nn.Module):
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.norm_attention, self.norm_mlp = nn.LayerNorm(width), nn.LayerNorm(width)
+        self.qkv = nn.Linear(width, 3 * width, bias=False)
+        self.out = nn.Linear(width, width, bias=False)
+        self.up, self.down = nn.Linear(width, 4 * width), nn.Linear(4 * width, width)
+
+    def heads(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """[B, L, D] → queries, keys, values [B, H, L, E]."""
+        q, k, v = self.qkv(self.norm_attention(x)).unflatten(-1, (3, _HEADS, -1)).permute(2, 0, 3, 1, 4)
+        return q, k, v
+
+    def rest(self, x: Tensor, attended: Tensor) -> Tensor:
+        """[B, H, L, E] back into the residual stream [B, L, D]."""
+        x = x + self.out(attended.transpose(1, 2).flatten(2))
+        return x + self.down(F.gelu(self.up(self.norm_mlp(x))))
+
+
+class ToyModel(nn.Module):
+    def __init__(self, vocabulary: int, max_length: int, width: int = 64, num_layers: int = 2) -> None:
+        super().__init__()
+        self.tokens, self.positions = nn.Embedding(vocabulary, width), nn.Embedding(max_length, width)
+        self.blocks = nn.ModuleList(Block(width) for _ in range(num_layers))
+        self.norm = nn.LayerNorm(width)
+        for module in self.modules():
+            if isinstance(module, nn.Linear | nn.Embedding):
+                nn.init.normal_(module.weight, std=0.05)
+
+    def logits(self, x: Tensor) -> Tensor:
+        return self.norm(x) @ self.tokens.weight.T
+
+    def read_prompt(self, prompt: Tensor) -> tuple[Tensor, list[tuple[Tensor, Tensor]]]:
+        """[Q, P] → logits of the first response token [Q, V], and keys and values [Q, H, P, E] of each layer."""
+        x = self.tokens(prompt) + self.positions.weight[: prompt.shape[1]]
+        cache = []
+        for block in self.blocks:
+            q, k, v = block.heads(x)
+            x = block.rest(x, F.scaled_dot_product_attention(q, k, v, is_causal=True))
+            cache.append((k, v))
+        return self.logits(x[:, -1]), cache
+
+    def score(self, prompt: Tensor, response: Tensor) -> Tensor:
+        """log-probs [Q, G, T, V] at every response position, teacher-forced. prompt [Q, P], response [Q, G, T]."""
+        num_queries, size, length = response.shape
+        first, cache = self.read_prompt(prompt)
+        x = self.tokens(response[..., :-1]) + self.positions.weight[prompt.shape[1] :][: length - 1]
+        x = x.flatten(0, 1)
+        future = torch.ones(length - 1, length - 1, dtype=torch.bool).triu(1)
+        for block, shared in zip(self.blocks, cache, strict=True):
+            q, k, v = block.heads(x)
+            scores = (q @ k.mT).masked_fill(future, -torch.inf)
+            x = block.rest(x, _attend(q, scores, v, shared, num_queries))
+        later = self.logits(x).view(num_queries, size, length - 1, -1)
+        both = torch.cat([first[:, None, None].expand(-1, size, 1, -1), later], dim=2)
+        return torch.log_softmax(both, dim=-1)
+
+    @torch.no_grad()
+    def sample(
+        self, prompt: Tensor, size: int, length: int, eos: int, generator: torch.Generator
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Response [Q, G, T], its log-probs [Q, G, T], and which of its tokens count (up to the first eos).
+
+        Tokens that do not count are eos with log-prob 0.
+        """
+        num_queries = len(prompt)
+        first, shared = self.read_prompt(prompt)
+        logprobs = torch.log_softmax(first, -1).repeat_interleave(size, 0)
+        alive = torch.ones(num_queries * size, dtype=torch.bool)
+        own: list[list[Tensor]] = [[] for _ in self.blocks]
+        chosen, values, counted = [], [], []
+        for t in range(length):
+            token = torch.where(alive, torch.multinomial(logprobs.exp(), 1, generator=generator)[:, 0], eos)
+            chosen.append(token)
+            values.append(torch.where(alive, logprobs.gather(1, token[:, None])[:, 0], 0.0))
+            counted.append(alive)
+            alive = alive & (token != eos)
+            if t + 1 == length or not alive.any():
+                break
+            x = (self.tokens(token) + self.positions.weight[prompt.shape[1] + t])[:, None]
+            for block, memory, cache in zip(self.blocks, own, shared, strict=True):
+                q, k, v = block.heads(x)
+                memory.append(torch.cat([k, v], dim=-1))
+                keys, seen = torch.cat(memory, dim=2).chunk(2, dim=-1)
+                x = block.rest(x, _attend(q, q @ keys.mT, seen, cache, num_queries))
+            logprobs = torch.log_softmax(self.logits(x[:, 0]), -1)
+        missing = length - len(chosen)
+        shape = (num_queries, size, length)
+        tokens = F.pad(torch.stack(chosen, 1), (0, missing), value=eos)
+        return (
+            tokens.view(shape),
+            F.pad(torch.stack(values, 1), (0, missing)).view(shape),
+            F.pad(torch.stack(counted, 1), (0, missing), value=False).view(shape),
+        )
+
+
+def _attend(
+    q: Tensor, own_scores: Tensor, own_values: Tensor, shared: tuple[Tensor, Tensor], num_queries: int
+) -> Tensor:
+    """Attention of [Q·G, H, L, E] to its prompt's [Q, H, P, E] and to its own positions."""
+    keys, values = shared
+    size, (length, width) = len(q) // num_queries, q.shape[2:]
+    by_query = q.unflatten(0, (num_queries, size)).transpose(1, 2).flatten(2, 3)  # [Q, H, G·L, E]
+    to_prompt = (by_query @ keys.mT).unflatten(2, (size, length)).transpose(1, 2).flatten(0, 1)
+    weights = torch.softmax(torch.cat([to_prompt, own_scores], dim=-1) * width**-0.5, dim=-1)
+    on_prompt, on_own = weights.split([keys.shape[2], own_scores.shape[-1]], dim=-1)
+    on_prompt = on_prompt.unflatten(0, (num_queries, size)).transpose(1, 2).flatten(2, 3)
+    read = (on_prompt @ values).unflatten(2, (size, length)).transpose(1, 2).flatten(0, 1)
+    return read + on_own @ own_values

@@ -1,0 +1,192 @@
+"""One RL run in one process at an exactly constant staleness, with the product's objectives, step control, optimiser.
+
+Shape letters: Q queries, G rollouts a query, T response tokens; [N] is [Q·G·T] flattened.
+"""
+
+from __future__ import annotations
+
+import time
+from collections import deque
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from benchmarks.toy.model import ToyModel
+from benchmarks.toy.tasks import Task
+from quatro_ray.config import LearnerConfig, ObjectiveConfig
+from quatro_ray.engines.objectives import StepBatch, TokenBatch, make_objective
+from quatro_ray.evaluation import pass_at_k
+from quatro_ray.ops.aggregation import BatchSize, aggregate
+from quatro_ray.ops.step_control import ProbeKl, StepLimits, StepReport, control_step, rollout_kl
+
+NUM_QUERIES, GROUP_SIZE = 16, 16
+EVALUATION_SAMPLES = 16
+_EVALUATE_EVERY = 25
+_LR_WARMUP_STEPS = 10
+
+
+@dataclass(frozen=True)
+class Samples:
+    """prompts [Q, P]; responses, logprobs, counted [Q, G, T]; rewards [Q, G]; of policy `version`."""
+
+    version: int
+    prompts: Tensor
+    responses: Tensor
+    logprobs: Tensor
+    counted: Tensor
+    rewards: Tensor
+
+
+class ToyTrainer:
+    """Step k trains on samples of policy max(0, k − staleness)."""
+
+    def __init__(
+        self, model: ToyModel, task: Task, objective: ObjectiveConfig, learner: LearnerConfig, staleness: int, seed: int
+    ) -> None:
+        self.model, self.task = model, task
+        self._objective = make_objective(objective)
+        self._learner = learner
+        self._staleness = staleness
+        self._generator = torch.Generator().manual_seed(seed)
+        self._optimizer = torch.optim.AdamW(
+            model.parameters(),
+            lr=learner.learning_rate,
+            betas=(learner.adam_beta1, learner.adam_beta2),
+            weight_decay=learner.weight_decay,
+        )
+        self._waiting: deque[Samples] = deque(self._sample(0) for _ in range(staleness))
+        self.version = 0
+
+    def _sample(self, version: int) -> Samples:
+        task = self.task
+        rows = torch.randint(len(task.prompts), (NUM_QUERIES,), generator=self._generator)
+        responses, logprobs, counted = self.model.sample(
+            task.prompts[rows], GROUP_SIZE, task.max_response_tokens, task.eos, self._generator
+        )
+        return Samples(
+            version, task.prompts[rows], responses, logprobs, counted, task.rewards(responses, task.answers[rows])
+        )
+
+    def step(self) -> dict[str, float]:
+        self._waiting.append(self._sample(self.version))
+        batch = self._waiting.popleft()
+        start = [p.detach().clone() for p in self.model.parameters()]
+        policy_logprobs, entropy = self._score(batch)
+        loss = self._loss(batch, policy_logprobs)
+        self._optimizer.zero_grad()
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(self.model.parameters(), self._learner.max_grad_norm)
+        warm = min(1.0, (self.version + 1) / _LR_WARMUP_STEPS)
+        self._optimizer.param_groups[0]["lr"] = self._learner.learning_rate * warm
+        self._optimizer.step()
+        report = self._control(batch, policy_logprobs.detach(), start)
+        self.version += 1
+        return {
+            "reward": float(batch.rewards.mean()),
+            "entropy": entropy,
+            "kept": report.kept if report else 1.0,
+            "share_of_budget": report.share_of_budget if report else 0.0,
+        }
+
+    def _score(self, batch: Samples) -> tuple[Tensor, float]:
+        """Log-probs [Q, G, T] of the responses, 0 where not counted, and mean entropy in nats per token."""
+        distribution = self.model.score(batch.prompts, batch.responses)
+        chosen = distribution.gather(-1, batch.responses[..., None])[..., 0]
+        with torch.no_grad():
+            entropy = -(distribution.exp() * distribution).sum(-1)[batch.counted].mean()
+        return torch.where(batch.counted, chosen, 0.0), float(entropy)
+
+    def _loss(self, batch: Samples, policy_logprobs: Tensor) -> Tensor:
+        counted, flat = batch.counted.flatten(), policy_logprobs.flatten()
+        index = torch.arange(batch.rewards.numel()).repeat_interleave(batch.counted.shape[-1])
+        behavior = batch.logprobs.flatten()
+        staleness = torch.full_like(index, self.version - batch.version)
+        valid = torch.ones_like(batch.rewards, dtype=torch.bool)
+        log_ratio = (flat.detach() - behavior).double()[counted]
+        step_batch = StepBatch(batch.rewards, valid, index[counted], staleness[counted], log_ratio)
+        prepared = self._objective.prepare(step_batch)
+        tokens = TokenBatch(
+            policy_logprobs=flat,
+            behavior_logprobs=behavior,
+            advantage=prepared.advantage.flatten()[index].float(),
+            is_response=counted,
+            rollout_index=torch.where(counted, index, -1),
+            staleness=staleness,
+            num_cells=batch.rewards.numel(),
+        )
+        per_token, _ = self._objective.token_loss(tokens, prepared.constant)
+        size = BatchSize(int(counted.sum()), batch.rewards.numel(), batch.rewards.numel(), batch.counted.shape[-1])
+        mode = self._learner.loss_agg_mode or self._objective.loss_agg_mode
+        return aggregate(per_token, counted, tokens.rollout_index, mode, size)
+
+    @torch.no_grad()
+    def _control(self, batch: Samples, start_logprobs: Tensor, start: list[Tensor]) -> StepReport | None:
+        config = self._learner.step_control
+        if config.window_kl_nats is None:
+            return None
+        probed = slice(max(1, round(config.probe_share * NUM_QUERIES)))
+        part = Samples(
+            batch.version,
+            *(getattr(batch, n)[probed] for n in ("prompts", "responses", "logprobs", "counted", "rewards")),
+        )
+        stepped = [p.detach().clone() for p in self.model.parameters()]
+        index = torch.arange(part.rewards.numel()).repeat_interleave(part.counted.shape[-1])
+
+        def measure() -> ProbeKl:
+            logprobs, _ = self._score(part)
+            kl = rollout_kl(
+                logprobs.flatten(),
+                start_logprobs[probed].flatten(),
+                part.logprobs.flatten(),
+                part.counted.flatten(),
+                index,
+                part.rewards.numel(),
+            ).view_as(part.rewards)
+            return ProbeKl(kl.mean(1), torch.full((len(kl),), float(self.version - part.version), dtype=torch.float64))
+
+        def move_to(kept: float) -> None:
+            for p, a, b in zip(self.model.parameters(), start, stepped, strict=True):
+                p.copy_(torch.lerp(a, b, kept))
+
+        return control_step(measure, move_to, StepLimits(config.window_kl_nats, config.max_kl_nats))
+
+
+@torch.no_grad()
+def evaluate(model: ToyModel, task: Task, seed: int) -> dict[str, float]:
+    """On the held-out questions: pass@1, pass@16, distinct right answers, entropy in nats per token."""
+    generator = torch.Generator().manual_seed(seed)
+    responses, logprobs, counted = model.sample(
+        task.held_out_prompts, EVALUATION_SAMPLES, task.max_response_tokens, task.eos, generator
+    )
+    right = task.rewards(responses, task.held_out_answers)
+    correct = right.sum(1).int().tolist()
+    answers = {(q, *responses[q, g].tolist()) for q, g in right.nonzero().tolist()}
+    return {
+        "pass_at_1": pass_at_k(correct, EVALUATION_SAMPLES, 1),
+        "pass_at_16": pass_at_k(correct, EVALUATION_SAMPLES, 16),
+        "unique_correct": len(answers),
+        "entropy": float(-logprobs[counted].mean()),
+    }
+
+
+def run(trainer: ToyTrainer, num_steps: int, evaluation_seed: int) -> dict[str, Any]:
+    """Evaluations at the start, every 25 steps and at the end, and what control did; seconds of it all."""
+    begun = time.monotonic()
+    evaluations = [{"step": 0} | evaluate(trainer.model, trainer.task, evaluation_seed)]
+    kept: list[float] = []
+    shares: list[float] = []
+    for step in range(1, num_steps + 1):
+        metrics = trainer.step()
+        kept.append(metrics["kept"])
+        shares.append(metrics["share_of_budget"])
+        if step % _EVALUATE_EVERY == 0 or step == num_steps:
+            evaluations.append({"step": step} | evaluate(trainer.model, trainer.task, evaluation_seed))
+    return {
+        "evaluations": evaluations,
+        "frac_steps_controlled": sum(k < 1 for k in kept) / num_steps,
+        "mean_kept": sum(kept) / num_steps,
+        "median_share_of_budget": sorted(shares)[num_steps // 2],
+        "seconds": time.monotonic() - begun,
+    }

@@ -1,0 +1,87 @@
+"""The configuration: one strict tree, one docstring a field, units in the names.
+
+Importing this package loads neither torch nor ray nor vllm. Unknown keys are refused; rules that
+span fields are checked here, before any process starts.
+"""
+
+from quatro_ray.config.base import Section
+from quatro_ray.config.load import (
+    dump_config,
+    load_config,
+)
+from quatro_ray.config.objectives import (
+    CispoConfig,
+    DapoConfig,
+    DecoupledPpoConfig,
+    DrGrpoConfig,
+    GrpoConfig,
+    GspoConfig,
+    ImportanceConfig,
+    Level,
+    M2poConfig,
+    MisGrpoConfig,
+    ObjectiveConfig,
+    QuatroConfig,
+    ReinforceConfig,
+    SapoConfig,
+    TisGrpoConfig,
+)
+from quatro_ray.config.tree import (
+    ChainSumTaskConfig,
+    CheckpointConfig,
+    ClusterConfig,
+    Config,
+    EvaluationConfig,
+    GeneratorConfig,
+    JsonLinesTaskConfig,
+    LearnerConfig,
+    ModelConfig,
+    PretrainedModelConfig,
+    ReplayConfig,
+    RunConfig,
+    TaskConfig,
+    TelemetryConfig,
+    TinyModelConfig,
+    VerifierConfig,
+    WarmupConfig,
+    WeightSyncConfig,
+)
+
+__all__ = [
+    "ChainSumTaskConfig",
+    "CheckpointConfig",
+    "CispoConfig",
+    "ClusterConfig",
+    "Config",
+    "DapoConfig",
+    "DecoupledPpoConfig",
+    "DrGrpoConfig",
+    "EvaluationConfig",
+    "GeneratorConfig",
+    "GrpoConfig",
+    "GspoConfig",
+    "ImportanceConfig",
+    "JsonLinesTaskConfig",
+    "LearnerConfig",
+    "Level",
+    "M2poConfig",
+    "MisGrpoConfig",
+    "ModelConfig",
+    "ObjectiveConfig",
+    "PretrainedModelConfig",
+    "QuatroConfig",
+    "ReinforceConfig",
+    "ReplayConfig",
+    "RunConfig",
+    "SapoConfig",
+    "Section",
+    "TaskConfig",
+    "TelemetryConfig",
+    "TinyModelConfig",
+    "TisGrpoConfig",
+    "VerifierConfig",
+    "WarmupConfig",
+    "WeightSyncConfig",
+    "dump_config",
+    "load_config",
+]

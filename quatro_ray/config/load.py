@@ -1,0 +1,69 @@
+"""From a YAML file to a validated configuration, and back."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import yaml
+from pydantic import ValidationError
+
+from quatro_ray.config.tree import Config
+from quatro_ray.errors import ConfigError
+
+
+def load_config(path: Path, overrides: list[str] | None = None) -> Config:
+    """Reads YAML, applies `section.field=value` overrides, validates.
+
+    Raises:
+        ConfigError: one message with every broken rule: field, value, rule, remedy.
+    """
+    try:
+        tree = yaml.safe_load(path.read_text())
+    except OSError as error:
+        raise ConfigError(f"{path}: cannot be read ({error.strerror}); give the path of a YAML file") from error
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise ConfigError(f"{path}: is not YAML: {' '.join(str(error).split())}") from error
+    if not isinstance(tree, dict):
+        raise ConfigError(f"{path}: must be a mapping of sections, not {type(tree).__name__}")
+    for override in overrides or []:
+        _apply_override(tree, override)
+    try:
+        return Config.model_validate(tree)
+    except ValidationError as error:
+        raise ConfigError(f"{path}: " + "; ".join(_explain(e) for e in error.errors())) from error
+
+
+def _apply_override(tree: dict[str, Any], override: str) -> None:
+    key, sep, text = override.partition("=")
+    parts = key.split(".")
+    if not sep or not all(parts):
+        raise ConfigError(f"override {override!r}: must have the form section.field=value")
+    try:
+        value = yaml.safe_load(text)
+    except yaml.YAMLError as error:
+        raise ConfigError(f"override {override!r}: the value is not YAML; quote it") from error
+    node = tree
+    for part in parts[:-1]:
+        node = node.setdefault(part, {})
+        if not isinstance(node, dict):
+            raise ConfigError(f"override {override!r}: {part!r} is a value, not a section")
+    # YAML 1.1 reads 1e-4 as text; pydantic reads it as the number it is
+    node[parts[-1]] = value
+
+
+def _explain(error: Any) -> str:
+    where = ".".join(str(p) for p in error["loc"]) or "config"
+    if error["type"] == "extra_forbidden":
+        return f"{where}: unknown field; remove it or correct its spelling (`quatro-ray fields` lists all)"
+    if error["type"] == "missing":
+        return f"{where}: required field is missing; add it"
+    message = error["msg"].removeprefix("Value error, ")
+    if error["type"] == "value_error":
+        return f"{where}: {message}" if error["loc"] else message
+    return f"{where}={error['input']!r}: {message}; change this value"
+
+
+def dump_config(config: Config) -> str:
+    """The resolved configuration as YAML that `load_config` reads back to an equal one."""
+    return yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False)

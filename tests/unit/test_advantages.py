@@ -1,0 +1,97 @@
+"""Advantages, budgets and importance weights."""
+
+import math
+
+import pytest
+import torch
+
+from quatro_ray.ops import advantages, importance
+from quatro_ray.ops.kl_budget import kl_budget
+
+
+def test_group_normalised_golden() -> None:
+    rewards = torch.tensor([[1.0, 0.0, 0.0, 1.0], [1.0, 1.0, 1.0, 1.0]])
+    out = advantages.group_normalised(rewards, torch.ones(2, 4, dtype=torch.bool))
+    assert out[0].tolist() == pytest.approx([1, -1, -1, 1], abs=1e-5)
+    assert out[1].tolist() == [0, 0, 0, 0]
+
+
+def test_group_centred_golden_in_a_ragged_group() -> None:
+    valid = torch.tensor([[True, True, True, False]])
+    out = advantages.group_centred(torch.tensor([[1.0, 0.0, 0.5, 9.0]]), valid)
+    assert out[0].tolist() == [0.5, -0.5, 0.0, 0.0]
+
+
+def quatro(rewards: torch.Tensor, log_ratio: torch.Tensor, stabilizer: str) -> advantages.QuatroAdvantages:
+    valid = torch.ones(rewards.shape, dtype=torch.bool)
+    return advantages.quatro(rewards, valid, log_ratio, kl_budget_nats=0.1, max_eta=2.0, stabilizer=stabilizer)  # type: ignore[arg-type]
+
+
+def test_on_policy_residuals_are_centred_targets() -> None:
+    rewards = torch.tensor([[1.0, 0.0, 0.0, 0.0]])
+    result = quatro(rewards, torch.zeros(1, 4), "always")
+    target = result.solution.target_log_ratio
+    torch.testing.assert_close(result.advantage, target - target.mean())
+    assert float(result.advantage.sum()) == pytest.approx(0, abs=1e-12)
+
+
+def test_stabiliser_turns_the_push_once_a_sample_is_past_its_target() -> None:
+    rewards = torch.tensor([[1.0, 0.0]])
+    assert quatro(rewards, torch.zeros(1, 2), "always").advantage[0, 0] > 0
+    assert quatro(rewards, torch.tensor([[3.0, 0.0]]), "always").advantage[0, 0] < 0
+
+
+def test_active_stabiliser_acts_only_beyond_the_budget() -> None:
+    rewards = torch.tensor([[1.0, 0.0], [1.0, 0.0]])
+    log_ratio = torch.tensor([[0.1, -0.1], [2.0, -2.0]])
+    result = quatro(rewards, log_ratio, "active")
+    centred = quatro(rewards, torch.zeros(2, 2), "active").advantage
+    assert result.realised_kl_nats[0] < 0.1 < result.realised_kl_nats[1]
+    torch.testing.assert_close(result.advantage[0], centred[0])
+    torch.testing.assert_close(result.advantage[1], centred[1] - log_ratio[1].double())
+
+
+def test_realised_kl_golden() -> None:
+    """mean(ρ − 1 − log ρ) of ρ = e and ρ = 1."""
+    got = advantages.realised_kl(torch.tensor([[1.0, 0.0]]), torch.ones(1, 2, dtype=torch.bool))
+    assert float(got[0]) == pytest.approx((math.e - 2) / 2, rel=1e-6)
+
+
+def budget(**changes: object) -> list[float]:
+    arguments = {
+        "unit": "response",
+        "staleness_exponent": 0.0,
+        "shrink_by_ess": False,
+        "lengths": torch.tensor([[2, 4], [6, 0]]),
+        "staleness": torch.tensor([0.0, 3.0]),
+        "sequence_log_ratio": torch.tensor([[0.0, math.log(3)], [500.0, 0.0]]),
+        "valid": torch.tensor([[True, True], [True, False]]),
+    }
+    return kl_budget(0.5, **(arguments | changes)).tolist()  # type: ignore[arg-type]
+
+
+def test_kl_budget_golden() -> None:
+    assert budget() == [0.5, 0.5]
+    assert budget(unit="token") == [1.5, 3.0]  # mean lengths 3 and 6
+    assert budget(staleness_exponent=0.5) == [0.5, 1.0]  # (1 + 3)^½ = 2
+    # weights 1 and 3: 16/(2·10) = 0.8; a group of one has all of its sample, however large its weight
+    assert budget(shrink_by_ess=True) == pytest.approx([0.4, 0.5])
+
+
+def test_importance_levels() -> None:
+    """Two rollouts of two tokens and one padding token."""
+    log_ratio = torch.tensor([0.2, 0.4, -1.0, 0.0, 0.0])
+    response = torch.tensor([True, True, True, True, False])
+    index = torch.tensor([0, 0, 1, 1, -1])
+    args = (log_ratio, response, index, 2)
+    assert importance.leveled("token", *args).tolist() == log_ratio.tolist()
+    assert importance.leveled("sequence", *args).tolist() == pytest.approx([0.6, 0.6, -1, -1, 0])
+    assert importance.leveled("geometric", *args).tolist() == pytest.approx([0.3, 0.3, -0.5, -0.5, 0])
+
+
+def test_effective_sample_share() -> None:
+    everything = torch.ones(5, dtype=torch.bool)
+    assert float(importance.effective_sample_share(torch.ones(5), everything)) == pytest.approx(1)
+    assert float(importance.effective_sample_share(torch.tensor([1.0, 0, 0, 0]), everything[:4])) == pytest.approx(0.25)
+    half = torch.tensor([True, False])
+    assert float(importance.effective_sample_share(torch.tensor([2.0, 7.0]), half)) == pytest.approx(1)

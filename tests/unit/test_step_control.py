@@ -1,0 +1,81 @@
+"""Step control against a KL that is known: quadratic, or saturating far out."""
+
+import math
+
+import pytest
+import torch
+
+from quatro_ray.ops.step_control import ProbeKl, StepLimits, control_step, rollout_kl
+
+
+def test_rollout_kl_golden() -> None:
+    """Two rollouts; ρ = e and 1 with π_k/β = 1, then ρ = 1/e with π_k/β = e², cut at 2; padding counts nothing."""
+    start = torch.tensor([-3.0, -1.0, -1.0, 0.0])
+    stepped = torch.tensor([-2.0, -1.0, -2.0, 5.0])
+    behavior = torch.tensor([-3.0, -1.0, -3.0, 0.0])
+    response = torch.tensor([True, True, True, False])
+    got = rollout_kl(stepped, start, behavior, response, torch.tensor([0, 0, 1, -1]), 2)
+    assert got.tolist() == pytest.approx([math.e - 2, 2 * math.exp(-1)])
+
+
+def test_rollout_kl_estimates_the_kl_of_two_distributions() -> None:
+    torch.manual_seed(0)
+    start, stepped = torch.log_softmax(torch.randn(2, 5, dtype=torch.float64) * 0.3, dim=-1)
+    samples = torch.multinomial(start.exp(), 200_000, replacement=True)
+    index = torch.arange(len(samples))
+    got = rollout_kl(stepped[samples], start[samples], start[samples], index >= 0, index, len(samples)).mean()
+    exact = (start.exp() * (start - stepped)).sum()
+    assert float(got) == pytest.approx(float(exact), rel=0.02)
+
+
+def test_budget_falls_with_staleness_from_its_ceiling() -> None:
+    limits = StepLimits(window_kl_nats=0.1, max_kl_nats=0.02)
+    assert limits.budget(torch.tensor([0.0, 4.0, 9.0, 99.0])).tolist() == pytest.approx([0.02, 0.02, 0.01, 0.001])
+
+
+class Line:
+    """Weights on a line: KL(α) = `kl`(α · length)."""
+
+    def __init__(self, kl: object, length: float) -> None:
+        self.kl, self.length, self.kept = kl, length, 1.0
+
+    def measure(self) -> ProbeKl:
+        value = self.kl(self.kept * self.length)  # type: ignore[operator]
+        return ProbeKl(torch.tensor([value], dtype=torch.float64), torch.zeros(1, dtype=torch.float64))
+
+    def move_to(self, kept: float) -> None:
+        self.kept = kept
+
+
+LIMITS = StepLimits(window_kl_nats=1.0, max_kl_nats=0.01)
+
+
+def test_a_step_within_its_budget_is_left_alone() -> None:
+    line = Line(lambda x: x * x, 0.1)
+    report = control_step(line.measure, line.move_to, LIMITS)
+    assert (report.kept, line.kept, report.num_measured) == (1.0, 1.0, 1)
+    assert report.metrics()["step_control/acted"] == 0.0
+
+
+@pytest.mark.parametrize(("length", "measured"), [(0.15, 1), (1.0, 2), (100.0, 2)])
+def test_a_step_beyond_it_is_moved_back_to_it(length: float, measured: int) -> None:
+    """KL is known to be x²: the fraction kept is the budget's root over the length."""
+    line = Line(lambda x: x * x, length)
+    report = control_step(line.measure, line.move_to, LIMITS)
+    assert line.kept == pytest.approx(0.1 / length)
+    assert report.kept == line.kept
+    assert report.num_measured == measured
+    assert report.share_of_budget == pytest.approx(length**2 / 0.01)
+
+
+def test_where_kl_is_not_quadratic_it_is_measured_again() -> None:
+    """KL = min(x², 0.5) flattens far out: the first move stops at x = 1.41 and KL 0.5, the next ones go on."""
+    line = Line(lambda x: min(x * x, 0.5), 10.0)
+    control_step(line.measure, line.move_to, LIMITS)
+    assert (line.kept * line.length) ** 2 <= 0.01 * 1.05
+
+
+def test_the_mean_over_queries_decides() -> None:
+    kl = torch.tensor([0.03, 0.001], dtype=torch.float64)
+    probe = ProbeKl(kl, torch.tensor([0.0, 999.0], dtype=torch.float64))
+    assert probe.share_of_budget(LIMITS) == pytest.approx((3 + 1) / 2)
