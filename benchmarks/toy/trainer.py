@@ -23,7 +23,7 @@ from quatro_ray.ops.step_control import ProbeKl, StepLimits, StepReport, control
 
 NUM_QUERIES, GROUP_SIZE = 16, 16
 EVALUATION_SAMPLES = 16
-_EVALUATE_EVERY = 25
+_EVALUATE_EVERY = 50
 _LR_WARMUP_STEPS = 10
 
 
@@ -126,10 +126,11 @@ class ToyTrainer:
         config = self._learner.step_control
         if config.window_kl_nats is None:
             return None
-        probed = slice(max(1, round(config.probe_share * NUM_QUERIES)))
+        probed = slice(max(1, round(config.probe_share * GROUP_SIZE)))
         part = Samples(
             batch.version,
-            *(getattr(batch, n)[probed] for n in ("prompts", "responses", "logprobs", "counted", "rewards")),
+            batch.prompts,
+            *(getattr(batch, name)[:, probed] for name in ("responses", "logprobs", "counted", "rewards")),
         )
         stepped = [p.detach().clone() for p in self.model.parameters()]
         index = torch.arange(part.rewards.numel()).repeat_interleave(part.counted.shape[-1])
@@ -138,7 +139,7 @@ class ToyTrainer:
             logprobs, _ = self._score(part)
             kl = rollout_kl(
                 logprobs.flatten(),
-                start_logprobs[probed].flatten(),
+                start_logprobs[:, probed].flatten(),
                 part.logprobs.flatten(),
                 part.counted.flatten(),
                 index,
@@ -164,29 +165,26 @@ def evaluate(model: ToyModel, task: Task, seed: int) -> dict[str, float]:
     correct = right.sum(1).int().tolist()
     answers = {(q, *responses[q, g].tolist()) for q, g in right.nonzero().tolist()}
     return {
-        "pass_at_1": pass_at_k(correct, EVALUATION_SAMPLES, 1),
-        "pass_at_16": pass_at_k(correct, EVALUATION_SAMPLES, 16),
+        "pass_at_1": round(pass_at_k(correct, EVALUATION_SAMPLES, 1), 4),
+        "pass_at_16": round(pass_at_k(correct, EVALUATION_SAMPLES, 16), 4),
         "unique_correct": len(answers),
-        "entropy": float(-logprobs[counted].mean()),
+        "entropy": round(float(-logprobs[counted].mean()), 4),
     }
 
 
 def run(trainer: ToyTrainer, num_steps: int, evaluation_seed: int) -> dict[str, Any]:
-    """Evaluations at the start, every 25 steps and at the end, and what control did; seconds of it all."""
+    """Evaluations at the start, every 50 steps and at the end, what control did, and the seconds it all took."""
     begun = time.monotonic()
     evaluations = [{"step": 0} | evaluate(trainer.model, trainer.task, evaluation_seed)]
-    kept: list[float] = []
-    shares: list[float] = []
+    steps = []
     for step in range(1, num_steps + 1):
-        metrics = trainer.step()
-        kept.append(metrics["kept"])
-        shares.append(metrics["share_of_budget"])
+        steps.append(trainer.step())
         if step % _EVALUATE_EVERY == 0 or step == num_steps:
             evaluations.append({"step": step} | evaluate(trainer.model, trainer.task, evaluation_seed))
     return {
         "evaluations": evaluations,
-        "frac_steps_controlled": sum(k < 1 for k in kept) / num_steps,
-        "mean_kept": sum(kept) / num_steps,
-        "median_share_of_budget": sorted(shares)[num_steps // 2],
-        "seconds": time.monotonic() - begun,
+        "frac_steps_controlled": sum(s["kept"] < 1 for s in steps) / num_steps,
+        "mean_kept": round(sum(s["kept"] for s in steps) / num_steps, 4),
+        "median_share_of_budget": round(sorted(s["share_of_budget"] for s in steps)[num_steps // 2], 4),
+        "seconds": round(time.monotonic() - begun, 1),
     }

@@ -27,6 +27,7 @@ from quatro_ray.config.objectives import (
     TisGrpoConfig,
 )
 from quatro_ray.config.tree import (
+    AggregationMode,
     ChainSumTaskConfig,
     CheckpointConfig,
     ClusterConfig,
@@ -39,6 +40,7 @@ from quatro_ray.config.tree import (
     PretrainedModelConfig,
     ReplayConfig,
     RunConfig,
+    StepControlConfig,
     TaskConfig,
     TelemetryConfig,
     TinyModelConfig,
@@ -48,6 +50,7 @@ from quatro_ray.config.tree import (
 )
 
 __all__ = [
+    "AggregationMode",
     "ChainSumTaskConfig",
     "CheckpointConfig",
     "CispoConfig",
@@ -75,6 +78,7 @@ __all__ = [
     "RunConfig",
     "SapoConfig",
     "Section",
+    "StepControlConfig",
     "TaskConfig",
     "TelemetryConfig",
     "TinyModelConfig",

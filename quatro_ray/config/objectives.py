@@ -24,18 +24,18 @@ class QuatroConfig(Section):
     """Exact per-query trust region around the policy that sampled. arXiv 2602.04620; docs/algorithm.md."""
 
     kind: Literal["quatro"]
-    kl_budget_nats: float = Field(0.6, gt=0)
-    """ε_q: radius of the region of a query on fresh samples, nats."""
+    kl_budget_nats: float = Field(0.016, gt=0)
+    """ε_0: radius of the region of a query on fresh samples, nats."""
     kl_budget_unit: Literal["response", "token"] = "response"
     """token: the budget is multiplied by the mean length of the query's responses."""
-    staleness_exponent: float = Field(0.0, ge=0, le=2)
-    """ε_q is multiplied by (1 + staleness)^exponent; 0: the budget does not look at versions."""
+    staleness_exponent: float = Field(1.0, ge=0, le=2)
+    """ε_q = ε_0 (1 + staleness)^exponent. 1: room for as many steps as the samples are old. 0: blind to versions."""
     shrink_by_ess: bool = False
     """ε_q is multiplied by ESS/G, the effective share of the query's samples."""
-    max_eta: float = Field(2.0, gt=0)
+    max_eta: float = Field(8.0, gt=0)
     """Cap on η = 1/λ, in 1/reward: keeps targets finite where the region does not bind."""
-    stabilizer: Literal["active", "always"] = "active"
-    """active: −log ρ acts only for queries beyond their budget (complementary slackness)."""
+    stabilizer: Literal["active", "always"] = "always"
+    """−log ρ_i in every residual, or (active) only for queries beyond their budget (complementary slackness)."""
     importance: ImportanceConfig = ImportanceConfig()
 
 
