@@ -3,7 +3,7 @@
     python -m benchmarks.study run      # resumes where it stopped; each run is one line of the file of figures
     python -m benchmarks.study report   # tables and plots from the figures; exits 1 where a claim does not hold
 
-Runs go seed by seed, so that whatever there is covers the whole grid. Each takes about 15 s of one core.
+One seed of the whole grid comes first. Each run takes about 15 s of one core.
 """
 
 from __future__ import annotations

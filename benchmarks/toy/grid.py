@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from itertools import product
 from typing import Any
@@ -69,16 +68,29 @@ class Spec:
 
 
 def all_specs() -> list[Spec]:
-    """Seed by seed; within a seed the grid, then the ablation, then the other baselines."""
-    return [spec for seed in SEEDS for spec in _of_seed(seed)]
+    """In the order of what they tell: one seed of grid and ablation, the other seeds, the other baselines."""
+    first, *others = SEEDS
+    specs = [*_grid(first, MULTIPLES), *_ablation(first)]
+    for seed in others:
+        specs += [*_grid(seed, (MULTIPLES[0], MULTIPLES[-1])), *_ablation(seed)]
+    specs += _corners(first)
+    for seed in others:
+        specs += _grid(seed, MULTIPLES[1:-1])
+    for seed in others:
+        specs += _corners(seed)
+    return specs
 
 
-def _of_seed(seed: int) -> Iterator[Spec]:
-    for control, multiple, staleness, task, method in product((True, False), MULTIPLES, STALENESS, TASKS, WHOLE_GRID):
-        yield Spec(task, method, staleness, multiple, control, seed)
-    for staleness, task, method in product(STALENESS, TASKS, ABLATION):
-        yield Spec(task, method, staleness, 1, True, seed)
-    for control, multiple, staleness, task, method in product(
-        (True, False), (MULTIPLES[0], MULTIPLES[-1]), (STALENESS[0], STALENESS[-1]), TASKS, CORNERS
-    ):
-        yield Spec(task, method, staleness, multiple, control, seed)
+def _grid(seed: int, multiples: tuple[int, ...]) -> list[Spec]:
+    cells = product((True, False), multiples, STALENESS, TASKS, WHOLE_GRID)
+    return [Spec(task, method, s, multiple, control, seed) for control, multiple, s, task, method in cells]
+
+
+def _ablation(seed: int) -> list[Spec]:
+    return [Spec(task, method, s, 1, True, seed) for s, task, method in product(STALENESS, TASKS, ABLATION)]
+
+
+def _corners(seed: int) -> list[Spec]:
+    ends = (STALENESS[0], STALENESS[-1]), (MULTIPLES[0], MULTIPLES[-1])
+    cells = product((True, False), ends[1], ends[0], TASKS, CORNERS)
+    return [Spec(task, method, s, multiple, control, seed) for control, multiple, s, task, method in cells]

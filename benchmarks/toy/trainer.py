@@ -16,7 +16,8 @@ from torch import Tensor
 from benchmarks.toy.model import ToyModel
 from benchmarks.toy.tasks import Task
 from quatro_ray.config import LearnerConfig, ObjectiveConfig
-from quatro_ray.engines.objectives import StepBatch, TokenBatch, make_objective
+from quatro_ray.engines.batches import StepBatch, TokenBatch
+from quatro_ray.engines.objectives import make_objective
 from quatro_ray.evaluation import pass_at_k
 from quatro_ray.ops.aggregation import BatchSize, aggregate
 from quatro_ray.ops.step_control import ProbeKl, StepLimits, StepReport, control_step, rollout_kl

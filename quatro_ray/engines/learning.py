@@ -15,14 +15,14 @@ from torch import Tensor
 
 from quatro_ray.config import LearnerConfig, ObjectiveConfig
 from quatro_ray.engines import step_metrics
-from quatro_ray.engines.objectives import Prepared, StepBatch, TokenBatch, make_objective
+from quatro_ray.engines.batches import StepBatch, make_step_batch, make_token_batch
+from quatro_ray.engines.objectives import Prepared, make_objective
 from quatro_ray.engines.policy import PolicyModel, export
 from quatro_ray.engines.probe import Probe
 from quatro_ray.engines.zero_shards import ZeroStep
 from quatro_ray.ops import losses
 from quatro_ray.ops.aggregation import BatchSize, aggregate
 from quatro_ray.ops.step_control import StepLimits, StepReport, control_step
-from quatro_ray.replay.staleness import staleness
 from quatro_ray.types import LearnerBatch, MicroBatch
 from quatro_ray.weight_sync.source import ZeroWeightSource
 
@@ -148,8 +148,6 @@ class LearningEngine:
         step_batch = self._step_batch(batch, micro_batches)
         prepared = self._objective.prepare(step_batch)
         collector = step_metrics.Collector(step_batch.valid.numel(), self._device)
-        control = self._config.step_control.window_kl_nats is not None
-        before = ZeroStep(self._engine.optimizer) if control else None
         start_logprobs = []
         for number, t in enumerate(micro_batches, start=1):
             self._engine.set_gradient_accumulation_boundary(number == len(micro_batches))
@@ -158,6 +156,8 @@ class LearningEngine:
             # NaN here makes every gradient NaN, and ZeRO-3 refuses such a step on all ranks together
             poison = torch.where(torch.isfinite(loss.detach()), 1.0, torch.nan)
             self._engine.backward(loss * poison * self._config.num_ranks)
+        control = self._config.step_control.window_kl_nats is not None
+        before = ZeroStep(self._engine.optimizer) if control else None
         self._engine.step()
         applied = self._engine.was_step_applied()
         metrics = collector.reduce(step_batch.rewards, step_batch.valid) | prepared.diagnostics
@@ -189,49 +189,28 @@ class LearningEngine:
     ) -> tuple[Tensor, Tensor]:
         """This micro-batch's share of the loss, and the log-probs [N] of its targets without gradient."""
         policy_logprobs, entropy = self._engine(t["token_ids"], t["position_ids"], t["target_ids"])
-        response, index = t["is_response"], t["rollout_index"]
-        tokens = TokenBatch(
-            policy_logprobs=torch.where(response, policy_logprobs, 0.0),
-            behavior_logprobs=t["behavior_logprobs"],
-            advantage=prepared.advantage.flatten()[index.clamp(min=0)].float(),
-            is_response=response,
-            rollout_index=index,
-            staleness=torch.where(response, staleness(self.version, t["versions"]), 0),
-            num_cells=prepared.advantage.numel(),
-        )
+        tokens = make_token_batch(t, policy_logprobs, prepared.advantage, self.version)
         per_token, limited = self._objective.token_loss(tokens, prepared.constant)
         if self._reference is not None:
             with torch.no_grad():
                 reference_logprobs, _ = self._reference(t["token_ids"], t["position_ids"], t["target_ids"])
             reference_kl = losses.reference_kl(policy_logprobs, reference_logprobs)
             per_token = per_token + self._config.reference_kl_coef * reference_kl
-            collector.add_reference_kl(reference_kl.detach(), response)
+            collector.add_reference_kl(reference_kl.detach(), tokens.is_response)
         collector.add(tokens, entropy, per_token.detach(), limited)
         mode = self._config.loss_agg_mode or self._objective.loss_agg_mode
         size = BatchSize(batch.num_tokens, batch.num_rollouts, tokens.num_cells, self._max_response_tokens)
-        return aggregate(per_token, response, index, mode, size), tokens.policy_logprobs.detach()
+        return aggregate(
+            per_token, tokens.is_response, tokens.rollout_index, mode, size
+        ), tokens.policy_logprobs.detach()
 
     def _step_batch(self, batch: LearnerBatch, micro_batches: list[dict[str, Tensor]]) -> StepBatch:
-        """What the whole batch is known to be; log-ratios, where the objective asks for them, take a pass."""
-        everyone = [micro for rank in batch.micro_batches for micro in rank]
-        response = [micro.is_response for micro in everyone]
-
-        def joined(values: list[np.ndarray]) -> Tensor:
-            return torch.from_numpy(np.concatenate([v[r] for v, r in zip(values, response, strict=True)])).to(
-                self._device
-            )
-
+        """Log-ratios take a pass, where the objective asks for them; all the rest every rank knows of all."""
         log_ratio = None
         if self._objective.needs_log_ratio:
-            counts = [[int(micro.is_response.sum()) for micro in rank] for rank in batch.micro_batches]
-            log_ratio = self._log_ratio(micro_batches, sum(map(sum, counts[: self._rank])), sum(map(sum, counts)))
-        return StepBatch(
-            rewards=torch.from_numpy(batch.rewards).to(self._device),
-            valid=torch.from_numpy(batch.valid).to(self._device),
-            rollout_index=joined([micro.rollout_index for micro in everyone]),
-            staleness=staleness(self.version, joined([micro.versions for micro in everyone])),
-            log_ratio=log_ratio,
-        )
+            counts = [sum(int(micro.is_response.sum()) for micro in rank) for rank in batch.micro_batches]
+            log_ratio = self._log_ratio(micro_batches, sum(counts[: self._rank]), sum(counts))
+        return make_step_batch(batch, self.version, log_ratio, self._device)
 
     @torch.no_grad()
     def _log_ratio(self, micro_batches: list[dict[str, Tensor]], offset: int, num_tokens: int) -> Tensor:

@@ -1,7 +1,6 @@
 """What a step optimises: how advantages are made from a batch, and the per-token loss.
 
-One class a method, chosen by `objective.kind`. Shape letters: Q queries, G rollouts, N tokens of a micro-batch,
-M response tokens of the global batch.
+One class a method, chosen by `objective.kind`. Shape letters: Q queries, G rollouts.
 """
 
 from __future__ import annotations
@@ -9,49 +8,15 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from quatro_ray import config as c
-from quatro_ray.ops import advantages, importance, losses
+from quatro_ray.engines.batches import StepBatch, TokenBatch
+from quatro_ray.ops import advantages, losses
 from quatro_ray.ops.aggregation import AggregationMode
 from quatro_ray.ops.kl_budget import kl_budget
 from quatro_ray.ops.losses import TokenLoss
 from quatro_ray.ops.trust_region import Status
-
-
-@dataclass(frozen=True)
-class StepBatch:
-    """The global batch before any gradient, the same on every rank.
-
-    Attributes:
-        rewards: float64 [Q, G]; valid: bool [Q, G].
-        rollout_index: int64 [M], cell of [Q·G]; staleness: int64 [M], optimiser steps.
-        log_ratio: float64 [M], log π_k − log β; None where the objective did not ask for it.
-    """
-
-    rewards: Tensor
-    valid: Tensor
-    rollout_index: Tensor
-    staleness: Tensor
-    log_ratio: Tensor | None
-
-    def per_rollout(self, values: Tensor) -> Tensor:
-        """[M] → [Q, G], sums."""
-        return importance.sequence_sums(values.double(), self.rollout_index, self.rewards.numel()).view_as(self.rewards)
-
-    def lengths(self) -> Tensor:
-        """float64 [Q, G], response tokens."""
-        return self.per_rollout(torch.ones_like(self.rollout_index))
-
-    def query_staleness(self) -> Tensor:
-        """float64 [Q], mean over the query's response tokens."""
-        return self.per_rollout(self.staleness).sum(1) / self.lengths().sum(1).clamp(min=1)
-
-    def sequence_log_ratio(self) -> Tensor:
-        """float64 [Q, G]; only for objectives that ask for log-ratios."""
-        assert self.log_ratio is not None
-        return self.per_rollout(self.log_ratio)
 
 
 @dataclass(frozen=True)
@@ -61,33 +26,6 @@ class Prepared:
     advantage: Tensor
     constant: float = 0.0
     diagnostics: dict[str, Any] = field(default_factory=dict)
-
-
-@dataclass(frozen=True)
-class TokenBatch:
-    """What a per-token loss may look at; all [N]. `advantage` is that of the token's rollout.
-
-    `policy_logprobs` carries the gradient and is 0 outside of responses, as are the other log-probs;
-    `staleness` is 0 there, `rollout_index` −1 in padding.
-    """
-
-    policy_logprobs: Tensor
-    behavior_logprobs: Tensor
-    advantage: Tensor
-    is_response: Tensor
-    rollout_index: Tensor
-    staleness: Tensor
-    num_cells: int
-
-    @property
-    def proximal_logprobs(self) -> Tensor:
-        """The policy at the start of the step: with one optimiser step a batch, the current one, detached."""
-        return self.policy_logprobs.detach()
-
-    def log_ratio(self, level: importance.Level = "token") -> Tensor:
-        """log π_θ − log β at a level, with gradient."""
-        ratio = self.policy_logprobs - self.behavior_logprobs
-        return importance.leveled(level, ratio, self.is_response, self.rollout_index, self.num_cells)
 
 
 class Objective:

@@ -1,6 +1,6 @@
-"""KL(π_k ‖ π_k+1) on a part of the step's batch, with one pass without gradient and one all-reduce.
+"""KL(π_k ‖ π_k+1) on a part of the step's batch, with few passes without gradient and one all-reduce.
 
-Shape letters: N tokens of a micro-batch, Q queries, G rollouts.
+Shape letters: N tokens of a packed row, Q queries, G rollouts.
 """
 
 from __future__ import annotations
@@ -14,32 +14,35 @@ from torch import Tensor
 
 from quatro_ray.ops.step_control import ProbeKl, rollout_kl
 
+Row = dict[str, Tensor]
+"""The tensors of a types.MicroBatch by name, and `start_logprobs`: log π_k of the targets, 0 outside responses."""
+
 
 class Probe:
-    """The first rollouts of this rank's micro-batches, cut where a rollout ends, with their log-probs under π_k."""
+    """Some rollouts of every query: a part that held whole queries could miss all those that still change."""
 
     def __init__(
-        self, micro_batches: Sequence[dict[str, Tensor]], start_logprobs: Sequence[Tensor], share: float, cells: Tensor
+        self, micro_batches: Sequence[Row], start_logprobs: Sequence[Tensor], share: float, valid: Tensor
     ) -> None:
-        """micro_batches: tensors of types.MicroBatch by name; start_logprobs: [N] each; cells: bool [Q, G], valid.
+        """start_logprobs: [N] for each micro-batch; valid: bool [Q, G].
 
         Every rank has the same number of micro-batches, and so takes part in the same number of passes.
         """
-        wanted = share * len(micro_batches)
-        count = math.ceil(wanted)
-        last = wanted - (count - 1)
-        self._parts = [_head(t, s, 1.0) for t, s in zip(micro_batches[: count - 1], start_logprobs, strict=False)]
-        self._parts.append(_head(micro_batches[count - 1], start_logprobs[count - 1], last))
-        self._shape = cells.shape
+        self._shape = valid.shape
+        per_query = max(1, round(share * self._shape[1]))
+        rows = [t | {"start_logprobs": s} for t, s in zip(micro_batches, start_logprobs, strict=True)]
+        chosen = [_only(row, per_query, self._shape[1]) for row in rows]
+        size = math.ceil(len(rows) / math.ceil(share * len(rows)))
+        self._rows = [_joined(chosen[i : i + size]) for i in range(0, len(rows), size)]
 
-    def measure(self, forward: Callable[[dict[str, Tensor]], Tensor], query_staleness: Tensor) -> ProbeKl:
-        """forward: tensors of a micro-batch → log-probs [N]. query_staleness: float64 [Q]. A collective."""
+    def measure(self, logprobs: Callable[[Row], Tensor], query_staleness: Tensor) -> ProbeKl:
+        """logprobs: row → [N], of the targets, 0 outside responses. query_staleness: float64 [Q]. A collective."""
         num_cells = self._shape.numel()
         totals = torch.zeros(2, num_cells, dtype=torch.float64, device=query_staleness.device)
-        for t, start in self._parts:
-            logprobs = forward(t)
-            index = t["rollout_index"]
-            totals[0] += rollout_kl(logprobs, start, t["behavior_logprobs"], t["is_response"], index, num_cells)
+        for row in self._rows:
+            index = row["rollout_index"]
+            start, behavior, response = row["start_logprobs"], row["behavior_logprobs"], row["is_response"]
+            totals[0] += rollout_kl(logprobs(row), start, behavior, response, index, num_cells)
             totals[1, index[index >= 0]] = 1
         dist.all_reduce(totals)
         kl, count = totals.view(2, *self._shape).sum(2)
@@ -47,9 +50,14 @@ class Probe:
         return ProbeKl(kl[probed] / count[probed], query_staleness[probed])
 
 
-def _head(t: dict[str, Tensor], start_logprobs: Tensor, share: float) -> tuple[dict[str, Tensor], Tensor]:
-    """The first sequences, that hold at least this share of the tokens; attention is causal, so they stay the same."""
-    ends = [*(t["position_ids"] == 0).nonzero().flatten()[1:].tolist(), len(start_logprobs)]
-    wanted = share * len(start_logprobs)
-    cut = next(end for end in ends if end >= wanted or end == ends[-1])
-    return {name: value[:cut] for name, value in t.items()}, start_logprobs[:cut]
+def _only(row: Row, per_query: int, group_size: int) -> Row:
+    """The first `per_query` rollouts of each query, or the row's first sequence where it has none of them."""
+    index = row["rollout_index"]
+    kept = (index >= 0) & (index % group_size < per_query)
+    if not kept.any():
+        kept = (row["position_ids"] == 0).cumsum(0) == 1
+    return {name: value[kept] for name, value in row.items()}
+
+
+def _joined(rows: Sequence[Row]) -> Row:
+    return {name: torch.cat([row[name] for row in rows]) for name in rows[0]}

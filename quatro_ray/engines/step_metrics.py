@@ -8,7 +8,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from quatro_ray.engines.objectives import TokenBatch
+from quatro_ray.engines.batches import TokenBatch
 from quatro_ray.ops.advantages import group_mean, realised_kl
 from quatro_ray.ops.importance import effective_sample_share, sequence_sums
 

@@ -1,0 +1,182 @@
+"""Two ZeRO-3 ranks by themselves: step control, splits into micro-batches, every objective."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+import pytest
+import ray
+from pydantic import TypeAdapter
+
+from quatro_ray.actors.learner import LearnerActor
+from quatro_ray.config import LearnerConfig, ObjectiveConfig
+from quatro_ray.engines.objectives import OBJECTIVES
+from quatro_ray.replay.packing import pack
+from quatro_ray.types import Outcome, Query, Rollout, RolloutGroup, Score, VersionSpan
+
+pytestmark = pytest.mark.slow
+NUM_QUERIES, GROUP_SIZE = 6, 4
+
+
+class Learners:
+    def __init__(self, actors: list[Any], config: LearnerConfig) -> None:
+        self.actors, self.config = actors, config
+
+    def call(self, method: str, *args: Any) -> list[Any]:
+        return ray.get([getattr(a, method).remote(*args) for a in self.actors], timeout=120)
+
+    def logprobs(self, groups: tuple[RolloutGroup, ...]) -> dict[int, np.ndarray]:
+        """By cell of [Q·G]: float32 [T]."""
+        batch = pack(groups, num_ranks=2, tokens_per_micro_batch=self.config.tokens_per_micro_batch)
+        found: dict[int, np.ndarray] = {}
+        for rank, per_rank in zip(batch.micro_batches, self.call("logprobs", groups), strict=True):
+            for micro, values in zip(rank, per_rank, strict=True):
+                for cell in set(micro.rollout_index.tolist()) - {-1}:
+                    found[cell] = values[(micro.rollout_index == cell) & micro.is_response]
+        return found
+
+    def train(self, groups: tuple[RolloutGroup, ...], version: int = 0) -> dict[str, Any]:
+        first, second = self.call("train_step", groups, version)
+        assert first == second  # what a step says is the same on every rank
+        return first
+
+
+@contextmanager
+def learners(model_path: str, objective: str = "quatro", **settings: Any) -> Iterator[Learners]:
+    chosen: ObjectiveConfig = TypeAdapter(ObjectiveConfig).validate_python({"kind": objective})
+    fields = {"num_ranks": 2, "learning_rate": 1e-2, "dtype": "float32", "tokens_per_micro_batch": 512} | settings
+    config = LearnerConfig.model_validate(fields)
+    env = {"env_vars": {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}}
+    made = LearnerActor.options(num_cpus=0.5, runtime_env=env)  # type: ignore[attr-defined]
+    actors = [
+        made.remote(
+            model_path,
+            config,
+            chosen,
+            rank=i,
+            device="cpu",
+            temperature=1.0,
+            max_response_tokens=9,
+            seed=0,
+            num_steps=9,
+        )
+        for i in range(2)
+    ]
+    try:
+        head = [actors[0].address.remote(), actors[0].free_port.remote()]
+        address, port = ray.get(head, timeout=120)
+        ray.get([a.start.remote(address, port) for a in actors], timeout=240)
+        yield Learners(actors, config)
+    finally:
+        for actor in actors:
+            ray.kill(actor)
+
+
+def random_groups() -> tuple[RolloutGroup, ...]:
+    rng = np.random.default_rng(0)
+
+    def one() -> Rollout:
+        tokens = rng.integers(2, 200, int(rng.integers(2, 9))).astype(np.int32)
+        spans = (VersionSpan(0, 0, len(tokens)),)
+        score = Score(float(rng.integers(0, 2)), Outcome.OK, "")
+        return Rollout(tokens, np.zeros(len(tokens), np.float32), spans, "", "stop", score)
+
+    prompt = np.arange(5, 9, dtype=np.int32)
+    return tuple(
+        RolloutGroup(q, Query(str(q), "x", "y"), prompt, tuple(one() for _ in range(GROUP_SIZE)))
+        for q in range(NUM_QUERIES)
+    )
+
+
+def on_policy(ranks: Learners, groups: tuple[RolloutGroup, ...]) -> tuple[RolloutGroup, ...]:
+    """The same rollouts with the learner's own log-probs as those of the behaviour policy."""
+    known = ranks.logprobs(groups)
+    return tuple(
+        replace(
+            g,
+            rollouts=tuple(replace(r, behavior_logprobs=known[q * GROUP_SIZE + i]) for i, r in enumerate(g.rollouts)),
+        )
+        for q, g in enumerate(groups)
+    )
+
+
+def mean_kl(before: dict[int, np.ndarray], after: dict[int, np.ndarray], cells: range | list[int]) -> float:
+    """Mean over these rollouts of Σ_t (ρ − 1 − log ρ), ρ = after/before; samples are taken as on policy."""
+    total = [np.sum(np.expm1(d) - d) for c in cells for d in [(after[c] - before[c]).astype(np.float64)]]
+    return float(np.mean(total))
+
+
+def change(before: dict[int, np.ndarray], after: dict[int, np.ndarray]) -> np.ndarray:
+    return np.concatenate([after[c] - before[c] for c in sorted(before)])
+
+
+ALL = range(NUM_QUERIES * GROUP_SIZE)
+
+
+def test_step_control_moves_the_shards_back_along_the_step(local_ray: None, model_path: str) -> None:
+    """A step that is far too long ends on its budget; the next one is taken from there, by all ranks."""
+    limits = {"window_kl_nats": 0.01, "max_kl_nats": 0.002, "probe_share": 1.0}
+    with learners(model_path, step_control=limits) as ranks:
+        groups = on_policy(ranks, random_groups())
+        before = ranks.logprobs(groups)
+        metrics = ranks.train(groups)
+        after = ranks.logprobs(groups)
+        # staleness 0: the budget of every query is max_kl_nats
+        assert metrics["step_control/share_of_budget"] > 10
+        assert 0 < metrics["step_control/kept"] < 0.3
+        assert mean_kl(before, after, ALL) == pytest.approx(0.002, rel=0.2)
+        # old samples now: staleness 1, and what the budget allows is still max_kl_nats (0.01/2 is more)
+        second = ranks.train(groups, 1)
+        assert mean_kl(after, ranks.logprobs(groups), ALL) < 0.002 * 1.5
+        assert second["off_policy/staleness_max"] == 1
+    with learners(model_path, step_control={"window_kl_nats": None}) as ranks:
+        start = ranks.logprobs(groups)
+        free = ranks.train(groups)
+        assert "step_control/kept" not in free
+        uncontrolled = ranks.logprobs(groups)
+    assert change(before, start) == pytest.approx(0, abs=1e-5)
+    assert mean_kl(before, uncontrolled, ALL) > 0.02
+    # it is the same step, only shorter
+    assert np.corrcoef(change(before, after), change(before, uncontrolled))[0, 1] > 0.8
+
+
+def test_a_step_within_its_budget_is_untouched(local_ray: None, model_path: str) -> None:
+    results = []
+    for window in (None, 100.0):
+        limits = {"window_kl_nats": window, "max_kl_nats": 100.0}
+        with learners(model_path, learning_rate=1e-4, step_control=limits) as ranks:
+            groups = on_policy(ranks, random_groups())
+            metrics = ranks.train(groups)
+            results.append(ranks.logprobs(groups))
+    assert metrics["step_control/acted"] == 0
+    assert metrics["step_control/share_of_budget"] < 1e-3
+    assert change(*results).tolist() == [0.0] * len(change(*results))  # measuring leaves no trace, to the bit
+
+
+@pytest.mark.parametrize("objective", ["quatro", "gspo"])
+def test_the_split_into_micro_batches_changes_nothing(local_ray: None, model_path: str, objective: str) -> None:
+    results, norms, counts = [], [], []
+    for limit in (512, 128, 40):
+        with learners(model_path, objective, tokens_per_micro_batch=limit, learning_rate=1e-3) as ranks:
+            groups = on_policy(ranks, random_groups())
+            metrics = ranks.train(groups)
+            counts.append(metrics["step/micro_batches_per_rank"])
+            norms.append(metrics["step/grad_norm"])
+            results.append(ranks.logprobs(groups))
+    assert counts[0] == 1 and counts[1] == 2 and counts[2] >= 4
+    assert norms[1:] == pytest.approx([norms[0]] * 2, rel=1e-3)
+    for other in results[1:]:
+        np.testing.assert_allclose(change(results[0], other), 0, atol=2e-3)
+
+
+def test_every_objective_takes_a_step(local_ray: None, model_path: str) -> None:
+    """On the engine itself, one kind after the other would take minutes: those that differ in what they need."""
+    assert {"m2po", "gspo", "decoupled_ppo"} <= OBJECTIVES.keys()
+    for objective in ("m2po", "decoupled_ppo"):
+        with learners(model_path, objective) as ranks:
+            metrics = ranks.train(on_policy(ranks, random_groups()))
+            assert metrics["step/skipped"] == 0 and metrics["step/grad_norm"] > 0

@@ -1,0 +1,146 @@
+"""Every objective on a packed batch: what it pushes, and that no split into micro-batches changes its gradient."""
+
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from pydantic import TypeAdapter, ValidationError
+from torch import Tensor
+
+from quatro_ray.config import ObjectiveConfig
+from quatro_ray.engines.batches import make_step_batch, make_token_batch
+from quatro_ray.engines.objectives import OBJECTIVES, make_objective
+from quatro_ray.ops.aggregation import BatchSize, aggregate
+from quatro_ray.replay.packing import pack
+from quatro_ray.types import LearnerBatch, Outcome, Rollout, RolloutGroup, Score, VersionSpan
+from tests.make import group
+
+VERSION = 6
+NUM_QUERIES, GROUP_SIZE, LONGEST = 8, 4, 7
+MODES = ("token_mean", "seq_mean_token_sum", "seq_mean_token_mean", "seq_mean_token_sum_norm")
+
+
+def objective_config(kind: str, **settings: Any) -> ObjectiveConfig:
+    return TypeAdapter(ObjectiveConfig).validate_python({"kind": kind} | settings)
+
+
+def make_groups() -> list[RolloutGroup]:
+    """Rollouts of 1 to 7 tokens, of versions 0 to 5, with random log-probs and rewards."""
+    rng = np.random.default_rng(0)
+
+    def one() -> Rollout:
+        n = int(rng.integers(1, LONGEST + 1))
+        return Rollout(
+            token_ids=rng.integers(1, 9, n).astype(np.int32),
+            behavior_logprobs=-rng.exponential(size=n).astype(np.float32),
+            spans=(VersionSpan(int(rng.integers(0, VERSION)), 0, n),),
+            text="",
+            finish_reason="stop",
+            score=Score(float(rng.integers(0, 2)), Outcome.OK, ""),
+        )
+
+    return [group(q, *(one() for _ in range(GROUP_SIZE))) for q in range(NUM_QUERIES)]
+
+
+def logprobs_of(theta: Tensor, t: dict[str, Tensor]) -> Tensor:
+    """A policy without context: the log-prob of a token depends on the position and the token."""
+    return torch.log_softmax(theta, dim=-1)[t["position_ids"], t["target_ids"]]
+
+
+def gradient(kind: str, batch: LearnerBatch, theta: Tensor, mode: Any) -> Tensor:
+    objective = make_objective(objective_config(kind))
+    micro = [{n: torch.tensor(v) for n, v in vars(m).items()} for rank in batch.micro_batches for m in rank]
+    ratios = [(logprobs_of(theta, t).detach() - t["behavior_logprobs"]).double()[t["is_response"]] for t in micro]
+    step_batch = make_step_batch(batch, VERSION, torch.cat(ratios), torch.device("cpu"))
+    prepared = objective.prepare(step_batch)
+    size = BatchSize(batch.num_tokens, batch.num_rollouts, NUM_QUERIES * GROUP_SIZE, LONGEST)
+    total = torch.zeros_like(theta)
+    for t in micro:
+        tokens = make_token_batch(t, logprobs_of(theta, t), prepared.advantage, VERSION)
+        per_token, limited = objective.token_loss(tokens, prepared.constant)
+        assert per_token.shape == limited.shape == tokens.is_response.shape
+        loss = aggregate(per_token, tokens.is_response, tokens.rollout_index, mode or objective.loss_agg_mode, size)
+        total += torch.autograd.grad(loss, theta)[0]
+    return total
+
+
+@pytest.mark.parametrize("kind", sorted(OBJECTIVES))
+def test_one_two_or_eight_micro_batches_give_equal_gradients(kind: str) -> None:
+    groups = make_groups()
+    torch.manual_seed(0)
+    theta = torch.randn(12, 10, dtype=torch.float64, requires_grad=True)
+    for mode in (None, *MODES):
+        gradients = {}
+        for limit in (500, 100, 26):
+            batch = pack(groups, num_ranks=1, tokens_per_micro_batch=limit)
+            gradients[len(batch.micro_batches[0])] = gradient(kind, batch, theta, mode)
+        assert sorted(gradients) == [1, 2, 8]
+        whole = gradients.pop(1)
+        assert whole.abs().max() > 1e-6
+        for split in gradients.values():
+            torch.testing.assert_close(split, whole, rtol=1e-9, atol=1e-12)
+
+
+def test_ranks_do_not_matter_either() -> None:
+    groups = make_groups()
+    theta = torch.zeros(12, 10, dtype=torch.float64, requires_grad=True)
+    one, two = (pack(groups, num_ranks=n, tokens_per_micro_batch=60) for n in (1, 2))
+    torch.testing.assert_close(gradient("quatro", one, theta, None), gradient("quatro", two, theta, None))
+
+
+@pytest.mark.parametrize("kind", sorted(OBJECTIVES))
+def test_on_policy_every_objective_makes_the_rewarded_rollout_likelier(kind: str) -> None:
+    """Two rollouts of one token each; the gradient is a step up for the token that was rewarded."""
+    theta = torch.zeros(12, 10, dtype=torch.float64, requires_grad=True)
+    logp = np.full(1, -np.log(10), dtype=np.float32)
+
+    def one(token: int, reward: float) -> Rollout:
+        spans = (VersionSpan(VERSION, 0, 1),)
+        return Rollout(np.array([token], dtype=np.int32), logp, spans, "", "stop", Score(reward, Outcome.OK, ""))
+
+    good, bad = one(3, 1.0), one(4, 0.0)
+    batch = pack([group(0, good, bad, good, bad) for _ in range(NUM_QUERIES)], num_ranks=1, tokens_per_micro_batch=99)
+    step = -gradient(kind, batch, theta, None)
+    assert step[1, 3] > 1e-3  # position 1 is the last of the prompt of two tokens
+    assert step[1, 4] < -1e-3
+
+
+@pytest.mark.parametrize(
+    ("kind", "settings", "expected"),
+    [
+        ("cispo", {"weight_upper": 0.9}, "weight_upper"),
+        ("dapo", {"clip_low": 0.3}, "clip-higher"),
+        ("gspo", {"clip_low": 0.2}, "clip_low"),
+        ("sapo", {"tau_negative": 0.5}, "tau_positive"),
+        ("mis_grpo", {"mask_high": 0.9}, "mask_high"),
+        ("mis_grpo", {"mask_low": 1.0}, "mask_low"),
+        ("decoupled_ppo", {"weight_cap": 1.0}, "weight_cap"),
+        ("quatro", {"importance": {"truncation": 0.5}}, "truncation"),
+        ("quatro", {"kl_budget_nats": 0}, "kl_budget_nats"),
+        ("grpo", {"clip_low": 1.0}, "clip_low"),
+        ("m2po", {"tau": 0}, "tau"),
+    ],
+)
+def test_known_traps_are_refused(kind: str, settings: dict[str, Any], expected: str) -> None:
+    with pytest.raises(ValidationError, match=expected):
+        objective_config(kind, **settings)
+
+
+@pytest.mark.parametrize("kind", sorted(OBJECTIVES))
+def test_every_objective_says_where_it_comes_from(kind: str) -> None:
+    assert any(word in (type(objective_config(kind)).__doc__ or "") for word in ("arXiv", "et al.", "REINFORCE"))
+
+
+def test_quatro_reports_per_query() -> None:
+    batch = pack(make_groups(), num_ranks=1, tokens_per_micro_batch=500)
+    step_batch = make_step_batch(
+        batch, VERSION, torch.zeros(batch.num_tokens, dtype=torch.float64), torch.device("cpu")
+    )
+    reported = make_objective(objective_config("quatro")).prepare(step_batch).diagnostics
+    assert len(reported["trust_region/kl_budget_nats"]) == NUM_QUERIES
+    staleness = step_batch.query_staleness()
+    assert reported["trust_region/kl_budget_nats"] == pytest.approx((0.016 * (1 + staleness)).tolist())
+    shares = [reported[f"trust_region/frac_{s}"] for s in ("active", "slack", "void")]
+    assert sum(shares) == pytest.approx(1)
+    assert [1 / e for e in reported["trust_region/eta"]] == pytest.approx(reported["trust_region/lambda"])
