@@ -73,6 +73,9 @@ class LearningEngine:
             timeout=timedelta(seconds=self._config.step_deadline_s),
         )
         os.environ.setdefault("LOCAL_RANK", "0")
+        # on CPU DeepSpeed would compile a collective that training does not use: a minute, a compiler, and a lock in
+        # the home folder that a killed build leaves behind, on which every later start waits for ever
+        deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
         deepspeed.init_distributed(dist_init_required=False)
         self._policy = self._load_policy()
         if self._config.gradient_checkpointing:

@@ -21,10 +21,11 @@ class ZeroStep:
         """weights = start + kept · (stepped − start). A collective: parameters kept whole are gathered again."""
         optimizer = self._optimizer
         optimizer._partition_all_parameters()  # what a pass has gathered would be stale
-        for start, shard in zip(self._start, optimizer.fp32_partitioned_groups_flat, strict=True):
+        for group, (start, shard) in enumerate(zip(self._start, optimizer.fp32_partitioned_groups_flat, strict=True)):
             shard.data.sub_(start).mul_(kept / self._kept).add_(start)
+            # into the shards that the passes read, as the optimiser's own step does
+            optimizer._reassign_or_swap_out_partitioned_parameters(group)
         self._kept = kept
-        optimizer.reset_swap_buffers()  # copies the fp32 shards into those that the passes read
         if optimizer.persistent_parameters:
             optimizer.persistent_parameters[0].all_gather(optimizer.persistent_parameters)
         optimizer.invalidate_secondary_tensor()

