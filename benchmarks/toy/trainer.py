@@ -20,9 +20,9 @@ from quatro_ray.engines.batches import StepBatch, TokenBatch
 from quatro_ray.engines.objectives import make_objective
 from quatro_ray.evaluation import pass_at_k
 from quatro_ray.ops.aggregation import BatchSize, aggregate
-from quatro_ray.ops.step_control import ProbeKl, StepLimits, StepReport, control_step, rollout_kl
+from quatro_ray.ops.step_control import ProbeKl, StepControl, StepLimits, StepReport, rollout_kl
 
-NUM_QUERIES, GROUP_SIZE = 16, 16
+NUM_QUERIES, GROUP_SIZE = 12, 16
 EVALUATION_SAMPLES = 16
 _EVALUATE_EVERY = 50
 _LR_WARMUP_STEPS = 10
@@ -56,6 +56,10 @@ class ToyTrainer:
             lr=learner.learning_rate,
             betas=(learner.adam_beta1, learner.adam_beta2),
             weight_decay=learner.weight_decay,
+        )
+        control = learner.step_control
+        self._step_control = (
+            StepControl(StepLimits(control.window_kl_nats, control.max_kl_nats)) if control.window_kl_nats else None
         )
         self._waiting: deque[Samples] = deque(self._sample(0) for _ in range(staleness))
         self.version = 0
@@ -124,10 +128,9 @@ class ToyTrainer:
 
     @torch.no_grad()
     def _control(self, batch: Samples, start_logprobs: Tensor, start: list[Tensor]) -> StepReport | None:
-        config = self._learner.step_control
-        if config.window_kl_nats is None:
+        if self._step_control is None:
             return None
-        probed = slice(max(1, round(config.probe_share * GROUP_SIZE)))
+        probed = slice(max(1, round(self._learner.step_control.probe_share * GROUP_SIZE)))
         part = Samples(
             batch.version,
             batch.prompts,
@@ -152,7 +155,7 @@ class ToyTrainer:
             for p, a, b in zip(self.model.parameters(), start, stepped, strict=True):
                 p.copy_(torch.lerp(a, b, kept))
 
-        return control_step(measure, move_to, StepLimits(config.window_kl_nats, config.max_kl_nats))
+        return self._step_control.control(measure, move_to)
 
 
 @torch.no_grad()

@@ -13,7 +13,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from quatro_ray.config import LearnerConfig, ObjectiveConfig
+from quatro_ray.config import LearnerConfig, ObjectiveConfig, StepControlConfig
 from quatro_ray.engines import step_metrics
 from quatro_ray.engines.batches import StepBatch, make_step_batch, make_token_batch
 from quatro_ray.engines.objectives import Prepared, make_objective
@@ -22,7 +22,7 @@ from quatro_ray.engines.probe import Probe
 from quatro_ray.engines.zero_shards import ZeroStep
 from quatro_ray.ops import losses
 from quatro_ray.ops.aggregation import BatchSize, aggregate
-from quatro_ray.ops.step_control import StepLimits, StepReport, control_step
+from quatro_ray.ops.step_control import StepControl, StepLimits
 from quatro_ray.types import LearnerBatch, MicroBatch
 from quatro_ray.weight_sync.source import ZeroWeightSource
 
@@ -54,6 +54,7 @@ class LearningEngine:
         self._max_response_tokens = max_response_tokens
         self._seed = seed
         self._num_steps = num_steps
+        self._step_control = _step_control(config.step_control)
         self.version = 0
 
     def start(self, master_address: str, master_port: int) -> None:
@@ -159,33 +160,21 @@ class LearningEngine:
             # NaN here makes every gradient NaN, and ZeRO-3 refuses such a step on all ranks together
             poison = torch.where(torch.isfinite(loss.detach()), 1.0, torch.nan)
             self._engine.backward(loss * poison * self._config.num_ranks)
-        control = self._config.step_control.window_kl_nats is not None
-        before = ZeroStep(self._engine.optimizer) if control else None
+        before = ZeroStep(self._engine.optimizer) if self._step_control else None
         self._engine.step()
         applied = self._engine.was_step_applied()
         metrics = collector.reduce(step_batch.rewards, step_batch.valid) | prepared.diagnostics
-        if before is not None and applied:
-            metrics |= self._control(
-                before,
-                Probe(micro_batches, start_logprobs, self._config.step_control.probe_share, step_batch.valid),
-                step_batch.query_staleness(),
-            ).metrics()
+        if self._step_control and before and applied:
+            probe = Probe(micro_batches, start_logprobs, self._config.step_control.probe_share, step_batch.valid)
+            staleness = step_batch.query_staleness()
+            report = self._step_control.control(lambda: probe.measure(self._logprobs, staleness), before.move_to)
+            metrics |= report.metrics()
         self.version += 1
         metrics["step/skipped"] = float(not applied)
         metrics["step/grad_norm"] = float(self._engine.get_global_grad_norm() or 0.0)
         metrics["step/learning_rate"] = self._engine.optimizer.param_groups[0]["lr"]
         metrics["step/micro_batches_per_rank"] = float(len(micro_batches))
         return metrics
-
-    def _control(self, before: ZeroStep, probe: Probe, query_staleness: Tensor) -> StepReport:
-        """Moves the weights back along the step where it went beyond its budget (ops/step_control.py)."""
-        config = self._config.step_control
-        assert config.window_kl_nats is not None
-        return control_step(
-            lambda: probe.measure(self._logprobs, query_staleness),
-            before.move_to,
-            StepLimits(config.window_kl_nats, config.max_kl_nats),
-        )
 
     def _micro_loss(
         self, t: dict[str, Tensor], prepared: Prepared, batch: LearnerBatch, collector: step_metrics.Collector
@@ -257,6 +246,12 @@ class LearningEngine:
     def shutdown(self) -> None:
         if dist.is_initialized():
             dist.destroy_process_group()
+
+
+def _step_control(config: StepControlConfig) -> StepControl | None:
+    if config.window_kl_nats is None:
+        return None
+    return StepControl(StepLimits(config.window_kl_nats, config.max_kl_nats))
 
 
 def _seed_everything(seed: int) -> None:

@@ -3,7 +3,8 @@
 Adaptive optimisers erase the scale of the loss, so no loss bounds the step by itself. After the step, the realised
 KL(π_k ‖ π_k+1) of each query q is held against its budget min(ε_max, ε_window/(1 + s_q)): an old sample says less
 about where the policy may go, and drift adds up while samples wait. KL is quadratic in a small step, so that moving
-back along it to the fraction α = (KL/budget)^−1/2 makes it fit.
+back along it to the fraction α = (KL/budget)^−1/2 makes it fit. The fraction kept last time is where the next step is
+measured first, so that one pass mostly does.
 
 Shape letters: N tokens, B rollouts, Q queries.
 """
@@ -19,10 +20,11 @@ from torch import Tensor
 from quatro_ray.ops.importance import sequence_sums, truncated
 
 _WEIGHT_TRUNCATION = 2.0
-_MAX_MOVES = 3
-_TRUSTED_FACTOR = 0.5
-"""A move to at least this fraction is believed; after a larger one, KL is measured again."""
-_TOLERANCE = 1.05
+_MAX_PASSES = 3
+_ENOUGH = (0.8, 1.05)
+"""A step that was moved back is left alone where its KL over its budget lies in between."""
+_TRUSTED = (0.5, 2.0)
+"""A move by a factor in between is believed; after another one, KL is measured again."""
 
 
 @torch.no_grad()
@@ -72,45 +74,64 @@ class ProbeKl:
 
 @dataclass(frozen=True)
 class StepReport:
-    """kl_nats: mean over queries of the step as the optimiser made it. share_of_budget: of that step.
+    """What became of a step.
 
-    kept: fraction α of the step that was kept, 1 where control did not act. num_measured: passes made.
+    Attributes:
+        kl_nats: float64 [Q], of what was kept of it; budget_nats: float64 [Q].
+        share_of_budget: KL over budget of the step as the optimiser made it, by the quadratic law.
+        kept: fraction α of the step, 1 where control did not act. num_passes: measurements made.
     """
 
-    probe: ProbeKl
+    kl_nats: Tensor
+    budget_nats: Tensor
     share_of_budget: float
     kept: float
-    num_measured: int
+    num_passes: int
 
     def metrics(self) -> dict[str, object]:
         return {
-            "step_control/kl_nats": self.probe.kl_nats.tolist(),
+            "step_control/kl_nats": self.kl_nats.tolist(),
+            "step_control/budget_nats": self.budget_nats.tolist(),
             "step_control/share_of_budget": self.share_of_budget,
             "step_control/kept": self.kept,
             "step_control/acted": float(self.kept < 1),
-            "step_control/num_measured": float(self.num_measured),
+            "step_control/num_passes": float(self.num_passes),
         }
 
 
-def control_step(measure: Callable[[], ProbeKl], move_to: Callable[[float], None], limits: StepLimits) -> StepReport:
-    """Call after the optimiser's step; leaves the weights where the budget allows.
+class StepControl:
+    """One for a run: it remembers the fraction that was kept last."""
 
-    Args:
-        measure: KL between the step's first weights and the present ones, the same number on every rank.
-        move_to: puts the weights at start + α·(stepped − start).
-    """
-    probe = first = measure()
-    num_measured, kept = 1, 1.0
-    first_share = share = first.share_of_budget(limits)
-    for _ in range(_MAX_MOVES):
-        if share <= _TOLERANCE:
-            break
-        factor = share**-0.5
-        kept *= factor
-        move_to(kept)
-        if factor >= _TRUSTED_FACTOR:
-            break
-        probe = measure()
-        num_measured += 1
-        share = probe.share_of_budget(limits)
-    return StepReport(first, first_share, kept, num_measured)
+    def __init__(self, limits: StepLimits) -> None:
+        self._limits = limits
+        self._kept = 1.0
+
+    def control(self, measure: Callable[[], ProbeKl], move_to: Callable[[float], None]) -> StepReport:
+        """Call after the optimiser's step; leaves the weights where the budget allows.
+
+        Args:
+            measure: KL between the step's first weights and the present ones, the same number on every rank.
+            move_to: puts the weights at start + α·(stepped − start).
+        """
+        kept = self._kept
+        if kept < 1:
+            move_to(kept)
+        num_passes = 0
+        while num_passes < _MAX_PASSES:
+            probe, measured_at = measure(), kept
+            num_passes += 1
+            share = probe.share_of_budget(self._limits)
+            if share <= _ENOUGH[1] and (kept == 1 or share >= _ENOUGH[0]):
+                break
+            kept = min(1.0, kept * max(share, 1e-12) ** -0.5)
+            move_to(kept)
+            if _TRUSTED[0] <= kept / measured_at <= _TRUSTED[1]:
+                break
+        self._kept = kept
+        return StepReport(
+            kl_nats=probe.kl_nats * (kept / measured_at) ** 2,
+            budget_nats=self._limits.budget(probe.staleness),
+            share_of_budget=share / measured_at**2,
+            kept=kept,
+            num_passes=num_passes,
+        )

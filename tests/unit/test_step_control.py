@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 
-from quatro_ray.ops.step_control import ProbeKl, StepLimits, control_step, rollout_kl
+from quatro_ray.ops.step_control import ProbeKl, StepControl, StepLimits, StepReport, rollout_kl
 
 
 def test_rollout_kl_golden() -> None:
@@ -50,29 +50,52 @@ class Line:
 LIMITS = StepLimits(window_kl_nats=1.0, max_kl_nats=0.01)
 
 
+def control(line: Line, controller: StepControl | None = None) -> StepReport:
+    return (controller or StepControl(LIMITS)).control(line.measure, line.move_to)
+
+
 def test_a_step_within_its_budget_is_left_alone() -> None:
     line = Line(lambda x: x * x, 0.1)
-    report = control_step(line.measure, line.move_to, LIMITS)
-    assert (report.kept, line.kept, report.num_measured) == (1.0, 1.0, 1)
+    report = control(line)
+    assert (report.kept, line.kept, report.num_passes) == (1.0, 1.0, 1)
     assert report.metrics()["step_control/acted"] == 0.0
 
 
-@pytest.mark.parametrize(("length", "measured"), [(0.15, 1), (1.0, 2), (100.0, 2)])
-def test_a_step_beyond_it_is_moved_back_to_it(length: float, measured: int) -> None:
+@pytest.mark.parametrize(("length", "passes"), [(0.15, 1), (1.0, 2), (100.0, 2)])
+def test_a_step_beyond_it_is_moved_back_to_it(length: float, passes: int) -> None:
     """KL is known to be x²: the fraction kept is the budget's root over the length."""
     line = Line(lambda x: x * x, length)
-    report = control_step(line.measure, line.move_to, LIMITS)
-    assert line.kept == pytest.approx(0.1 / length)
-    assert report.kept == line.kept
-    assert report.num_measured == measured
+    report = control(line)
+    assert line.kept == report.kept == pytest.approx(0.1 / length)
+    assert report.num_passes == passes
     assert report.share_of_budget == pytest.approx(length**2 / 0.01)
+    assert report.kl_nats.tolist() == pytest.approx([0.01])
+    assert report.budget_nats.tolist() == [0.01]
 
 
 def test_where_kl_is_not_quadratic_it_is_measured_again() -> None:
     """KL = min(x², 0.5) flattens far out: the first move stops at x = 1.41 and KL 0.5, the next ones go on."""
     line = Line(lambda x: min(x * x, 0.5), 10.0)
-    control_step(line.measure, line.move_to, LIMITS)
+    control(line)
     assert (line.kept * line.length) ** 2 <= 0.01 * 1.05
+
+
+def test_the_next_step_is_measured_where_the_last_one_ended() -> None:
+    controller = StepControl(LIMITS)
+    control(Line(lambda x: x * x, 1.0), controller)
+    again = control(Line(lambda x: x * x, 1.1), controller)
+    assert (again.num_passes, again.kept) == (1, pytest.approx(0.1 / 1.1))
+    assert again.share_of_budget == pytest.approx(1.1**2 / 0.01)
+
+
+def test_it_lets_go_when_steps_become_small_again() -> None:
+    controller = StepControl(LIMITS)
+    control(Line(lambda x: x * x, 10.0), controller)
+    line = Line(lambda x: x * x, 0.05)
+    report = control(line, controller)
+    assert (report.kept, line.kept) == (1.0, 1.0)
+    still = Line(lambda x: 0.0, 1.0)  # no KL at all, as where every query is void
+    assert control(still, controller).kept == 1.0
 
 
 def test_the_mean_over_queries_decides() -> None:
