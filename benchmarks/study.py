@@ -112,10 +112,13 @@ def _line(record: dict[str, Any]) -> str:
 
 @app.command()
 def report(figures: Path = FIGURES) -> None:
-    """Writes docs/study.md and its plots; the last line is JSON."""
+    """Writes the study's part of docs/results.md and its plots; the last line is JSON."""
     from benchmarks.toy.report import write_report
 
-    claims = write_report(list(finished(figures).values()), Path("docs"))
+    try:
+        claims = write_report(list(finished(figures).values()), Path("docs"))
+    except ValueError as error:
+        raise typer.BadParameter(str(error)) from error
     print(json.dumps(claims))
     raise typer.Exit(0 if all(claims["holds"].values()) else 1)
 

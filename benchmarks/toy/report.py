@@ -1,0 +1,183 @@
+"""The study as Markdown tables and SVG plots, from its runs alone."""
+
+from __future__ import annotations
+
+import os
+import platform
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+from benchmarks.toy.grid import ABLATION, CORNERS, MULTIPLES, NUM_STEPS, SEEDS, STALENESS, TASKS, WHOLE_GRID, all_specs
+from benchmarks.toy.summary import Cell, Figures, Run, Table, claims, tabulate
+
+_BEGIN, _END = "<!-- study: begin -->", "<!-- study: end -->"
+_COLOURS = dict(zip(WHOLE_GRID, ("#d62728", "#1f77b4", "#2ca02c", "#9467bd", "#ff7f0e"), strict=True))
+
+
+def write_report(runs: Sequence[Run], docs: Path) -> dict[str, Any]:
+    """Replaces the part of docs/results.md between the study's marks, and its plots. Returns the claims.
+
+    Raises:
+        ValueError: there is no run, or results.md has no marks.
+    """
+    if not runs:
+        raise ValueError("there are no figures yet: `python -m benchmarks.study run` makes them")
+    path = docs / "results.md"
+    before, begin, rest = path.read_text().partition(_BEGIN)
+    _, end, after = rest.partition(_END)
+    if not begin or not end:
+        raise ValueError(f"{path} must hold the lines {_BEGIN} and {_END}")
+    table = tabulate(runs)
+    found = claims(table)
+    plots = docs / "plots"
+    plots.mkdir(exist_ok=True)
+    for task in TASKS:
+        _plot_staleness(table, task, plots / f"study_{task}.svg")
+    _plot_frontier(table, plots / "study_entropy.svg")
+    path.write_text(before + begin + "\n" + "\n".join(_sections(runs, table, found)) + end + after)
+    return found
+
+
+def _sections(runs: Sequence[Run], table: Table, found: dict[str, Any]) -> Iterable[str]:
+    commits = ", ".join(f"`{c}`" for c in sorted({run["commit"] for run in runs}))
+    hours = sum(run["seconds"] for run in runs) / 3600
+    yield (
+        f"{len(runs)} of {len(all_specs())} runs are done, of {NUM_STEPS} steps each; seeds of a cell: up to "
+        f"{found['num_seeds']} of {len(SEEDS)}. Commit {commits}, {platform.machine()}, {os.cpu_count()} cores, "
+        f"{hours:.1f} core-hours.\n"
+    )
+    yield "| QUATRO with its defaults | holds | exceptions |\n|---|---|---|"
+    for claim, exceptions in found["exceptions"].items():
+        shown = "; ".join(exceptions) if len(exceptions) <= 12 else f"{len(exceptions)} of {found['num_cells']} cells"
+        yield f"| {claim} | {'no' if exceptions else 'yes'} | {shown} |"
+    yield f"\nBaselines without control collapse in {found['baseline_cells_collapsed']} pairs of method and cell.\n"
+    for task in TASKS:
+        yield f"![final pass@1 by staleness](plots/study_{task}.svg)\n"
+    yield "![entropy against pass@1](plots/study_entropy.svg)\n"
+    yield _totals(table)
+    for task in TASKS:
+        for control in (True, False):
+            yield _grid(table, task, control)
+    yield _ablation(table)
+    yield _corners(table)
+
+
+def _show(f: Figures | None) -> str:
+    if f is None:
+        return "–"
+    return f"{f.final:.3f} / {f.pass_at_16:.3f} / {f.entropy:.2f}" + (f" †{f.collapsed}" if f.collapsed else "")
+
+
+def _grid(table: Table, task: str, control: bool) -> str:
+    what = "with step control" if control else "without step control, as published"
+    lines = [
+        f"\n**{task}, {what}**: final pass@1 / pass@16 / entropy in nats a token, means over seeds; †n: n runs "
+        "ended below their start.\n",
+        "| s | lr | " + " | ".join(WHOLE_GRID) + " |",
+        "|---|---|" + "---|" * len(WHOLE_GRID),
+    ]
+    for cell, row in table.items():
+        if cell.task == task and any((m, control) in row for m in WHOLE_GRID):
+            shown = [_show(row.get((m, control))) for m in WHOLE_GRID]
+            lines.append(f"| {cell.staleness} | {cell.multiple}× | " + " | ".join(shown) + " |")
+    return "\n".join(lines)
+
+
+def _totals(table: Table) -> str:
+    """Over the cells that every method of the grid has, so that means compare."""
+    common = [row for row in table.values() if all((m, c) in row for m in WHOLE_GRID for c in (True, False))]
+    lines = [
+        f"**All {len(common)} cells that every method has**: means.\n",
+        "| method | step control | final pass@1 | best | area under the curve | pass@16 | distinct right answers "
+        "| entropy | collapsed runs |",
+        "|---|---|---|---|---|---|---|---|---|",
+    ]
+    for method in WHOLE_GRID:
+        for control in (True, False):
+            of = [row[method, control] for row in common]
+            if not of:
+                continue
+            numbers = [sum(getattr(f, n) for f in of) / len(of) for n in ("final", "best", "area", "pass_at_16")]
+            unique, entropy = (sum(getattr(f, n) for f in of) / len(of) for n in ("unique", "entropy"))
+            collapsed = f"{sum(f.collapsed for f in of)} of {sum(f.num_runs for f in of)}"
+            lines.append(
+                f"| {method} | {'on' if control else 'off'} | "
+                + " | ".join(f"{n:.3f}" for n in numbers)
+                + f" | {unique:.0f} | {entropy:.2f} | {collapsed} |"
+            )
+    return "\n".join(lines)
+
+
+def _ablation(table: Table) -> str:
+    lines = [
+        "\n**Does a version-aware budget help?** ε_q by staleness (the default) against the same ε at every staleness: "
+        "the default's at s = 64, and its at s = 0; lr 1×, step control on.\n",
+        "| task | s | ε_0 (1 + s) | fixed at 65 ε_0 | fixed at ε_0 |",
+        "|---|---|---|---|---|",
+    ]
+    for cell, row in table.items():
+        if cell.multiple == 1 and any((m, True) in row for m in ABLATION):
+            shown = [_show(row.get((m, True))) for m in ("quatro", *ABLATION)]
+            lines.append(f"| {cell.task} | {cell.staleness} | " + " | ".join(shown) + " |")
+    return "\n".join(lines)
+
+
+def _corners(table: Table) -> str:
+    lines = ["\n**The other baselines at the corners of the grid**\n"]
+    corners = [c for c in table if c.staleness in (STALENESS[0], STALENESS[-1]) and c.multiple in (1, MULTIPLES[-1])]
+    lines += [
+        "| method | control | " + " | ".join(f"{c.task}, s {c.staleness}, {c.multiple}×" for c in corners) + " |",
+        "|---|---|" + "---|" * len(corners),
+    ]
+    for method in ("quatro", *CORNERS):
+        for control in (True, False):
+            if any((method, control) in table[c] for c in corners):
+                shown = [_show(table[c].get((method, control))) for c in corners]
+                lines.append(f"| {method} | {'on' if control else 'off'} | " + " | ".join(shown) + " |")
+    return "\n".join(lines) + "\n"
+
+
+def _figure(columns: int) -> tuple[Any, list[Any]]:
+    from matplotlib import rcParams
+    from matplotlib.figure import Figure
+
+    rcParams["svg.hashsalt"] = "quatro_ray"  # the same figures give the same file
+    figure = Figure(figsize=(4.2 * columns, 3.6), layout="constrained")
+    return figure, list(figure.subplots(1, columns, squeeze=False)[0])
+
+
+def _plot_staleness(table: Table, task: str, path: Path) -> None:
+    from matplotlib.lines import Line2D
+
+    figure, panels = _figure(len(MULTIPLES))
+    for axes, multiple in zip(panels, MULTIPLES, strict=True):
+        axes.set(title=f"{task}, learning rate {multiple}×", xlabel="staleness, steps", ylabel="final pass@1")
+        for method in WHOLE_GRID:
+            for control, style in ((True, "-o"), (False, ":s")):
+                cells = [Cell(task, s, multiple) for s in STALENESS]
+                points = [
+                    (i, table[c][method, control].final)
+                    for i, c in enumerate(cells)
+                    if (method, control) in table.get(c, {})
+                ]
+                if points:
+                    axes.plot(*zip(*points, strict=True), style, color=_COLOURS[method], markersize=4)
+        axes.set_xticks(range(len(STALENESS)), [str(s) for s in STALENESS])
+        axes.grid(alpha=0.3)
+    lines = [Line2D([], [], color=colour, label=method) for method, colour in _COLOURS.items()]
+    styles = [Line2D([], [], color="grey", linestyle=s, label=n) for s, n in (("-", "control"), (":", "no control"))]
+    panels[-1].legend(handles=[*lines, *styles], fontsize=6)
+    figure.savefig(path, metadata={"Date": None})
+
+
+def _plot_frontier(table: Table, path: Path) -> None:
+    figure, panels = _figure(len(TASKS))
+    for axes, task in zip(panels, TASKS, strict=True):
+        axes.set(title=f"{task}, step control on: every cell", xlabel="final pass@1", ylabel="entropy, nats a token")
+        for method in WHOLE_GRID:
+            of = [row[method, True] for cell, row in table.items() if cell.task == task and (method, True) in row]
+            axes.scatter([f.final for f in of], [f.entropy for f in of], s=18, color=_COLOURS[method], label=method)
+        axes.grid(alpha=0.3)
+    panels[-1].legend(fontsize=7)
+    figure.savefig(path, metadata={"Date": None})

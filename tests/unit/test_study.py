@@ -1,0 +1,143 @@
+"""The study's parts: a model that scores what it samples, exact staleness, honest claims, a file that survives."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import reasoning_gym
+import torch
+
+from benchmarks.study import finished
+from benchmarks.toy.grid import Spec, all_specs
+from benchmarks.toy.model import ToyModel
+from benchmarks.toy.report import write_report
+from benchmarks.toy.summary import Cell, claims, tabulate
+from benchmarks.toy.tasks import make_task
+from benchmarks.toy.trainer import ToyTrainer
+
+
+@pytest.fixture(scope="module")
+def model() -> ToyModel:
+    torch.manual_seed(0)
+    task = make_task("palindrome")
+    return ToyModel(task.vocabulary, task.prompts.shape[1] + task.max_response_tokens)
+
+
+def test_what_was_sampled_is_scored_the_same(model: ToyModel) -> None:
+    """With keys and values kept against teacher-forced; this is the importance ratio at staleness 0."""
+    task = make_task("palindrome")
+    generator = torch.Generator().manual_seed(1)
+    responses, logprobs, counted = model.sample(task.prompts[:5], 6, task.max_response_tokens, task.eos, generator)
+    scored = model.score(task.prompts[:5], responses).gather(-1, responses[..., None])[..., 0]
+    torch.testing.assert_close(torch.where(counted, scored, 0.0), logprobs, rtol=1e-4, atol=1e-5)
+    ended = (responses == task.eos).cumsum(-1)
+    assert torch.equal(counted, (ended - (responses == task.eos).long()) == 0)
+
+
+def test_rewards_are_those_of_the_library() -> None:
+    task = make_task("palindrome")
+    dataset: Any = reasoning_gym.create_dataset("palindrome_generation", size=6000, seed=0, min_length=6, max_length=6)
+    entry = dataset[0]
+    letters = entry["metadata"]["letters"]
+    right = entry["metadata"]["generated_palindrome"]
+    symbols = {c: i for i, c in enumerate(sorted(set("abcdefghijklmnopqrstuvwxyz=") | {"$"}))}
+
+    def tensor(text: str) -> torch.Tensor:
+        return torch.tensor([symbols[c] for c in text.ljust(7, "$")])
+
+    swapped = right[1] + right[0] + right[2:4] + right[0] + right[1]
+    texts = [right, swapped, right[:5], right + "a", "".join(letters), right[::-1]]
+    responses = torch.stack([tensor(t) for t in texts])[None]
+    got = task.rewards(responses, tensor(right)[None])[0].tolist()
+    expected = [float(dataset.score_answer(t, entry) == 1.0) for t in texts]
+    assert got == expected
+    assert set(expected) == {0.0, 1.0}
+
+
+@pytest.mark.parametrize("staleness", [0, 3])
+def test_staleness_is_exact(model: ToyModel, staleness: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    spec = Spec("palindrome", "quatro", staleness, 1, True, 0)
+    trainer = ToyTrainer(model, make_task("palindrome"), spec.objective(), spec.learner(), staleness, seed=0)
+    seen: list[tuple[int, int]] = []
+    original = trainer._loss
+    monkeypatch.setattr(trainer, "_loss", lambda b, p: (seen.append((trainer.version, b.version)), original(b, p))[1])
+    for _ in range(6):
+        trainer.step()
+    assert seen == [(k, max(0, k - staleness)) for k in range(6)]
+
+
+def test_specs_are_distinct_and_valid() -> None:
+    specs = all_specs()
+    assert len({s.key for s in specs}) == len(specs) == 1104
+    for spec in {s.method: s for s in specs}.values():
+        spec.objective()
+        spec.learner()
+
+
+def make_run(method: str, finals: list[float], control: bool = True, seed: int = 0, **changes: Any) -> dict[str, Any]:
+    points = [
+        {"step": 50 * i, "pass_at_1": p, "pass_at_16": 0.9, "unique_correct": 7, "entropy": 0.5}
+        for i, p in enumerate(finals)
+    ]
+    spec = {"task": "addition", "method": method, "staleness": 8, "multiple": 1, "control": control, "seed": seed}
+    measured = {"commit": "abc", "evaluations": points, "frac_steps_controlled": 0.0, "seconds": 1.0}
+    return spec | measured | changes
+
+
+def test_a_cell_is_the_mean_over_seeds() -> None:
+    table = tabulate([make_run("quatro", [0.2, 0.6, 0.5]), make_run("quatro", [0.2, 0.4, 0.1], seed=1)])
+    figures = table[Cell("addition", 8, 1)]["quatro", True]
+    assert figures.final == pytest.approx(0.3)
+    assert (figures.lowest, figures.highest) == (0.1, 0.5)
+    assert figures.best == pytest.approx(0.5)
+    assert figures.area == pytest.approx(((0.4 + 0.55) / 2 + (0.3 + 0.25) / 2) / 2)
+    assert (figures.num_runs, figures.collapsed) == (2, 1)
+
+
+def test_claims_hold_or_name_the_cells_where_they_do_not() -> None:
+    good = claims(tabulate([make_run("quatro", [0.2, 0.6]), make_run("grpo", [0.2, 0.1], control=False)]))
+    assert all(good["holds"].values())
+    assert good["baseline_cells_collapsed"] == 1
+    bad = claims(
+        tabulate(
+            [
+                make_run("quatro", [0.2, 0.1]),
+                make_run("m2po", [0.2, 0.15], control=False),
+                make_run("gspo", [0.2, 0.11]),
+            ]
+        )
+    )
+    assert bad["exceptions"]["never collapses"] == ["addition s=8 1x"]
+    assert bad["exceptions"]["within 0.02 of the best in every cell"] == ["addition s=8 1x: m2po, no control +0.050"]
+    assert bad["exceptions"]["above every baseline that collapses as published"] == ["addition s=8 1x: m2po"]
+    runs = [make_run("quatro", [0.2, 0.6]), make_run("gspo", [0.2, 0.61])]
+    runs[1]["evaluations"][-1] |= {"entropy": 0.6, "pass_at_16": 0.95}
+    close = claims(tabulate(runs))["holds"]
+    assert not close["highest entropy of those within 0.02"]
+    assert not close["highest pass@16 of those within 0.02"]
+
+
+def test_the_file_of_figures_survives_an_interruption(tmp_path: Path) -> None:
+    path = tmp_path / "figures.jsonl"
+    whole = json.dumps(make_run("grpo", [0.2, 0.3]))
+    path.write_text(whole + "\n" + whole[:40])
+    assert list(finished(path)) == ["addition/grpo/8/1/True/0"]
+    assert path.read_text() == whole + "\n"
+    assert finished(tmp_path / "none.jsonl") == {}
+
+
+def test_the_report_replaces_only_its_part(tmp_path: Path) -> None:
+    (tmp_path / "results.md").write_text("before\n<!-- study: begin -->\nof last time\n<!-- study: end -->\nafter\n")
+    runs = [make_run("quatro", [0.2, 0.6]), make_run("grpo", [0.2, 0.1], control=False)]
+    write_report(runs, tmp_path)
+    text = (tmp_path / "results.md").read_text()
+    assert text.startswith("before\n<!-- study: begin -->\n2 of 1104 runs")
+    assert text.endswith("<!-- study: end -->\nafter\n") and "of last time" not in text
+    assert "| 8 | 1× | 0.600 / 0.900 / 0.50 |" in text
+    assert "0.100 / 0.900 / 0.50 †1" in text
+    assert len(list((tmp_path / "plots").glob("*.svg"))) == 3
+    with pytest.raises(ValueError, match="no figures yet"):
+        write_report([], tmp_path)
