@@ -33,12 +33,14 @@ METHODS: dict[str, dict[str, Any]] = {
     "sapo": {"kind": "sapo"},
     "reinforce": {"kind": "reinforce"},
     # the ablation: the same budget for every sample, at the level that the default has at one staleness
-    "quatro_fixed_64": {"kind": "quatro", "staleness_exponent": 0.0, "kl_budget_nats": 0.016 * 65},
+    "quatro_fixed_64": {"kind": "quatro", "staleness_exponent": 0.0, "kl_budget_nats": 0.03 * 65},
     "quatro_fixed_0": {"kind": "quatro", "staleness_exponent": 0.0},
+    # and without the bound by the first order
+    "quatro_exact": {"kind": "quatro", "eta_cap": "fixed"},
 }
 WHOLE_GRID = ("quatro", "grpo", "gspo", "decoupled_ppo", "m2po")
 CORNERS = ("dr_grpo", "dapo", "cispo", "tis_grpo", "mis_grpo", "sapo", "reinforce")
-ABLATION = ("quatro_fixed_64", "quatro_fixed_0")
+ABLATION = ("quatro_fixed_64", "quatro_fixed_0", "quatro_exact")
 
 
 @dataclass(frozen=True)

@@ -24,7 +24,7 @@ class QuatroConfig(Section):
     """Exact per-query trust region around the policy that sampled. arXiv 2602.04620; docs/algorithm.md."""
 
     kind: Literal["quatro"]
-    kl_budget_nats: float = Field(0.016, gt=0)
+    kl_budget_nats: float = Field(0.03, gt=0)
     """ε_0: radius of the region of a query on fresh samples, nats."""
     kl_budget_unit: Literal["response", "token"] = "response"
     """token: the budget is multiplied by the mean length of the query's responses."""
@@ -34,6 +34,8 @@ class QuatroConfig(Section):
     """ε_q is multiplied by ESS/G, the effective share of the query's samples."""
     max_eta: float = Field(8.0, gt=0)
     """Cap on η = 1/λ, in 1/reward: keeps targets finite where the region does not bind."""
+    eta_cap: Literal["first_order", "fixed"] = "first_order"
+    """first_order: η is also at most √(2ε)/std, so that rare failures are not pushed hardest. fixed: max_eta alone."""
     stabilizer: Literal["active", "always"] = "always"
     """−log ρ_i in every residual, or (active) only for queries beyond their budget (complementary slackness)."""
     importance: ImportanceConfig = ImportanceConfig()

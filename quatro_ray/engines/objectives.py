@@ -62,12 +62,15 @@ class Quatro(Objective):
             sequence_log_ratio=log_ratio,
             valid=batch.valid,
         )
+        max_eta: Tensor | float = config.max_eta
+        if config.eta_cap == "first_order":
+            max_eta = advantages.first_order_eta(batch.rewards, batch.valid, budget, config.max_eta)
         result = advantages.quatro(
             batch.rewards,
             batch.valid,
             log_ratio,
             kl_budget_nats=budget,
-            max_eta=config.max_eta,
+            max_eta=max_eta,
             stabilizer=config.stabilizer,
         )
         solution = result.solution

@@ -43,7 +43,7 @@ def quatro(
     sequence_log_ratio: Tensor,
     *,
     kl_budget_nats: Tensor | float,
-    max_eta: float,
+    max_eta: Tensor | float,
     stabilizer: Literal["active", "always"],
 ) -> QuatroAdvantages:
     """Residuals A_i = (t_i − mean t) − log ρ_i, QUATRO (arXiv 2602.04620), the gradient of KL(π_θ ‖ π*).
@@ -54,7 +54,7 @@ def quatro(
 
     Args:
         rewards: [Q, G]; valid: bool [Q, G]; sequence_log_ratio: [Q, G], log π_θ(y_i) − log β(y_i).
-        kl_budget_nats: [Q] or one number, > 0, nats per response.
+        kl_budget_nats: [Q] or one number, > 0, nats per response. max_eta: likewise, 1/reward.
     """
     solution = trust_region.solve(rewards, valid, kl_budget_nats, max_eta)
     target = solution.target_log_ratio
@@ -64,6 +64,18 @@ def quatro(
     acts = torch.ones_like(divergence) if stabilizer == "always" else (divergence > kl_budget_nats).to(torch.float64)
     advantage = torch.where(valid, centred - acts[:, None] * log_ratio, 0.0)
     return QuatroAdvantages(advantage, divergence, solution)
+
+
+@torch.no_grad()
+def first_order_eta(rewards: Tensor, valid: Tensor, kl_budget_nats: Tensor | float, max_eta: float) -> Tensor:
+    """min(√(2ε)/std, max_eta), [Q]: the η of a quadratic KL, at which GRPO's normalised advantage sits.
+
+    Where failures are rare the true KL of the sample grows more slowly than that, or stops short of ε, and the exact
+    η runs off: nearly solved queries would be pushed hardest. The std of so few failures is no licence for it.
+    """
+    std = group_mean(group_centred(rewards.double(), valid).square(), valid).sqrt()
+    budget = torch.as_tensor(kl_budget_nats, dtype=torch.float64, device=rewards.device)
+    return ((2 * budget).sqrt() / std).clamp(max=max_eta)  # ∞ where all rewards are equal: max_eta
 
 
 @torch.no_grad()

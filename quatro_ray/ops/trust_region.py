@@ -15,7 +15,6 @@ then run over the leading dimension, which is what vectorises.
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
 from enum import IntEnum
 
@@ -68,7 +67,7 @@ def solve(
     rewards: Tensor,
     valid: Tensor,
     kl_budget_nats: Tensor | float,
-    max_eta: float,
+    max_eta: Tensor | float,
     base_weights: Tensor | None = None,
 ) -> Solution:
     """Solves the dual of every query.
@@ -77,16 +76,18 @@ def solve(
         rewards: [Q, G], any real dtype; computed in float64.
         valid: bool [Q, G]; False where a group is smaller than G.
         kl_budget_nats: [Q] or one number, > 0.
-        max_eta: cap on η (a floor on λ), in 1/reward, > 0 and finite. Without it the targets of
-            failures run to −∞ where the constraint is slack.
+        max_eta: [Q] or one number, cap on η (a floor on λ), in 1/reward, > 0 and finite. Without it the
+            targets of failures run to −∞ where the constraint is slack.
         base_weights: [Q, G] ≥ 0, for samples that do not stand for β equally; uniform if None. Only their
             proportions within a query count; below 1e-307 of the query's sum counts as 0.
 
     Raises:
         ValueError: naming the first query with a NaN or infinite reward, no valid sample of positive weight, a
-            bad weight, or a budget that is not positive and finite; or naming an argument of the wrong shape.
+            bad weight, or a budget or cap that is not positive and finite; or naming an argument of the wrong shape.
     """
-    budget = _check_arguments(rewards, valid, kl_budget_nats, max_eta, base_weights)
+    _check_shapes(rewards, valid, base_weights)
+    budget = _per_query("kl_budget_nats", kl_budget_nats, rewards)
+    max_eta = _per_query("max_eta", max_eta, rewards)
     num_queries, group = rewards.shape
     uniform = base_weights is None and bool(valid.all())
     eta, kl = torch.empty_like(budget), torch.empty_like(budget)
@@ -98,39 +99,41 @@ def solve(
         rows = slice(start, min(start + block, num_queries))
         work = memory[: 3 * group * (rows.stop - start)].view(3, group, -1)
         weights = None if base_weights is None else base_weights[rows]
-        groups = _standardise(rewards[rows], None if uniform else valid[rows], weights, budget[rows], max_eta, work)
+        groups = _standardise(
+            rewards[rows], None if uniform else valid[rows], weights, budget[rows], max_eta[rows], work
+        )
         if groups is None:
             raise _diagnose(rewards, valid, base_weights)
         scaled_eta, t, reached = _solve_block(groups)
         void, capped = groups.span == 0, scaled_eta >= groups.cap
-        eta[rows] = torch.where(capped, max_eta, (scaled_eta / groups.span).clamp_max_(max_eta))
+        eta[rows] = torch.where(capped, max_eta[rows], torch.minimum(scaled_eta / groups.span, max_eta[rows]))
         kl[rows] = reached.clamp_min_(0).masked_fill_(void, 0)
         target[rows] = t.mul_(groups.pushed).T
         status[rows] = torch.where(void, int(Status.VOID), capped.to(torch.int8))
     return Solution(eta, target, kl, status)
 
 
-def _check_arguments(
-    rewards: Tensor, valid: Tensor, kl_budget_nats: Tensor | float, max_eta: float, base_weights: Tensor | None
-) -> Tensor:
-    """Refuses wrong shapes and numbers; what is wrong inside a query shows later. Returns the budget, float64 [Q]."""
+def _check_shapes(rewards: Tensor, valid: Tensor, base_weights: Tensor | None) -> None:
+    """What is wrong with the numbers inside a query shows later."""
     if rewards.ndim != 2 or rewards.shape != valid.shape:
         raise ValueError(f"rewards and valid must both be [Q, G]; got {tuple(rewards.shape)}, {tuple(valid.shape)}")
     if base_weights is not None and base_weights.shape != rewards.shape:
         raise ValueError(f"base_weights must be [Q, G] = {tuple(rewards.shape)}; got {tuple(base_weights.shape)}")
-    if not (max_eta > 0 and math.isfinite(max_eta)):
-        raise ValueError(f"max_eta={max_eta} must be positive and finite")
-    budget = torch.as_tensor(kl_budget_nats, dtype=torch.float64, device=rewards.device)
-    if budget.ndim and budget.shape != rewards.shape[:1]:
-        raise ValueError(f"kl_budget_nats must be one number or [Q] = [{len(rewards)}]; got {tuple(budget.shape)}")
-    budget = budget.expand(len(rewards)).contiguous()
-    bad = ~((budget > 0) & (budget < torch.inf))
-    if bad.any():
-        query = int(bad.nonzero()[0])
-        raise ValueError(f"query {query} has a kl_budget_nats of {float(budget[query])}: not positive and finite")
     if len(rewards) and not rewards.shape[1]:
         raise ValueError("query 0 has no valid sample: rewards have a group size of 0")
-    return budget
+
+
+def _per_query(name: str, value: Tensor | float, rewards: Tensor) -> Tensor:
+    """float64 [Q], from one number or as many as there are queries; each positive and finite."""
+    numbers = torch.as_tensor(value, dtype=torch.float64, device=rewards.device)
+    if numbers.ndim and numbers.shape != rewards.shape[:1]:
+        raise ValueError(f"{name} must be one number or [Q] = [{len(rewards)}]; got {tuple(numbers.shape)}")
+    bad = ~((numbers > 0) & (numbers < torch.inf))
+    if bad.any():
+        query = int(bad.expand(max(1, len(rewards))).nonzero()[0])
+        number = float(numbers.expand(max(1, len(rewards)))[query])
+        raise ValueError(f"query {query} has a {name} of {number}: not positive and finite")
+    return numbers.expand(len(rewards)).contiguous()
 
 
 def _diagnose(rewards: Tensor, valid: Tensor, base_weights: Tensor | None) -> ValueError:
@@ -187,12 +190,12 @@ class _Groups:
 
 
 def _standardise(
-    rewards: Tensor, valid: Tensor | None, base_weights: Tensor | None, budget: Tensor, max_eta: float, work: Tensor
+    rewards: Tensor, valid: Tensor | None, base_weights: Tensor | None, budget: Tensor, max_eta: Tensor, work: Tensor
 ) -> _Groups | None:
     """The block in standard form; None if a query in it is bad. Shift and scale of rewards change neither KL nor t.
 
     Args:
-        rewards: [B, G]; valid: [B, G], None if all are; base_weights: [B, G] or None; budget: [B];
+        rewards: [B, G]; valid: [B, G], None if all are; base_weights: [B, G] or None; budget, max_eta: [B];
         work: [3, G, B], memory that the result keeps.
     """
     x = work[0].copy_(rewards.T)

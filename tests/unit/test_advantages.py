@@ -57,6 +57,28 @@ def test_realised_kl_golden() -> None:
     assert float(got[0]) == pytest.approx((math.e - 2) / 2, rel=1e-6)
 
 
+def test_first_order_eta_golden() -> None:
+    """√(2·0.5) = 1 over std ½, over std 0 and over std 0.05; capped at 8."""
+    rewards = torch.tensor([[1.0, 0.0, 0.5], [1.0, 1.0, 0.5], [0.6, 0.5, 9.0]])
+    valid = torch.tensor([[True, True, False]] * 3)
+    assert advantages.first_order_eta(rewards, valid, 0.5, 8.0).tolist() == pytest.approx([2.0, 8.0, 8.0])
+    assert advantages.first_order_eta(rewards, valid, 0.5, 99.0).tolist() == pytest.approx([2.0, 99.0, 20.0], rel=1e-5)
+
+
+def test_rare_failures_are_pushed_no_harder_than_rare_successes() -> None:
+    """Exactly solved they would be: one failure in 16 has a KL of at most log(16/15) = 0.065."""
+    rewards = torch.zeros(2, 16)
+    rewards[0, 0], rewards[1, 1:] = 1, 1
+    valid = torch.ones(2, 16, dtype=torch.bool)
+    arguments = {"kl_budget_nats": 0.14, "stabilizer": "always"}
+    bound = advantages.first_order_eta(rewards, valid, 0.14, 8.0)
+    exact = advantages.quatro(rewards, valid, torch.zeros(2, 16), max_eta=8.0, **arguments)  # type: ignore[arg-type]
+    capped = advantages.quatro(rewards, valid, torch.zeros(2, 16), max_eta=bound, **arguments)  # type: ignore[arg-type]
+    assert exact.solution.eta[1] > 4 * exact.solution.eta[0]
+    assert capped.solution.eta[0] == exact.solution.eta[0]
+    assert capped.solution.eta[1] == bound[1] < 2 * exact.solution.eta[0]
+
+
 def budget(**changes: object) -> list[float]:
     arguments = {
         "unit": "response",
