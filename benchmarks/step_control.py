@@ -26,7 +26,7 @@ from quatro_ray.types import Outcome, Query, Rollout, RolloutGroup, Score, Versi
 TARGET = 0.10
 NUM_STEPS = 15
 NUM_QUERIES, GROUP_SIZE, RESPONSE_TOKENS = 16, 8, 64
-OFF = StepControlConfig(window_kl_nats=None)
+OFF = StepControlConfig(window_kl_nats_per_token=None)
 MODEL = TinyModelConfig(kind="tiny", num_layers=4, hidden_size=128, num_heads=4)
 
 

@@ -33,7 +33,7 @@ METHODS: dict[str, dict[str, Any]] = {
     "sapo": {"kind": "sapo"},
     "reinforce": {"kind": "reinforce"},
     # the ablation: the same budget for every sample, at the level that the default has at one staleness
-    "quatro_fixed_64": {"kind": "quatro", "staleness_exponent": 0.0, "kl_budget_nats": 0.03 * 65},
+    "quatro_fixed_64": {"kind": "quatro", "staleness_exponent": 0.0, "kl_budget_nats": 0.006 * 65},
     "quatro_fixed_0": {"kind": "quatro", "staleness_exponent": 0.0},
     # and without the bound by the first order
     "quatro_exact": {"kind": "quatro", "eta_cap": "fixed"},
@@ -60,7 +60,7 @@ class Spec:
         return TypeAdapter(ObjectiveConfig).validate_python(METHODS[self.method])
 
     def learner(self) -> LearnerConfig:
-        control = StepControlConfig() if self.control else StepControlConfig(window_kl_nats=None)
+        control = StepControlConfig() if self.control else StepControlConfig(window_kl_nats_per_token=None)
         return LearnerConfig(
             num_ranks=1,
             learning_rate=LEARNING_RATE * self.multiple,

@@ -58,9 +58,10 @@ class ToyTrainer:
             weight_decay=learner.weight_decay,
         )
         control = learner.step_control
-        self._step_control = (
-            StepControl(StepLimits(control.window_kl_nats, control.max_kl_nats)) if control.window_kl_nats else None
-        )
+        self._step_control = None
+        if control.window_kl_nats_per_token is not None:
+            limits = StepLimits(control.window_kl_nats_per_token, control.max_kl_nats_per_token)
+            self._step_control = StepControl(limits)
         self._waiting: deque[Samples] = deque(self._sample(0) for _ in range(staleness))
         self.version = 0
 
@@ -149,7 +150,8 @@ class ToyTrainer:
                 index,
                 part.rewards.numel(),
             ).view_as(part.rewards)
-            return ProbeKl(kl.mean(1), torch.full((len(kl),), float(self.version - part.version), dtype=torch.float64))
+            per_token = kl.sum(1) / part.counted.sum((1, 2))
+            return ProbeKl(per_token, torch.full((len(kl),), float(self.version - part.version), dtype=torch.float64))
 
         def move_to(kept: float) -> None:
             for p, a, b in zip(self.model.parameters(), start, stepped, strict=True):

@@ -24,10 +24,10 @@ class QuatroConfig(Section):
     """Exact per-query trust region around the policy that sampled. arXiv 2602.04620; docs/algorithm.md."""
 
     kind: Literal["quatro"]
-    kl_budget_nats: float = Field(0.03, gt=0)
+    kl_budget_nats: float = Field(0.006, gt=0)
     """ε_0: radius of the region of a query on fresh samples, nats."""
-    kl_budget_unit: Literal["response", "token"] = "response"
-    """token: the budget is multiplied by the mean length of the query's responses."""
+    kl_budget_unit: Literal["response", "token"] = "token"
+    """token: the budget is multiplied by the mean length of the query's responses, as drift is."""
     staleness_exponent: float = Field(1.0, ge=0, le=2)
     """ε_q = ε_0 (1 + staleness)^exponent. 1: room for as many steps as the samples are old. 0: blind to versions."""
     shrink_by_ess: bool = False

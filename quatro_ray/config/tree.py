@@ -189,9 +189,9 @@ AggregationMode = Literal["token_mean", "seq_mean_token_sum", "seq_mean_token_me
 class StepControlConfig(Section):
     """After the optimiser's step, moves the weights back along it where the policy changed by more than its budget."""
 
-    window_kl_nats: float | None = Field(0.3, gt=0)
-    """ε_window: KL(π_k ‖ π_k+1) per response of one step may be ε_window/(1 + staleness). null: no control."""
-    max_kl_nats: float = Field(0.002, gt=0)
+    window_kl_nats_per_token: float | None = Field(0.06, gt=0)
+    """ε_window: KL(π_k ‖ π_k+1) per token of one step may be ε_window/(1 + staleness). null: no control."""
+    max_kl_nats_per_token: float = Field(4e-4, gt=0)
     """However fresh its samples, one step may move the policy by no more."""
     probe_share: float = Field(0.125, gt=0, le=1)
     """Share of the step's tokens on which the KL is measured; a pass without gradient over them is its cost."""

@@ -249,9 +249,9 @@ class LearningEngine:
 
 
 def _step_control(config: StepControlConfig) -> StepControl | None:
-    if config.window_kl_nats is None:
+    if config.window_kl_nats_per_token is None:
         return None
-    return StepControl(StepLimits(config.window_kl_nats, config.max_kl_nats))
+    return StepControl(StepLimits(config.window_kl_nats_per_token, config.max_kl_nats_per_token))
 
 
 def _seed_everything(seed: int) -> None:

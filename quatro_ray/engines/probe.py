@@ -12,6 +12,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from quatro_ray.ops.importance import sequence_sums
 from quatro_ray.ops.step_control import ProbeKl, rollout_kl
 
 Row = dict[str, Tensor]
@@ -43,11 +44,11 @@ class Probe:
             index = row["rollout_index"]
             start, behavior, response = row["start_logprobs"], row["behavior_logprobs"], row["is_response"]
             totals[0] += rollout_kl(logprobs(row), start, behavior, response, index, num_cells)
-            totals[1, index[index >= 0]] = 1
+            totals[1] += sequence_sums(response.double(), index, num_cells)
         dist.all_reduce(totals)
-        kl, count = totals.view(2, *self._shape).sum(2)
-        probed = count > 0
-        return ProbeKl(kl[probed] / count[probed], query_staleness[probed])
+        kl, tokens = totals.view(2, *self._shape).sum(2)
+        probed = tokens > 0
+        return ProbeKl(kl[probed] / tokens[probed], query_staleness[probed])
 
 
 def _only(row: Row, per_query: int, group_size: int) -> Row:

@@ -1,10 +1,10 @@
 """How far an optimiser step may move the policy, and how far back it is taken.
 
 Adaptive optimisers erase the scale of the loss, so no loss bounds the step by itself. After the step, the realised
-KL(π_k ‖ π_k+1) of each query q is held against its budget min(ε_max, ε_window/(1 + s_q)): an old sample says less
-about where the policy may go, and drift adds up while samples wait. KL is quadratic in a small step, so that moving
-back along it to the fraction α = (KL/budget)^−1/2 makes it fit. The fraction kept last time is where the next step is
-measured first, so that one pass mostly does.
+KL(π_k ‖ π_k+1) per token of each query q is held against its budget min(ε_max, ε_window/(1 + s_q)): an old sample
+says less about where the policy may go, and drift adds up while samples wait. KL is quadratic in a small step, so
+that moving back along it to the fraction α = (KL/budget)^−1/2 makes it fit. The fraction kept last time is where the
+next step is measured first, so that one pass mostly does.
 
 Shape letters: N tokens, B rollouts, Q queries.
 """
@@ -36,10 +36,10 @@ def rollout_kl(
     rollout_index: Tensor,
     num_rollouts: int,
 ) -> Tensor:
-    """float64 [B]: Σ_t w_t (ρ_t − 1 − log ρ_t), ρ_t = π_k+1/π_k, w_t = min(π_k/β, 2); nats per response.
+    """float64 [B]: Σ_t w_t (ρ_t − 1 − log ρ_t), ρ_t = π_k+1/π_k, w_t = min(π_k/β, 2); nats.
 
-    Its mean estimates KL(π_k ‖ π_k+1) by the chain rule over tokens (the truncation biases it downwards where
-    π_k has left β); no term is negative. All arguments [N].
+    Its mean estimates KL(π_k ‖ π_k+1) of a response by the chain rule over tokens (the truncation biases it
+    downwards where π_k has left β); no term is negative. All arguments [N].
     """
     # the bound keeps exp finite where a token has become e³⁰ times likelier: no budget allows that
     log_ratio = (stepped_logprobs - start_logprobs).double().clamp(max=30)
@@ -50,7 +50,7 @@ def rollout_kl(
 
 @dataclass(frozen=True)
 class StepLimits:
-    """ε_window and ε_max, nats per response."""
+    """ε_window and ε_max, nats per token."""
 
     window_kl_nats: float
     max_kl_nats: float
@@ -62,7 +62,7 @@ class StepLimits:
 
 @dataclass(frozen=True)
 class ProbeKl:
-    """KL(π_k ‖ π_k+1) of the queries probed. kl_nats, staleness: float64 [Q], nats per response and steps."""
+    """KL(π_k ‖ π_k+1) of the queries probed. kl_nats, staleness: float64 [Q], nats per token and steps."""
 
     kl_nats: Tensor
     staleness: Tensor
@@ -77,7 +77,7 @@ class StepReport:
     """What became of a step.
 
     Attributes:
-        kl_nats: float64 [Q], of what was kept of it; budget_nats: float64 [Q].
+        kl_nats: float64 [Q], of what was kept of it; budget_nats: float64 [Q]. Both per token.
         share_of_budget: KL over budget of the step as the optimiser made it, by the quadratic law.
         kept: fraction α of the step, 1 where control did not act. num_passes: measurements made.
     """

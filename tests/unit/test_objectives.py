@@ -139,8 +139,8 @@ def test_quatro_reports_per_query() -> None:
     )
     reported = make_objective(objective_config("quatro")).prepare(step_batch).diagnostics
     assert len(reported["trust_region/kl_budget_nats"]) == NUM_QUERIES
-    staleness = step_batch.query_staleness()
-    assert reported["trust_region/kl_budget_nats"] == pytest.approx((0.03 * (1 + staleness)).tolist())
+    staleness, lengths = step_batch.query_staleness(), step_batch.lengths().mean(1)
+    assert reported["trust_region/kl_budget_nats"] == pytest.approx((0.006 * lengths * (1 + staleness)).tolist())
     shares = [reported[f"trust_region/frac_{s}"] for s in ("active", "slack", "void")]
     assert sum(shares) == pytest.approx(1)
     assert [1 / e for e in reported["trust_region/eta"]] == pytest.approx(reported["trust_region/lambda"])
