@@ -59,11 +59,15 @@ def num_parameters(config: Config) -> int | None:
 
 
 def learner_bytes_per_rank(config: Config, parameters: int) -> int:
-    """ZeRO-3 model states of a rank: weights, gradients, and AdamW's float32 master copy and two moments."""
+    """ZeRO-3 model states of a rank: weights, gradients, AdamW's float32 master copy and two moments.
+
+    Step control remembers the float32 weights before the step, and a reference policy is one more copy.
+    """
     width = _BYTES[config.learner.dtype]
     master = 0 if config.learner.dtype == "float32" else 4
     reference = width if config.learner.reference_kl_coef > 0 else 0
-    return parameters * (width + width + master + 8 + reference) // config.learner.num_ranks
+    before_step = 0 if config.learner.step_control.window_kl_nats_per_token is None else 4
+    return parameters * (width + width + master + 8 + before_step + reference) // config.learner.num_ranks
 
 
 def describe(config: Config) -> str:

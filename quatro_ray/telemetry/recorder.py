@@ -50,7 +50,8 @@ class Recorder:
 
     def step(self, step: int, metrics: Mapping[str, Any], samples: Sequence[Mapping[str, Any]]) -> None:
         self._step = step
-        _write(self._metrics, {"step": step, "time_s": self.now(), **metrics})
+        shown = {name: _rounded(v) if isinstance(v, list) else v for name, v in metrics.items()}
+        _write(self._metrics, {"step": step, "time_s": self.now(), **shown})
         for group in samples:
             _write(self._rollouts, {"step": step, **group})
         if self._board is not None:
@@ -87,6 +88,11 @@ class Recorder:
 
 def _open(path: Path) -> TextIO:
     return path.open("w", encoding="utf-8")
+
+
+def _rounded(values: list[Any]) -> list[Any]:
+    """Distributions have hundreds of values a step: six digits are enough for them."""
+    return [float(f"{v:.6g}") if isinstance(v, float) else v for v in values]
 
 
 def _write(file: TextIO, record: Mapping[str, Any]) -> None:

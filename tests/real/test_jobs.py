@@ -173,7 +173,7 @@ def own_data(tmp_path: Path) -> Path:
             "answer_key": "gold",
         },
         objective={"kind": "grpo"},
-        learner={"schedule": "cosine", "loss_agg_mode": "sequence_mean"},
+        learner={"schedule": "cosine", "loss_agg_mode": "seq_mean_token_sum"},
         generator={"num_engines": 2},
         run={"num_steps": 4},
         cluster={"cpus_per_engine": 0.3},

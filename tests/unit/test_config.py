@@ -76,6 +76,21 @@ def test_bad_values_give_one_clear_error(tmp_path: Path, override: str, expected
     assert "\n" not in str(caught.value)
 
 
+@pytest.mark.parametrize(
+    ("kind", "mode", "expected"),
+    [
+        ("dr_grpo", "seq_mean_token_mean", "the bias that dr_grpo removes"),
+        ("dr_grpo", "token_mean", "the bias that dr_grpo removes"),
+        ("gspo", "token_mean", "weights responses by their length"),
+    ],
+)
+def test_normalisations_that_undo_a_method_are_refused(tmp_path: Path, kind: str, mode: str, expected: str) -> None:
+    overrides = [f"objective={{kind: {kind}}}", f"learner.loss_agg_mode={mode}"]
+    with pytest.raises(ConfigError, match=expected):
+        load_config(write(tmp_path, config_tree()), overrides)
+    assert load_config(write(tmp_path, config_tree()), overrides[:1]).learner.loss_agg_mode is None
+
+
 def test_missing_section(tmp_path: Path) -> None:
     tree = config_tree()
     del tree["learner"]
