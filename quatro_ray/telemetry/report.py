@@ -133,6 +133,7 @@ def _lines(title: str, metrics: Sequence[dict[str, Any]], series: dict[str, Any]
             axes.plot(*zip(*points, strict=True), label=label, linewidth=1)
     if len(series) > 1:
         axes.set_yscale("symlog", linthresh=0.1)
+    if len(axes.get_lines()) > 1:
         axes.legend()
     return _svg(figure)
 

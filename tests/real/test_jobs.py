@@ -144,7 +144,7 @@ def check_files(run_dir: Path) -> None:
     assert list((run_dir / "checkpoints").glob("step_*/*optim_states.pt"))
     assert yaml.safe_load((run_dir / "config.yaml").read_text())["run"]["seed"] == 0
     page = (run_dir / "report.html").read_text()
-    assert page.count("<svg") == 8
+    assert page.count("<svg") == 14
     assert "<script" not in page and 'src="http' not in page
     tokenizer = AutoTokenizer.from_pretrained(run_dir / "export")
     model = AutoModelForCausalLM.from_pretrained(run_dir / "export")
