@@ -38,8 +38,9 @@ class Figures:
     collapsed: int
 
 
-Table = dict[Cell, dict[tuple[str, bool], Figures]]
-"""By cell, then by method and whether it had step control."""
+Row = dict[tuple[str, bool], Figures]
+"""Of a cell, by method and whether it had step control."""
+Table = dict[Cell, Row]
 
 
 def tabulate(runs: Iterable[Run]) -> Table:
@@ -72,28 +73,19 @@ def claims(table: Table) -> dict[str, Any]:
     """What the study is to show about QUATRO with its defaults, with every exception."""
     quatro = {cell: row["quatro", True] for cell, row in table.items() if ("quatro", True) in row}
     rivals = {cell: _rivals(table[cell]) for cell in quatro}
-    collapses = [_name(c) for c, f in quatro.items() if f.collapsed]
-    behind = {
-        _name(c): f"{key[0]}{'' if key[1] else ', no control'} {ahead:+.3f}"
-        for c, f in quatro.items()
-        for key, ahead in [max(((k, r.final - f.final) for k, r in rivals[c].items()), key=lambda x: x[1])]
-        if ahead > MARGIN
-    }
+    close = {c: {k: r for k, r in rivals[c].items() if abs(r.final - f.final) <= MARGIN} for c, f in quatro.items()}
     not_above = [
         f"{_name(c)}: {key[0]}"
         for c, f in quatro.items()
         for key, r in rivals[c].items()
         if not key[1] and r.collapsed and r.final >= f.final
     ]
-    close = {c: [r for r in rivals[c].values() if abs(r.final - f.final) <= MARGIN] for c, f in quatro.items()}
-    less_entropy = [_name(c) for c, f in quatro.items() if any(r.entropy > f.entropy for r in close[c])]
-    less_pass_16 = [_name(c) for c, f in quatro.items() if any(r.pass_at_16 > f.pass_at_16 for r in close[c])]
     exceptions = {
-        "never collapses": collapses,
-        "within 0.02 of the best in every cell": [f"{cell}: {who}" for cell, who in behind.items()],
+        "never collapses": [_name(c) for c, f in quatro.items() if f.collapsed],
+        "within 0.02 of the best in every cell": _ahead(quatro, rivals, "final", MARGIN),
         "above every baseline that collapses as published": not_above,
-        "highest entropy of those within 0.02": less_entropy,
-        "highest pass@16 of those within 0.02": less_pass_16,
+        "highest entropy of those within 0.02": _ahead(quatro, close, "entropy", 0.0),
+        "highest pass@16 of those within 0.02": _ahead(quatro, close, "pass_at_16", 0.0),
     }
     return {
         "holds": {claim: not found for claim, found in exceptions.items()},
@@ -107,7 +99,18 @@ def claims(table: Table) -> dict[str, Any]:
     }
 
 
-def _rivals(row: dict[tuple[str, bool], Figures]) -> dict[tuple[str, bool], Figures]:
+def _ahead(quatro: dict[Cell, Figures], rivals: dict[Cell, Row], figure: str, margin: float) -> list[str]:
+    """Cells where a rival's figure exceeds QUATRO's by more than the margin: who leads there, and by how much."""
+    found = []
+    for cell, f in quatro.items():
+        leads = [(getattr(r, figure) - getattr(f, figure), key) for key, r in rivals[cell].items()]
+        lead, (method, control) = max(leads, default=(0.0, ("", True)))
+        if lead > margin:
+            found.append(f"{_name(cell)}: {method}{'' if control else ', no control'} {lead:+.3f}")
+    return found
+
+
+def _rivals(row: Row) -> Row:
     """All that is not QUATRO, with step control and without."""
     return {key: f for key, f in row.items() if key[0] in {*WHOLE_GRID, *CORNERS} - {"quatro"}}
 
