@@ -15,6 +15,7 @@ import time
 from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import asdict
+from itertools import islice
 from multiprocessing import get_context
 from pathlib import Path
 from typing import Annotated, Any
@@ -95,7 +96,7 @@ def _in_turn(
 ) -> Iterator[dict[str, Any]]:
     """As many runs under way as there are workers; results as they come."""
     commit = _commit()
-    waiting = {pool.submit(run_one, spec, commit) for spec, _ in zip(specs, range(workers), strict=False)}
+    waiting = {pool.submit(run_one, spec, commit) for spec in islice(specs, workers)}
     while waiting:
         future = next(as_completed(waiting))
         waiting.remove(future)
