@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +11,7 @@ import pytest
 import reasoning_gym
 import torch
 
+from benchmarks import study
 from benchmarks.study import finished
 from benchmarks.toy.grid import Spec, all_specs
 from benchmarks.toy.model import ToyModel
@@ -118,6 +120,16 @@ def test_claims_hold_or_name_the_cells_where_they_do_not() -> None:
     close = claims(tabulate(runs))["holds"]
     assert not close["highest entropy of those within 0.02"]
     assert not close["highest pass@16 of those within 0.02"]
+
+
+@pytest.mark.parametrize("workers", [1, 2, 3])
+def test_every_run_is_made_once(workers: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(study, "run_one", lambda spec, commit: {"key": spec.key})
+    specs = all_specs()[:7]
+    with ThreadPoolExecutor(workers) as pool:
+        made = [r["key"] for r in study._in_turn(pool, iter(specs), workers, float("inf"))]  # type: ignore[arg-type]
+        assert sorted(made) == sorted(s.key for s in specs)
+        assert len(list(study._in_turn(pool, iter(specs), workers, 0.0))) == workers  # type: ignore[arg-type]
 
 
 def test_the_file_of_figures_survives_an_interruption(tmp_path: Path) -> None:
