@@ -49,7 +49,6 @@ class ToyTrainer:
         self.model, self.task = model, task
         self._objective = make_objective(objective)
         self._learner = learner
-        self._staleness = staleness
         self._generator = torch.Generator().manual_seed(seed)
         self._optimizer = torch.optim.AdamW(
             model.parameters(),

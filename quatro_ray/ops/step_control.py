@@ -11,6 +11,7 @@ Shape letters: N tokens, B rollouts, Q queries.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -112,6 +113,9 @@ class StepControl:
         Args:
             measure: KL between the step's first weights and the present ones, the same number on every rank.
             move_to: puts the weights at start + α·(stepped − start).
+
+        Raises:
+            RuntimeError: the KL is not finite, so that no fraction of the step is known to be safe.
         """
         kept = self._kept
         if kept < 1:
@@ -121,6 +125,11 @@ class StepControl:
             probe, measured_at = measure(), kept
             num_passes += 1
             share = probe.share_of_budget(self._limits)
+            if not math.isfinite(share):
+                raise RuntimeError(
+                    f"the policy after the optimiser's step has a KL of {share} times its budget: lower "
+                    "learner.learning_rate"
+                )
             if share <= _ENOUGH[1] and (kept == 1 or share >= _ENOUGH[0]):
                 break
             kept = min(1.0, kept * max(share, 1e-12) ** -0.5)

@@ -98,6 +98,12 @@ def test_it_lets_go_when_steps_become_small_again() -> None:
     assert control(still, controller).kept == 1.0
 
 
+@pytest.mark.parametrize("kl", [math.nan, math.inf])
+def test_a_kl_that_is_not_finite_is_no_budget_kept(kl: float) -> None:
+    with pytest.raises(RuntimeError, match="learning_rate"):
+        control(Line(lambda x: kl, 1.0))
+
+
 def test_the_mean_over_queries_decides() -> None:
     kl = torch.tensor([0.03, 0.001], dtype=torch.float64)
     probe = ProbeKl(kl, torch.tensor([0.0, 999.0], dtype=torch.float64))
