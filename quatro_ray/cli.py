@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import signal
 import sys
 from pathlib import Path
 from typing import Annotated
@@ -9,7 +10,7 @@ from typing import Annotated
 import typer
 
 from quatro_ray.config import dump_config, load_config
-from quatro_ray.errors import ConfigError, QuatroError
+from quatro_ray.errors import ConfigError, Preempted, QuatroError
 
 app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False, help=__doc__)
 
@@ -49,7 +50,9 @@ def validate(config: ConfigPath, overrides: Overrides = None) -> None:
     """Check a configuration and its data files, and print it as resolved. Starts nothing."""
     loaded = load_config(config, overrides)
     from quatro_ray.data.registry import describe, make_dataset
+    from quatro_ray.environments.registry import check_environments
 
+    check_environments(loaded.environments)
     for line in describe(make_dataset(loaded.data, loaded.rewards)):
         print(f"# {line}")
     print(dump_config(loaded), end="")
@@ -93,9 +96,12 @@ def report(run_dir: Annotated[Path, typer.Argument(help="Directory of a finished
 
 
 def main() -> None:
-    """Prints errors that a user can cause in one line, and exits with 2."""
+    """Prints errors that a user can cause in one line, and exits with 2; with 143 where it was told to end."""
     try:
         app()
+    except Preempted as error:
+        print(f"ended: {error}", file=sys.stderr)
+        sys.exit(128 + signal.SIGTERM)
     except QuatroError as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(2)

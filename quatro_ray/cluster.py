@@ -2,46 +2,78 @@
 
 from __future__ import annotations
 
+import asyncio
 import itertools
 import os
-from collections.abc import Sequence
-from contextlib import suppress
+import socket
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import ray
+from ray._private import ray_constants
 from ray.exceptions import GetTimeoutError, RayError
 from ray.util.placement_group import placement_group, remove_placement_group
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
-from quatro_ray.actors.clients import GeneratorClient, GeneratorPool, LearnerClient, ReplayClient
+from quatro_ray.actors.clients import GeneratorClient, ReplayClient
+from quatro_ray.actors.environment import EnvironmentActor
+from quatro_ray.actors.environment_pool import EnvironmentPool
+from quatro_ray.actors.fleet import Fleet
 from quatro_ray.actors.generator import GeneratorActor
 from quatro_ray.actors.learner import LearnerActor
+from quatro_ray.actors.learner_group import LearnerGroup
+from quatro_ray.actors.node import own_node_lives
 from quatro_ray.actors.replay import ReplayActor
 from quatro_ray.actors.reward_model import RewardModelActor
 from quatro_ray.actors.verifier import VerifierActor
 from quatro_ray.actors.verifier_pool import VerifierPool
-from quatro_ray.config import Config, ModelRewardConfig
+from quatro_ray.checkpoints import checkpoint_store
+from quatro_ray.config import Config, EnvironmentConfig, ModelRewardConfig
 from quatro_ray.controller import Parts
+from quatro_ray.environments.registry import environment_of
 from quatro_ray.errors import ClusterError, last_line
 from quatro_ray.evaluator import Evaluator
 from quatro_ray.plan import Bundle, bundles, evaluation_bundles
 from quatro_ray.rewards.registry import executing_parts
-from quatro_ray.weight_sync.update import WeightSync
+from quatro_ray.weight_sync.update import LearnerLost, WeightSync
+
+_LISTENS_FOR_OTHERS = ray_constants.ENABLE_RAY_CLUSTERS_ENV_VAR
+"""Unless it is 1, a cluster of one machine listens on loopback alone."""
+_SHUTDOWN_S = 30.0
+_KNOCK_S = 10.0
 
 
 def connect(config: Config) -> None:
-    """Joins the cluster of `cluster.address` or RAY_ADDRESS, else starts one on this machine alone."""
+    """Joins the cluster of `cluster.address` or RAY_ADDRESS, else starts one on this machine alone.
+
+    Raises:
+        ClusterError: there is none at the address.
+    """
     address = config.cluster.address or os.environ.get("RAY_ADDRESS")
     common = {"log_to_driver": False, "logging_level": "WARNING"}
     if address:
-        ray.init(address=address, **common)
+        try:
+            _knock(address)
+            ray.init(address=address, **common)
+        except (OSError, RuntimeError, ValueError) as error:
+            raise ClusterError(
+                f"cluster.address={address} (or RAY_ADDRESS): no cluster answers there ({last_line(error)}); correct "
+                "it, or leave both out to start one on this machine"
+            ) from error
         return
-    # a cluster of one machine listens on loopback only
-    os.environ.setdefault("RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER", "0")
+    if os.environ.setdefault(_LISTENS_FOR_OTHERS, "0") == "0":
+        ray_constants.ENABLE_RAY_CLUSTER = False  # of the variable, which Ray's processes read, it took note on import
     ray.init(address="local", include_dashboard=False, **common)
+
+
+def _knock(address: str) -> None:
+    """Raises OSError where nothing listens at host:port: Ray itself would go on trying for minutes."""
+    host, _, port = address.rpartition(":")
+    if "://" not in address and port.isdigit():
+        socket.create_connection((host, int(port)), _KNOCK_S).close()
 
 
 @dataclass
@@ -50,70 +82,48 @@ class Cluster:
 
     config: Config
     placement: Any
-    generators: list[Any]
-    learners: list[Any]
+    fleet: Fleet
+    learner: LearnerGroup
     replay: Any
     verifiers: VerifierPool
     reward_models: dict[str, list[Any]]
     """By the name of their part of the reward."""
+    environments: dict[str, EnvironmentPool]
+    """By the name of the environment."""
     evaluator: Evaluator | None
 
-    async def open(self) -> Parts:
-        """Connects learner and engines, and hands out what the controller drives."""
+    def parts(self) -> Parts:
+        """What the controller drives."""
         config = self.config
-        learner = LearnerClient(self.learners)
-        await self._open_weight_transfer()
-        clients = [GeneratorClient(a) for a in self.generators]
         return Parts(
-            generators=GeneratorPool(clients, config.generator.max_groups_in_flight),
+            generators=self.fleet,
             verifiers=self.verifiers,
             replay=ReplayClient(self.replay, config.replay.deadline_s),
-            learner=learner,
-            weight_sync=WeightSync(clients, learner.send_weights, config.weight_sync),
+            learner=self.learner,
+            weight_sync=WeightSync(self.fleet, self.learner, config.weight_sync, config.generator.start_deadline_s),
+            checkpoints=checkpoint_store(config),
             evaluator=self.evaluator,
         )
 
-    async def _open_weight_transfer(self) -> None:
-        config = self.config
-        deadline = config.weight_sync.rendezvous_deadline_s
-        address, port = _get(
-            [self.learners[0].address.remote(), self.learners[0].free_port.remote()], deadline, "ports"
-        )
-        calls = [
-            actor.open_weight_transfer.remote(
-                config.sync_backend,
-                self.generators,
-                config.generator.tensor_parallel_size,
-                address,
-                port,
-                config.weight_sync,
-            )
-            for actor in self.learners
-        ]
-        _get(calls, deadline, "weight transfer rendezvous")
+    def generators(self) -> list[Any]:
+        return [member.client.actor for member in self.fleet.members]
 
     def peak_rss_bytes(self) -> dict[str, int]:
-        """Summed over the actors of a role."""
+        """Summed over the actors of a role, those that are being replaced just now left out."""
         roles = {
             **{f"reward model {name}": actors for name, actors in self.reward_models.items()},
-            "generator": self.generators,
-            "learner": self.learners,
+            **{f"environment {name}": pool.actors for name, pool in self.environments.items()},
+            "generator": self.generators(),
+            "learner": self.learner.actors,
             "replay": [self.replay],
             "verifier": self.verifiers.actors,
         }
-        return {
-            role: sum(_get([a.peak_rss_bytes.remote() for a in actors], 60, f"memory of {role}"))
-            for role, actors in roles.items()
-        }
+        return {role: sum(_peak_rss_bytes(actor) for actor in actors) for role, actors in roles.items()}
 
     def shutdown(self) -> None:
         """Ends the engines in order, then everything else; safe after a failure."""
-        reward_models = [a for actors in self.reward_models.values() for a in actors]
-        for actor in [*self.generators, *self.verifiers.actors, *reward_models]:
-            with suppress(GetTimeoutError, RayError):  # it is killed below in any case
-                ray.get(actor.shutdown.remote(), timeout=30)
-        for actor in [*self.generators, *self.learners, self.replay, *self.verifiers.actors, *reward_models]:
-            ray.kill(actor)
+        judges = _judges(self.verifiers, self.reward_models, self.environments)
+        _end([*self.generators(), *judges], killed=[*self.learner.actors, self.replay])
         remove_placement_group(self.placement)
 
 
@@ -126,34 +136,35 @@ def spawn(config: Config, model_path: str) -> Cluster:
     plan = bundles(config)
     placement = _place(config, plan)
     place = _Placer(config, plan, placement)
-    run, device, seed = config.run, config.cluster.device, config.run.seed
-    generators = [_engine(place, "generator", model_path, i) for i in range(config.generator.num_engines)]
-    learners = [
-        place(LearnerActor, "learner", i).remote(
-            model_path,
-            config.learner,
-            config.objective,
-            rank=i,
-            device=device,
-            temperature=config.generator.temperature,
-            max_response_tokens=config.generator.max_response_tokens,
-            seed=seed,
-            num_steps=run.num_steps,
-        )
-        for i in range(config.learner.num_ranks)
-    ]
-    replay = place(ReplayActor, "replay", 0).remote(config.replay, run.dir / "ledger.sqlite", num_steps=run.num_steps)
+    replay = place(ReplayActor, "replay", 0, max_restarts=-1, max_task_retries=-1).remote(
+        config.replay, config.run.dir / "ledger.sqlite", num_steps=config.run.num_steps
+    )
+    learner = LearnerGroup(
+        partial(_ranks, place, model_path),
+        config.learner,
+        config.weight_sync,
+        config.sync_backend,
+        config.generator.tensor_parallel_size,
+    )
     reward_models = _reward_models(config, place)
     verifiers = _verifiers(config, place, reward_models)
-    evaluator = Evaluator(config, verifiers, partial(_engine, place, "evaluator"))
+    environments = _environments(config, place, model_path)
+    evaluator = Evaluator(config, verifiers, partial(_engine, place, "evaluator"), _by_source(config, environments))
+    by_source = _by_source(config, environments)
+    fleet = Fleet(
+        lambda index: GeneratorClient(_engine(place, "generator", model_path, index), by_source),
+        config.generator,
+        config.cluster.liveness_deadline_s,
+    )
     cluster = Cluster(
         config,
         placement,
-        generators,
-        learners,
+        fleet,
+        learner,
         replay,
         verifiers,
         reward_models,
+        environments,
         evaluator if config.evaluation.num_engines else None,
     )
     try:
@@ -172,26 +183,25 @@ class EvaluationCluster:
     evaluator: Evaluator
     verifiers: VerifierPool
     reward_models: dict[str, list[Any]]
+    environments: dict[str, EnvironmentPool]
 
     def shutdown(self) -> None:
-        for actor in [*self.verifiers.actors, *(a for actors in self.reward_models.values() for a in actors)]:
-            with suppress(GetTimeoutError, RayError):  # it is killed below in any case
-                ray.get(actor.shutdown.remote(), timeout=30)
-            ray.kill(actor)
+        _end(_judges(self.verifiers, self.reward_models, self.environments))
         remove_placement_group(self.placement)
 
 
-def spawn_evaluation(config: Config) -> EvaluationCluster:
-    """Places and starts verifiers and reward models. Raises ClusterError like `spawn`."""
+def spawn_evaluation(config: Config, model_path: str) -> EvaluationCluster:
+    """Places and starts verifiers, reward models and environments. Raises ClusterError like `spawn`."""
     plan = evaluation_bundles(config)
     placement = _place(config, plan)
     place = _Placer(config, plan, placement)
     reward_models = _reward_models(config, place)
     verifiers = _verifiers(config, place, reward_models)
-    evaluator = Evaluator(config, verifiers, partial(_engine, place, "evaluator"))
-    cluster = EvaluationCluster(placement, evaluator, verifiers, reward_models)
+    environments = _environments(config, place, model_path)
+    evaluator = Evaluator(config, verifiers, partial(_engine, place, "evaluator"), _by_source(config, environments))
+    cluster = EvaluationCluster(placement, evaluator, verifiers, reward_models, environments)
     try:
-        _start_judges(config, verifiers, reward_models)
+        _start_judges(config, verifiers, reward_models, environments)
     except BaseException:
         cluster.shutdown()
         raise
@@ -210,22 +220,65 @@ def _place(config: Config, plan: Sequence[Bundle]) -> Any:
     return placement
 
 
-def _start_judges(config: Config, verifiers: VerifierPool, reward_models: dict[str, list[Any]]) -> None:
+def _start_judges(
+    config: Config,
+    verifiers: VerifierPool,
+    reward_models: dict[str, list[Any]],
+    environments: dict[str, EnvironmentPool],
+) -> None:
     for name, actors in reward_models.items():
         part = config.rewards[name]
         assert isinstance(part, ModelRewardConfig)
         _get([a.start.remote() for a in actors], part.start_deadline_s, f"reward model {name}")
     _get([a.start.remote() for a in verifiers.actors], config.verifier.start_deadline_s, "verifier")
+    for name, pool in environments.items():
+        deadline = config.environments[name].start_deadline_s
+        _get([a.start.remote() for a in pool.actors], deadline, f"environment {name}")
+
+
+def _judges(
+    verifiers: VerifierPool, reward_models: dict[str, list[Any]], environments: dict[str, EnvironmentPool]
+) -> list[Any]:
+    pools = [verifiers, *environments.values()]
+    return [a for actors in (*(p.actors for p in pools), *reward_models.values()) for a in actors]
+
+
+def _end(actors: Sequence[Any], killed: Sequence[Any] = ()) -> None:
+    """Those that have processes of their own end them first; whoever does not is killed like the others."""
+    if own_node_lives():
+        ending = [actor.shutdown.remote() for actor in actors]
+        ray.wait(ending, num_returns=len(ending), timeout=_SHUTDOWN_S)
+    for actor in [*actors, *killed]:
+        ray.kill(actor)
 
 
 def _start(cluster: Cluster) -> None:
     config = cluster.config
-    engines = [a.start.remote() for a in cluster.generators]
-    head = cluster.learners[0]
-    address, port = _get([head.address.remote(), head.free_port.remote()], config.learner.start_deadline_s, "learner")
-    _get([a.start.remote(address, port) for a in cluster.learners], config.learner.start_deadline_s, "learner")
-    _start_judges(config, cluster.verifiers, cluster.reward_models)
+    engines = [actor.start.remote() for actor in cluster.generators()]
+    try:
+        asyncio.run(cluster.learner.start())
+    except LearnerLost as error:
+        raise ClusterError(f"{error}; see the logs under {_log_dir()}") from error
+    _start_judges(config, cluster.verifiers, cluster.reward_models, cluster.environments)
     _get(engines, config.generator.start_deadline_s, "generator")
+
+
+def _ranks(place: _Placer, model_path: str) -> list[Any]:
+    config = place.config
+    return [
+        place(LearnerActor, "learner", i).remote(
+            model_path,
+            config.learner,
+            config.objective,
+            rank=i,
+            device=config.cluster.device,
+            temperature=config.generator.temperature,
+            max_response_tokens=config.generator.max_response_tokens,
+            seed=config.run.seed,
+            num_steps=config.run.num_steps,
+        )
+        for i in range(config.learner.num_ranks)
+    ]
 
 
 def _engine(place: _Placer, role: str, model_path: str, index: int) -> Any:
@@ -264,6 +317,24 @@ def _verifiers(config: Config, place: _Placer, reward_models: dict[str, list[Any
     return VerifierPool(one, config.verifier)
 
 
+def _environments(config: Config, place: _Placer, model_path: str) -> dict[str, EnvironmentPool]:
+    def pool(name: str, environment: EnvironmentConfig) -> EnvironmentPool:
+        spawned = itertools.count()
+
+        def one() -> Any:
+            index = next(spawned) % environment.num_actors
+            actor = place(EnvironmentActor, f"environment {name}", index, max_concurrency=1000)
+            return actor.remote(environment, model_path)
+
+        return EnvironmentPool(one, environment)
+
+    return {name: pool(name, environment) for name, environment in config.environments.items()}
+
+
+def _by_source(config: Config, environments: Mapping[str, EnvironmentPool]) -> dict[str, EnvironmentPool]:
+    return {source: environments[name] for source, name in environment_of(config).items()}
+
+
 class _Placer:
     """Puts an actor of a role into its bundle, with the environment of that role."""
 
@@ -292,6 +363,14 @@ class _Placer:
             env["TORCHDYNAMO_DISABLE"] = "1"
             env["CUDA_VISIBLE_DEVICES"] = ""
         return env
+
+
+def _peak_rss_bytes(actor: Any) -> int:
+    """0 where it does not answer: a figure for people is no reason for a run to fail in its last second."""
+    try:
+        return int(ray.get(actor.peak_rss_bytes.remote(), timeout=10))
+    except (GetTimeoutError, RayError):
+        return 0
 
 
 def _check_fits(plan: Sequence[Bundle]) -> None:

@@ -6,92 +6,54 @@ Written against small interfaces: on a cluster they are actors (actors/clients.p
 from __future__ import annotations
 
 import asyncio
-import shutil
-from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
-from pathlib import Path
+from collections import deque
+from collections.abc import Mapping, Sequence
+from contextlib import suppress
+from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
-from quatro_ray.actors.sampler import Sampler, seed_of, try_generate
-from quatro_ray.actors.verifier_pool import VerifierFailed
+from quatro_ray.actors.fleet import Fleet
+from quatro_ray.actors.learner_watch import LearnerWatch
+from quatro_ray.actors.sampler import Sampler
+from quatro_ray.checkpoints import Checkpoint, CheckpointStore
 from quatro_ray.config import Config
-from quatro_ray.data.filters import why_not
-from quatro_ray.deadlines import within
-from quatro_ray.errors import StallError
-from quatro_ray.evaluation import EvaluationResult
+from quatro_ray.data.base import QueryStream
+from quatro_ray.deadlines import Overtaken, unless, within
+from quatro_ray.errors import CheckpointError, ClusterError, Preempted, QuatroError, StallError
+from quatro_ray.evaluations import Evaluations
 from quatro_ray.evaluator import Evaluator, evaluate_set
+from quatro_ray.keeper import Keeper
+from quatro_ray.making import GroupMaker
+from quatro_ray.stall import stall_report
+from quatro_ray.tally import StepTally, Tally
 from quatro_ray.telemetry.recorder import Recorder
-from quatro_ray.types import DropReason, Query, SamplingParams
-from quatro_ray.weight_sync.update import WeightSync
-
-_LOOK_DEADLINE_S = 10.0
+from quatro_ray.types import Query
+from quatro_ray.weight_sync.update import LearnerLost, Update, WeightSync
 
 
 @dataclass(frozen=True)
 class Parts:
     """What the controller drives."""
 
-    generators: Any  # actors.clients.GeneratorPool
+    generators: Fleet
     verifiers: Any  # actors.verifier_pool.VerifierPool
     replay: Any  # actors.clients.ReplayClient
-    learner: Any  # actors.clients.LearnerClient
+    learner: Any  # actors.learner_group.LearnerGroup
     weight_sync: WeightSync
+    checkpoints: CheckpointStore
     evaluator: Evaluator | None = None
     """null: the generators evaluate."""
 
 
-@dataclass
-class RewardTally:
-    """Of rollouts scored since it was last read: each part of the reward, and how the scoring ended."""
-
-    parts: dict[str, list[float]] = field(default_factory=dict)
-    outcomes: Counter[str] = field(default_factory=Counter)
-    num_truncated: int = 0
-
-    def add(self, summary: Mapping[str, Any]) -> None:
-        for parts in summary["parts"]:
-            for name, value in parts.items():
-                self.parts.setdefault(name, []).append(value)
-        self.outcomes.update(summary["outcomes"])
-        self.num_truncated += summary["truncated"]
-
-    def read(self) -> dict[str, float]:
-        """Metrics; starts again from nothing."""
-        num = max(1, self.outcomes.total())
-        metrics = {f"reward/part_{name}": sum(v) / len(v) for name, v in self.parts.items()}
-        metrics |= {f"verifier/{name}_share": n / num for name, n in self.outcomes.items() if name != "ok"}
-        metrics["rollout/truncated_share"] = self.num_truncated / num
-        self.parts, self.outcomes, self.num_truncated = {}, Counter(), 0
-        return metrics
-
-
-@dataclass
-class Tally:
-    """Counted by the controller itself, to be held against the ledger."""
-
-    groups_admitted: int = 0
-    generated_tokens: int = 0
-    trained_tokens: int = 0
-    learner_steps: int = 0
-    skipped_steps: int = 0
-    weight_updates: int = 0
-    in_flight_updates: int = 0
-    multi_version_rollouts: int = 0
-    staleness_tokens: Counter[int] = field(default_factory=Counter)
-    outcomes: Counter[str] = field(default_factory=Counter)
-    rewards: RewardTally = field(default_factory=lambda: RewardTally())
-    evaluations: list[EvaluationResult] = field(default_factory=list)
-
-
 class Controller:
-    """`version` is the policy that the engines have; it goes up only after an update is verified."""
+    """`version` is the policy that the engines have, `step` its optimiser steps; versions only ever go up."""
 
     def __init__(
         self,
         config: Config,
         parts: Parts,
-        queries: Iterator[Query],
+        queries: QueryStream,
         held_out: Mapping[str, Sequence[Query]],
         recorder: Recorder,
     ) -> None:
@@ -101,195 +63,291 @@ class Controller:
         self._held_out = held_out
         self._recorder = recorder
         self.version = 0
+        self.step = 0
         self.tally = Tally()
+        self._maker = GroupMaker(config, parts.generators, parts.verifiers, parts.replay, recorder, self.tally)
+        self._issued = 0  # the newest version there is; above `version` between a commit and the update after it
+        self._next_id = 1
+        self._idle: deque[tuple[int, Query]] = deque()  # pending groups that nobody works on
+        self._active: dict[int, asyncio.Task[None]] = {}  # who works on which group
+        self._learner = asyncio.Lock()
+        self._admitting = asyncio.Lock()
         self._room = asyncio.Event()
-        self._ready = asyncio.Event()
-        self._failures_in_a_row = 0
-        self._filtered_in_a_row = 0
-        self._to_evaluate: asyncio.Queue[tuple[int, Path]] = asyncio.Queue(maxsize=1)
+        # for who waits for groups: one is ready, the learner is lost, or the run is to end
+        self._wake = asyncio.Event()
+        self._watch = LearnerWatch(parts.learner, config.cluster.liveness_deadline_s, self._wake.set)
+        self._told_to_stop = asyncio.Event()
+        self._resuming = False
+        self._furthest, self._restarts_in_a_row = 0, 0  # the newest step ever made, and restarts since then
+        folder = config.run.dir / "evaluating"
+        self.evaluations = Evaluations(parts.evaluator, held_out, folder, recorder, self.tally)
+        self._keeper = Keeper(
+            config, parts.checkpoints, parts.replay, parts.learner, self._learner, recorder, self._to_keep
+        )
 
-    async def run(self) -> Tally:
-        """Trains `run.num_steps` steps.
+    # Beginning and end
+
+    async def run(self, *, resume: bool = False) -> Tally:
+        """Trains until `run.num_steps` steps are done.
+
+        Args:
+            resume: the ledger is one of an earlier run, which goes on from the newest checkpoint.
 
         Raises:
             QuatroError: with a message for people; also a failed part, named.
         """
-        if self._parts.evaluator is None:
-            await self._evaluate()
         try:
             async with asyncio.TaskGroup() as tasks:
-                background = [tasks.create_task(self._generate_loop(tasks)), tasks.create_task(self._watch_loop())]
+                background = [tasks.create_task(loop) for loop in (self._join_loop(), self._watch.loop())]
+                background.append(tasks.create_task(self._grace_loop()))
+                self._parts.generators.started(synced=not resume)
+                self._parts.generators.supervise(tasks, self._recorder)
+                if resume:
+                    await self._resume()
+                background.append(tasks.create_task(self._generate_loop(tasks)))
                 if self._parts.evaluator is not None:
                     background.append(tasks.create_task(self._evaluation_loop()))
-                    await self._evaluate()
                 await self._learn_loop()
-                await self._to_evaluate.join()
-                for task in background:
+                await self._finish_evaluations()
+                async with self._learner:  # an engine that is brought weights is not left with half of them
+                    self._parts.generators.close()
+                for task in [*background, *self._active.values()]:
                     task.cancel()
         except BaseExceptionGroup as group:
             raise group.exceptions[0] from group
         await self._parts.replay.end_run()
         return self.tally
 
+    def stop(self) -> None:
+        """Asks for an end: after the step under way, with a checkpoint. From a signal handler."""
+        self._told_to_stop.set()
+        self._wake.set()
+
+    async def _grace_loop(self) -> None:
+        """Ends the run where it was told to end and did not within `checkpoint.grace_s`."""
+        await self._told_to_stop.wait()
+        await asyncio.sleep(grace := self._config.checkpoint.grace_s)
+        raise Preempted(
+            f"told to end, and no checkpoint was complete within checkpoint.grace_s={grace:g} s: with run.resume=auto "
+            "the run goes on from an earlier one"
+        )
+
+    async def _resume(self) -> None:
+        """From the newest checkpoint that is whole, or from the starting policy."""
+        found = await self._parts.replay.recover()
+        self._next_id, self._issued = found["next_id"], found["newest"]
+        self._queries.restore(self._queries.state() | found["num_admitted"])
+        self._resuming = True
+        async with self._learner:
+            try:
+                await self._fall_back("resumed")
+            except LearnerLost as lost:
+                await self._restart_learner(str(lost))
+        # groups that were made after the checkpoint are there, and it has not counted them
+        self.tally.generated_tokens = max(self.tally.generated_tokens, found["num_tokens"])
+        self.tally.resumed += 1
+
+    # Generation
+
     async def _generate_loop(self, tasks: asyncio.TaskGroup) -> None:
-        """Consumes queries. Waits for capacity; unblocked by a new version or by a drop."""
+        """Consumes pending groups, then queries. Waits for capacity; unblocked by a new version or by a drop."""
         while True:
             self._room.clear()
-            room = await self._parts.replay.capacity(self.version)
-            if room:
-                queries = [next(self._queries) for _ in range(room)]
-                group_ids = await self._parts.replay.admit(queries, self.version)
-                self.tally.groups_admitted += len(group_ids)
-                for group_id, query in zip(group_ids, queries, strict=True):
-                    tasks.create_task(self._life(group_id, query))
+            async with self._admitting:
+                room = await self._parts.replay.capacity(self.version, len(self._idle))
+                started = [self._idle.popleft() for _ in range(min(room, len(self._idle)))]
+                started += await self._admit(room - len(started))
+                for group_id, query in started:
+                    self._active[group_id] = tasks.create_task(self._life(group_id, query))
             await self._room.wait()  # no stall of its own: the learner's wait holds the deadline
 
+    async def _admit(self, count: int) -> list[tuple[int, Query]]:
+        if not count:
+            return []
+        queries = [next(self._queries) for _ in range(count)]
+        group_ids = await self._parts.replay.admit(self._next_id, queries, self.version)
+        self._next_id += count
+        return list(zip(group_ids, queries, strict=True))
+
     async def _life(self, group_id: int, query: Query) -> None:
-        """One group from pending to ready or dropped."""
-        group = await self._generate(group_id, query)
-        if group is None:
-            return await self._drop(group_id, DropReason.GENERATOR_ERROR)
+        """One group from pending to ready or dropped; a drop makes room for another."""
         try:
-            summary, scored = await self._parts.verifiers.score(group)
-        except VerifierFailed as failure:
-            self._recorder.note(f"group {group_id}: {failure}")
-            return await self._drop(group_id, failure.reason)
-        self._failures_in_a_row = 0
-        self.tally.outcomes.update(summary["outcomes"])
-        self.tally.rewards.add(summary)
-        if reason := why_not(self._config.filters, summary["rewards"], summary["truncated"]):
-            return await self._filter_out(group_id, reason)
-        self._filtered_in_a_row = 0
-        await self._parts.replay.ready(scored)
-        self._ready.set()
+            reason = await self._maker.make(group_id, query)
+        finally:
+            del self._active[group_id]
+        (self._wake if reason is None else self._room).set()
 
-    async def _generate(self, group_id: int, query: Query) -> Any | None:
-        """A reference to the group, or None after the last try."""
-        for _ in range(1 + self._config.generator.max_retries):
-            async with self._parts.generators.slot() as generator:
-                await self._parts.replay.start(group_id)
-                result = await try_generate(
-                    generator,
-                    group_id,
-                    query,
-                    self._sampling(group_id),
-                    self._config.replay.group_size,
-                    deadline_s=self._config.generator.group_deadline_s,
-                    note=self._recorder.note,
-                )
-            if result is None:
-                await self._parts.replay.retry(group_id)
-                continue
-            summary, group = result
-            self.tally.generated_tokens += summary["num_tokens"]
-            self.tally.multi_version_rollouts += summary["multi_version_rollouts"]
-            await self._parts.replay.generated(group_id)
-            return group
-        return None
-
-    async def _drop(self, group_id: int, reason: DropReason) -> None:
-        """A drop makes room for another group; a long row of them ends the run instead of burning all data."""
-        await self._parts.replay.drop(group_id, reason)
-        self._failures_in_a_row += 1
-        limit = 4 * self._config.replay.groups_per_step
-        if self._failures_in_a_row >= limit:
-            raise StallError(
-                f"{limit} groups in a row were dropped, the last one for {reason}; see notes.log in the run"
-            )
-        self._room.set()
-
-    async def _filter_out(self, group_id: int, reason: DropReason) -> None:
-        await self._parts.replay.drop(group_id, reason)
-        self._filtered_in_a_row += 1
-        if self._filtered_in_a_row >= (limit := self._config.filters.max_in_a_row):
-            raise StallError(
-                f"filters.max_in_a_row={limit} groups in a row were filtered out, the last one as {reason}: nothing "
-                "is left to learn from this data under these filters; loosen them, or mix in other data"
-            )
-        self._room.set()
-
-    def _sampling(self, group_id: int) -> SamplingParams:
-        config = self._config.generator
-        seed = seed_of(self._config.run.seed, "train", group_id)
-        return SamplingParams(config.temperature, config.top_p, config.max_response_tokens, seed)
+    # Learning
 
     async def _learn_loop(self) -> None:
         """Consumes ready groups, B a step. Waits for them; unblocked by each group that becomes ready."""
-        for step in range(1, self._config.run.num_steps + 1):
-            with self._recorder.phase("learner", "wait"):
-                lease, groups = await self._lease()
-            with self._recorder.phase("learner", "train"):
-                metrics = await self._train(groups)
-            await self._parts.replay.commit(self.version)
-            with self._recorder.phase("learner", "sync"):
-                update = await self._parts.weight_sync.update(self.version + 1)
-            self.version = update.version
-            self._room.set()
-            self._count(metrics, update.num_in_flight)
-            metrics |= (
-                self.tally.rewards.read()
-                | lease["metrics"]
-                | {
-                    "time/weight_sync_pause_s": update.pause_s,
-                    "time/weight_sync_transfer_s": update.transfer_s,
-                    "weight_sync/groups_in_flight": update.num_in_flight,
-                }
-            )
-            self._recorder.step(step, metrics, lease["samples"])
-            await self._periodic(step)
+        while True:
+            try:
+                await self._periodic()
+                if self.step == self._config.run.num_steps:
+                    return
+                with self._recorder.phase("learner", "wait"):
+                    lease, leased = await self._lease()
+                async with self._learner:
+                    self._watch.check()
+                    await self._step(lease, leased)
+            except LearnerLost as lost:
+                async with self._learner:
+                    await self._restart_learner(str(lost))
+
+    async def _step(self, lease: Mapping[str, Any], leased: Any) -> None:
+        with self._recorder.phase("learner", "train"):
+            metrics = await self._parts.learner.train_step(leased, self.version)
+        self._issued = await self._parts.replay.commit(self.version)
+        with self._recorder.phase("learner", "sync"):
+            update = await self._parts.weight_sync.update(self._issued)
+        self._now_at(update.version, self.step + 1)
+        if self.step > self._furthest:
+            self._furthest, self._restarts_in_a_row = self.step, 0
+        self.tally.steps.add(metrics, update.num_in_flight)
+        metrics |= self.tally.rewards.read() | lease["metrics"] | _timing(update) | self.tally.health()
+        metrics["health/verifiers_replaced"] = float(self._parts.verifiers.num_replaced)
+        metrics["health/engines"] = float(self._parts.generators.num_healthy())
+        metrics["health/engines_lost"] = float(self._parts.generators.num_lost)
+        self._recorder.step(self.step, metrics, lease["samples"])
+
+    def _now_at(self, version: int, step: int) -> None:
+        self.version, self.step = version, step
+        self._room.set()
 
     async def _lease(self) -> tuple[dict[str, Any], Any]:
+        """Raises LearnerLost where it died while there was nothing to do; StallError past the deadline."""
         deadline = self._config.cluster.stall_deadline_s
         while True:
-            self._ready.clear()
-            summary, groups = await self._parts.replay.lease(
-                self.version, self._config.telemetry.rollout_groups_per_step
-            )
+            self._wake.clear()
+            self._watch.check()
+            if self._told_to_stop.is_set():
+                await self._end_early()
+            samples = self._config.telemetry.rollout_groups_per_step
+            summary, leased = await self._parts.replay.lease(self.version, samples)
             self._room.set()  # groups that expired have made room
             if summary is not None:
-                return summary, groups
+                return summary, leased
             try:
-                await within(deadline, self._ready.wait())
+                await within(deadline, self._wake.wait())
             except TimeoutError as error:
-                raise StallError(await self._stall_report(deadline)) from error
+                report = await stall_report(self._parts, self._config.run.dir, self.version)
+                raise StallError(f"no group became ready for {deadline:g} s. {report}") from error
 
-    async def _stall_report(self, deadline: float) -> str:
-        stats = await self._parts.replay.stats()
-        loads = [await self._load(g) for g in self._parts.generators.generators]
-        return (
-            f"no group became ready for {deadline:g} s. Groups by state: {stats['groups']}; drops: {stats['drops']}; "
-            f"engines: {loads}; version {self.version}"
+    async def _end_early(self) -> None:
+        """Raises Preempted, with a checkpoint written before."""
+        await self._keeper.keep(is_early=True)
+        written = "a checkpoint is written" if self._keeper.saved == self.step else "no checkpoint could be written"
+        raise Preempted(
+            f"told to end after step {self.step} of {self._config.run.num_steps}; {written}, and the same command with "
+            "run.resume=auto goes on"
         )
 
-    async def _load(self, generator: Any) -> dict[str, int]:
-        """-1 for an engine that does not answer: a look at the load must not hold up what it looks at."""
+    def _to_keep(self) -> tuple[int, int, dict[str, Any]]:
+        return self.step, self.version, {"tally": self.tally.to_dict(), "to_evaluate": self.evaluations.pending()}
+
+    # Falling back
+
+    async def _restart_learner(self, why: str) -> None:
+        """All ranks, from the newest checkpoint. Raises ClusterError where that does not help."""
+        self._recorder.event("lost", "learner", why=why)
+        self._restarts_in_a_row += 1
+        if self._restarts_in_a_row > (limit := self._config.learner.max_restarts):
+            raise ClusterError(
+                f"the learner was lost {limit + 1} times without coming further than step {self._furthest}; the last "
+                f"time: {why}"
+            )
+        self._parts.weight_sync.disconnect()
+        with self._recorder.phase("learner", "restart"):
+            try:
+                await self._parts.learner.restart()
+                self._watch.restarted()
+                await self._fall_back(why)
+            except LearnerLost as lost:
+                return await self._restart_learner(str(lost))
+        self.tally.learner_restarts += 1
+        self._recorder.event("recovered", "learner", version=self.version, step=self.step)
+
+    async def _fall_back(self, why: str) -> None:
+        """The learner, new, takes up the newest checkpoint under a new version; groups since then are trained again.
+
+        What is under way is given up and begun again: its tokens are of a policy that is abandoned.
+        """
+        damaged = partial(self._recorder.event, "damaged", "checkpoint")
+        checkpoint = await asyncio.to_thread(self._parts.checkpoints.newest, lambda what: damaged(why=what))
+        async with self._admitting:
+            await _cancelled(list(self._active.values()))
+            await self._parts.replay.recover()
+            back = await self._parts.replay.fall_back(checkpoint.version if checkpoint else 0, self._issued)
+            self._issued = back.version
+            if checkpoint is None:
+                await self._parts.learner.set_version(back.version)
+            else:
+                await self._parts.learner.load_checkpoint(checkpoint.path, back.version)
+            self._restore(checkpoint, back.step)
+            self._recorder.event(
+                "fell_back", "learner", why=why, version=back.version, step=back.step, ready=back.num_ready,
+                pending=back.num_pending, checkpoint=checkpoint.path.name if checkpoint else None,
+            )  # fmt: skip
+            update = await self._parts.weight_sync.update(back.version)
+            self._idle = deque(await self._parts.replay.pending())
+            self._now_at(update.version, back.step)
+
+    def _restore(self, checkpoint: Checkpoint | None, step: int) -> None:
+        """What was counted and recorded of steps that are abandoned is taken back."""
+        exported = min(self._keeper.exported, step)
+        if self._resuming and checkpoint is not None:
+            exported = -1  # whether it is whole is not known
+            self.tally.restore(checkpoint.state["tally"])
+            self.evaluations.take_up(checkpoint.state.get("to_evaluate", []))
+        self.tally.steps_lost += max(0, self.step - step)
+        self.tally.steps = StepTally.from_dict(checkpoint.state["tally"]["steps"]) if checkpoint else StepTally()
+        self.evaluations.fell_back(self._issued, step)
+        self._keeper.saved, self._keeper.exported = (checkpoint.step if checkpoint else 0), exported
+        self._recorder.rewind(step, {e.step for e in self.tally.evaluations})
+        self._resuming = False
+
+    async def _join_loop(self) -> None:
+        """Consumes engines that were started again. Waits until the learner is free, and brings them its weights."""
+        joining = self._parts.generators.joining
+        while True:
+            await joining.wait()
+            joining.clear()
+            async with self._learner:
+                if not self._parts.generators.is_any_waiting():
+                    continue  # a step's own update was faster
+                with suppress(LearnerLost):  # its ranks are dead then, which the watch tells
+                    await self._parts.weight_sync.update(self._issued)
+
+    # Evaluation and checkpoints
+
+    async def _periodic(self) -> None:
+        """What is due at this step and not there yet; some of it may be, after a fall."""
+        config, step = self._config, self.step
+        last = step == config.run.num_steps
+        if self.evaluations.newest_step < step and (last or step == 0 or _due(step, config.evaluation.every_steps)):
+            try:
+                await unless(self._told_to_stop, self._watch.during(self._evaluate()))
+            except Overtaken:
+                await self._end_early()
+            except QuatroError:
+                await self._keeper.keep(is_early=True)
+                raise
+        if self._keeper.saved == step or last or _due(step, config.checkpoint.every_steps):
+            await self._keeper.keep()
+
+    async def _evaluation_loop(self) -> None:
         try:
-            return await within(_LOOK_DEADLINE_S, generator.load())
-        except TimeoutError:
-            return {"num_running": -1, "num_generated_tokens": -1}
+            await self.evaluations.loop()
+        except QuatroError:
+            await self._keeper.keep(is_early=True)
+            raise
 
-    async def _train(self, groups: Any) -> dict[str, Any]:
-        deadline = self._config.learner.step_deadline_s
+    async def _finish_evaluations(self) -> None:
         try:
-            return await within(deadline, self._parts.learner.train_step(groups, self.version))
-        except TimeoutError as error:
-            raise StallError(f"an optimiser step missed its deadline of {deadline:g} s") from error
-
-    def _count(self, metrics: dict[str, Any], num_in_flight: int) -> None:
-        tally = self.tally
-        tally.learner_steps += 1
-        tally.skipped_steps += int(metrics["step/skipped"])
-        tally.weight_updates += 1
-        tally.in_flight_updates += num_in_flight > 0
-        tally.trained_tokens += metrics["tokens/trained"]
-        tally.staleness_tokens.update(metrics["off_policy/staleness_tokens"])
-
-    async def _periodic(self, step: int) -> None:
-        last = step == self._config.run.num_steps
-        if last or _due(step, self._config.evaluation.every_steps):
-            await self._evaluate()
-        if last or _due(step, self._config.checkpoint.every_steps):
-            await self._checkpoint(step)
+            await unless(self._told_to_stop, self.evaluations.finish())
+        except Overtaken:
+            await self._end_early()
 
     async def _evaluate(self) -> None:
         """With engines of their own, only the export keeps the learner; else it waits, and the weights stay as they
@@ -298,57 +356,32 @@ class Controller:
             sampler = Sampler(
                 self._parts.generators, self._parts.verifiers, self._config.generator, self._recorder.note
             )
+            results = []
             for name, queries in self._held_out.items():
                 with self._recorder.phase("learner", "evaluate"):
-                    result = await evaluate_set(self._config, sampler, name, queries, self.version)
-                self._evaluated(result)
-            return
-        path = Path(self._config.run.dir).absolute() / "evaluating" / f"version_{self.version}"
+                    results.append(await evaluate_set(self._config, sampler, name, queries, self.version, self.step))
+            return self.evaluations.add(results)
         with self._recorder.phase("learner", "export"):
-            await self._exported(path)
-            await self._to_evaluate.put((self.version, path))  # waits where the one before has not begun
-
-    async def _exported(self, path: Path) -> None:
-        deadline = self._config.checkpoint.deadline_s
-        try:
-            await within(deadline, self._parts.learner.export(path))
-        except TimeoutError as error:
-            raise StallError(f"an export missed its deadline of {deadline:g} s") from error
-
-    async def _evaluation_loop(self) -> None:
-        """Consumes exported versions, one after the other; unblocked by each export."""
-        assert self._parts.evaluator is not None
-        while True:
-            version, path = await self._to_evaluate.get()
-            with self._recorder.phase("evaluator", "evaluation"):
-                results = await self._parts.evaluator.evaluate(path, version, self._held_out, self._recorder.note)
-            for result in results:
-                self._evaluated(result)
-            shutil.rmtree(path)
-            self._to_evaluate.task_done()
-
-    def _evaluated(self, result: EvaluationResult) -> None:
-        self.tally.evaluations.append(result)
-        self._recorder.evaluation(result)
-
-    async def _checkpoint(self, step: int) -> None:
-        path = Path(self._config.run.dir)
-        deadline = self._config.checkpoint.deadline_s
-        with self._recorder.phase("learner", "checkpoint"):
+            await self.evaluations.room()
             try:
-                async with asyncio.timeout(deadline):
-                    await self._parts.learner.save_checkpoint(path / "checkpoints", f"step_{step}")
-                    await self._parts.learner.export(path / "export")
-                    await self._parts.replay.forget_payloads(self.version)
-            except TimeoutError as error:
-                raise StallError(f"a checkpoint missed its deadline of {deadline:g} s") from error
+                await self._keeper.export(self.evaluations.path(self.version))
+            except CheckpointError as error:
+                return self._recorder.event("failed", "evaluation", step=self.step, why=f"left out: {error}")
+        self.evaluations.exported(self.version, self.step)
 
-    async def _watch_loop(self) -> None:
-        """Records how many groups each engine works on, twice a second, until cancelled."""
-        while True:
-            for index, generator in enumerate(self._parts.generators.generators):
-                self._recorder.engine_load(index, await self._load(generator))
-            await asyncio.sleep(0.5)
+
+async def _cancelled(tasks: Sequence[asyncio.Task[None]]) -> None:
+    for task in tasks:
+        task.cancel()
+    await asyncio.gather(*tasks, return_exceptions=True)
+
+
+def _timing(update: Update) -> dict[str, float]:
+    return {
+        "time/weight_sync_pause_s": update.pause_s,
+        "time/weight_sync_transfer_s": update.transfer_s,
+        "weight_sync/groups_in_flight": update.num_in_flight,
+    }
 
 
 def _due(step: int, every: int | None) -> bool:

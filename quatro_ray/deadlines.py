@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Awaitable
-from typing import TypeVar
+from collections.abc import Awaitable, Coroutine
+from typing import Any, TypeVar
 
 T = TypeVar("T")
 
@@ -17,3 +17,27 @@ async def within(deadline_s: float, work: Awaitable[T]) -> T:
     """
     async with asyncio.timeout(deadline_s):
         return await work
+
+
+class Overtaken(Exception):
+    """What was waited for meanwhile came first; the work was cancelled."""
+
+
+async def unless(event: asyncio.Event, work: Coroutine[Any, Any, T]) -> T:
+    """`work`, or Overtaken where the event is set first."""
+    scope = asyncio.timeout(None)
+
+    async def end_the_work() -> None:
+        await event.wait()
+        scope.reschedule(asyncio.get_running_loop().time())
+
+    watching = asyncio.ensure_future(end_the_work())
+    try:
+        async with scope:
+            return await work
+    except TimeoutError as error:
+        if scope.expired():
+            raise Overtaken from error
+        raise
+    finally:
+        watching.cancel()

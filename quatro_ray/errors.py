@@ -31,8 +31,24 @@ class WeightSyncError(QuatroError):
     """A phase of a weight update failed or missed its deadline."""
 
 
+class CheckpointError(QuatroError):
+    """A checkpoint that cannot be written, or is not what was written."""
+
+
+class TrainingDiverged(QuatroError):
+    """Numbers of the learner are not finite any more; starting it again would end the same way."""
+
+
+class Preempted(QuatroError):
+    """The run was told to end before it was done; with `run.resume: auto` the same command goes on."""
+
+
 class LedgerError(QuatroError):
     """A transition that the life of a group does not allow."""
+
+
+class DiskFull(LedgerError):
+    """The ledger cannot be written for want of room; nothing of the transition was done."""
 
 
 class SandboxError(QuatroError):

@@ -11,12 +11,14 @@ import ray
 from ray.exceptions import RayError
 
 from quatro_ray.cluster import connect, spawn_evaluation
-from quatro_ray.config import Config, dump_config
+from quatro_ray.config import Config, dump_config, model_path
+from quatro_ray.data.lengths import fit_prompts
 from quatro_ray.data.registry import describe, make_dataset
+from quatro_ray.engines.pretrained import load_tokenizer
+from quatro_ray.environments.registry import check_environments
 from quatro_ray.errors import ClusterError, ConfigError, last_line
 from quatro_ray.evaluation import EvaluationResult
 from quatro_ray.telemetry.progress import Progress
-from quatro_ray.training import with_fitting_prompts
 
 FILES = ("config.yaml", "model", "evaluations.jsonl", "evaluation_rollouts.jsonl", "notes.log")
 
@@ -27,10 +29,11 @@ def evaluate_model(config: Config, model: str | None, checkpoint: str | None, ou
     Raises:
         QuatroError: for everything that a user can cause, with one clear message.
     """
+    check_environments(config.environments)
     dataset = make_dataset(config.data, config.rewards)
     _make_folder(out)
     model_path = find_model(config, model, checkpoint, out)
-    dataset = with_fitting_prompts(config, dataset, model_path)
+    dataset = fit_prompts(dataset, load_tokenizer(model_path), config)
     (out / "config.yaml").write_text(dump_config(config))
     progress = Progress()
     for line in describe(dataset):
@@ -56,9 +59,9 @@ def evaluate_model(config: Config, model: str | None, checkpoint: str | None, ou
 
 
 async def _evaluate(config: Config, model_path: str, held_out: Any, note: Any) -> list[EvaluationResult]:
-    cluster = spawn_evaluation(config)
+    cluster = spawn_evaluation(config, model_path)
     try:
-        return await cluster.evaluator.evaluate(model_path, 0, held_out, note)
+        return await cluster.evaluator.evaluate(model_path, 0, 0, held_out, note)
     finally:
         cluster.shutdown()
 
@@ -72,18 +75,18 @@ def find_model(config: Config, model: str | None, checkpoint: str | None, out: P
     if model is not None and checkpoint is not None:
         raise ConfigError("--model and --checkpoint: only one of the two can be evaluated; leave one out")
     if model is not None:
-        return model
+        return model_path(model)
     if checkpoint is not None:
-        return _convert(config.run.dir, checkpoint, out)
+        return _convert(config, checkpoint, out)
     export = config.run.dir / "export"
     if not export.is_dir():
         raise ConfigError(f"{export}: there is no export yet; give --model or --checkpoint")
     return str(export)
 
 
-def _convert(run_dir: Path, tag: str, out: Path) -> str:
+def _convert(config: Config, tag: str, out: Path) -> str:
     """ZeRO shards to a folder that vLLM loads, by DeepSpeed's own converter; what is no weight is of the export."""
-    checkpoints, export = run_dir / "checkpoints", run_dir / "export"
+    checkpoints, export = config.checkpoint_dir, config.run.dir / "export"
     if not (checkpoints / tag).is_dir():
         have = sorted(p.name for p in checkpoints.glob("*") if p.is_dir())
         raise ConfigError(f"--checkpoint {tag}: {checkpoints} has {have or 'no checkpoints'}")
@@ -96,9 +99,12 @@ def _convert(run_dir: Path, tag: str, out: Path) -> str:
 
 def _make_folder(path: Path) -> None:
     """Raises ConfigError where it holds something that is no evaluation."""
-    if path.exists() and (not path.is_dir() or any(p.name not in FILES for p in path.iterdir())):
-        raise ConfigError(f"--out {path}: holds something else than an earlier evaluation; choose another folder")
-    path.mkdir(parents=True, exist_ok=True)
+    try:
+        if path.exists() and (not path.is_dir() or any(p.name not in FILES for p in path.iterdir())):
+            raise ConfigError(f"--out {path}: holds something else than an earlier evaluation; choose another folder")
+        path.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise ConfigError(f"--out {path}: cannot be written ({error.strerror}); choose another folder") from error
 
 
 def _write(path: Path, records: list[dict[str, Any]]) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import math
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Protocol
 
@@ -36,6 +36,7 @@ class EvaluationResult:
 
     name: str
     version: int
+    step: int
     num_queries: int
     samples_per_query: int
     pass_at: dict[int, float]
@@ -54,12 +55,21 @@ class EvaluationResult:
         n = self.samples_per_query
         return f"{rates}  maj@{n} {self.majority:.3f}  ({self.name}, {self.num_queries} held-out questions)"
 
+    def to_dict(self) -> dict[str, Any]:
+        """Without the rollouts."""
+        return vars(self) | {"pass_at": {str(k): v for k, v in self.pass_at.items()}, "rollouts": ()}
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> EvaluationResult:
+        return cls(**{**values, "pass_at": {int(k): v for k, v in values["pass_at"].items()}, "rollouts": ()})
+
     def record(self) -> dict[str, Any]:
         """Flat, for evaluations.jsonl."""
         rates = {f"pass_at_{k}": v for k, v in self.pass_at.items()}
         return {
             "set": self.name,
             "version": self.version,
+            "step": self.step,
             "num_queries": self.num_queries,
             "n": self.samples_per_query,
             **rates,
@@ -113,6 +123,7 @@ async def evaluate(
     *,
     pass_at: Sequence[int],
     version: int,
+    step: int,
     num_read: int = 0,
 ) -> EvaluationResult:
     """Samples every query `num_samples` times. `sample` says which responses are right (actors/verifier.py).
@@ -129,6 +140,7 @@ async def evaluate(
     return EvaluationResult(
         name=name,
         version=version,
+        step=step,
         num_queries=len(queries),
         samples_per_query=num_samples,
         pass_at={k: pass_at_k(correct, num_samples, k) for k in pass_at},

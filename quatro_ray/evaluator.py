@@ -11,20 +11,23 @@ from typing import Any
 import ray
 from ray.exceptions import GetTimeoutError, RayError
 
-from quatro_ray.actors.clients import GeneratorClient, GeneratorPool, value_of
-from quatro_ray.actors.sampler import Sampler, seed_of
+from quatro_ray.actors.clients import GeneratorClient, value_of
+from quatro_ray.actors.environment_pool import EnvironmentPool
+from quatro_ray.actors.fleet import FixedPool, PoolLost
+from quatro_ray.actors.sampler import Sampler
 from quatro_ray.actors.verifier_pool import VerifierPool
 from quatro_ray.config import Config
 from quatro_ray.deadlines import within
-from quatro_ray.errors import ClusterError, StallError, last_line
+from quatro_ray.errors import StallError, last_line
 from quatro_ray.evaluation import EvaluationResult, evaluate
+from quatro_ray.seeds import seed_of
 from quatro_ray.types import Query, SamplingParams
 
 _SHUTDOWN_S = 30
 
 
 async def evaluate_set(
-    config: Config, sampler: Sampler, name: str, queries: Sequence[Query], version: int
+    config: Config, sampler: Sampler, name: str, queries: Sequence[Query], version: int, step: int
 ) -> EvaluationResult:
     """Raises StallError where it misses evaluation.deadline_s; ClusterError where a question cannot be evaluated."""
     settings, generator = config.evaluation, config.generator
@@ -42,6 +45,7 @@ async def evaluate_set(
         settings.samples_per_query,
         pass_at=settings.pass_at,
         version=version,
+        step=step,
         num_read=settings.rollout_groups,
     )
     try:
@@ -55,23 +59,55 @@ class Evaluator:
 
     Args:
         spawn: makes an engine actor for the model in a folder, given its number.
+        environments: pools by the name of the source whose rollouts are episodes.
     """
 
-    def __init__(self, config: Config, verifiers: VerifierPool, spawn: Callable[[str, int], Any]) -> None:
+    def __init__(
+        self,
+        config: Config,
+        verifiers: VerifierPool,
+        spawn: Callable[[str, int], Any],
+        environments: Mapping[str, EnvironmentPool],
+    ) -> None:
         self._config = config
         self._verifiers = verifiers
         self._spawn = spawn
+        self._environments = environments
 
     async def evaluate(
-        self, model_path: Path | str, version: int, held_out: Mapping[str, Sequence[Query]], note: Callable[[str], None]
+        self,
+        model_path: Path | str,
+        version: int,
+        step: int,
+        held_out: Mapping[str, Sequence[Query]],
+        note: Callable[[str], None],
     ) -> list[EvaluationResult]:
-        """Raises what `evaluate_set` raises; ClusterError where an engine does not start."""
+        """Where an engine is lost, once more with new ones.
+
+        Raises:
+            PoolLost: one was lost again; and what `evaluate_set` raises.
+        """
+        try:
+            return await self._evaluate(model_path, version, step, held_out, note)
+        except PoolLost as lost:
+            note(f"evaluation of version {version}, again with new engines: {lost}")
+            return await self._evaluate(model_path, version, step, held_out, note)
+
+    async def _evaluate(
+        self,
+        model_path: Path | str,
+        version: int,
+        step: int,
+        held_out: Mapping[str, Sequence[Query]],
+        note: Callable[[str], None],
+    ) -> list[EvaluationResult]:
         engines = [self._spawn(str(model_path), i) for i in range(max(1, self._config.evaluation.num_engines))]
         try:
             await self._start(engines)
-            pool = GeneratorPool([GeneratorClient(e) for e in engines], self._config.generator.max_groups_in_flight)
+            clients = [GeneratorClient(e, self._environments) for e in engines]
+            pool = FixedPool(clients, self._config.generator.max_groups_in_flight)
             sampler = Sampler(pool, self._verifiers, self._config.generator, note)
-            return [await evaluate_set(self._config, sampler, *item, version) for item in held_out.items()]
+            return [await evaluate_set(self._config, sampler, *item, version, step) for item in held_out.items()]
         finally:
             await _end(engines)
 
@@ -80,9 +116,9 @@ class Evaluator:
         try:
             await within(deadline, asyncio.gather(*(value_of(e.start.remote()) for e in engines)))
         except TimeoutError as error:
-            raise ClusterError(f"an evaluation engine did not start within {deadline:g} s") from error
+            raise PoolLost(f"an evaluation engine did not start within {deadline:g} s") from error
         except RayError as error:
-            raise ClusterError(f"an evaluation engine failed: {last_line(error)}") from error
+            raise PoolLost(f"an evaluation engine failed: {last_line(error)}") from error
 
 
 async def _end(engines: Sequence[Any]) -> None:

@@ -45,6 +45,11 @@ def bundles(config: Config) -> list[Bundle]:
             for bundle in make(f"reward model {name}", part.num_engines, cluster.cpus_per_engine, 1)
         ),
         *make("verifier", config.verifier.num_actors, config.verifier.num_workers * cluster.cpus_per_verifier, 0),
+        *(
+            bundle
+            for name, environment in config.environments.items()
+            for bundle in make(f"environment {name}", environment.num_actors, cluster.cpus_per_environment, 0)
+        ),
         *make("replay", 1, min(0.1, cluster.cpus_per_rank), 0),
     ]
 

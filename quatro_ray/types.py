@@ -30,6 +30,9 @@ class DropReason(StrEnum):
 
     STALE = "stale"  # older than max_staleness when it was to be leased
     GENERATOR_ERROR = "generator_error"  # the engine failed on it, retries included
+    ENVIRONMENT_ERROR = "environment_error"  # the environment failed, retries included
+    ENVIRONMENT_TIMEOUT = "environment_timeout"  # an episode missed its deadline, retries included
+    QUARANTINED = "quarantined"  # engines died, again and again, while they worked on it
     VERIFIER_TIMEOUT = "verifier_timeout"  # the verifier pool did not answer, retries included
     VERIFIER_ERROR = "verifier_error"  # the verifier itself failed, retries included
     ZERO_VARIANCE = "zero_variance"  # filters.drop_zero_variance
@@ -61,10 +64,30 @@ class Query:
 
 @dataclass(frozen=True)
 class Response:
-    """What a reward sees of a rollout. `truncated`: it met the limit of tokens, not its own end."""
+    """What a reward sees of a rollout.
+
+    Attributes:
+        text: what the policy wrote; of several turns the last one.
+        num_tokens: what the policy sampled, in all turns.
+        truncated: it met a limit of tokens or turns, not its own end.
+        transcript: all turns, with what the environment put in between; empty where there is no environment.
+        environment: what the episode returned, by name.
+        exhausted: the episode used up its limits twice; it returned nothing.
+    """
 
     text: str
     num_tokens: int
+    truncated: bool
+    transcript: str = ""
+    environment: Mapping[str, float] = field(default_factory=dict)
+    exhausted: bool = False
+
+
+@dataclass(frozen=True)
+class Turn:
+    """What the policy said. `truncated`: it met a limit of tokens, not its own end or a stop string."""
+
+    text: str
     truncated: bool
 
 
@@ -99,8 +122,10 @@ class Rollout:
         behavior_logprobs: float32 [T], nats, of the distribution the token was sampled from; 0 where it was not.
         sampled: bool [T], False for what an environment put in between turns: context, not trained on. None: all.
         spans: contiguous, covering [0, T).
-        finish_reason: "stop" or "length".
+        text: what the policy wrote; of several turns the last one.
+        finish_reason: "stop"; "length": met a limit of tokens or turns; "exhausted": see Response.
         score: None until verified.
+        transcript, environment: of an episode, see Response.
     """
 
     token_ids: NDArray[np.int32]
@@ -110,10 +135,23 @@ class Rollout:
     finish_reason: str
     score: Score | None = None
     sampled: NDArray[np.bool_] | None = None
+    transcript: str = ""
+    environment: Mapping[str, float] = field(default_factory=dict)
 
     @property
     def num_tokens(self) -> int:
+        """Those of the environment included."""
         return len(self.token_ids)
+
+    @property
+    def num_sampled(self) -> int:
+        return int(self.is_sampled().sum())
+
+    @property
+    def num_turns(self) -> int:
+        """Of the policy: runs of tokens that it sampled."""
+        sampled = self.is_sampled()
+        return int(sampled[0]) + int((sampled[1:] & ~sampled[:-1]).sum())
 
     def is_sampled(self) -> NDArray[np.bool_]:
         """bool [T]."""
@@ -121,7 +159,14 @@ class Rollout:
 
     @property
     def response(self) -> Response:
-        return Response(self.text, self.num_tokens, truncated=self.finish_reason == "length")
+        return Response(
+            self.text,
+            self.num_sampled,
+            truncated=self.finish_reason == "length",
+            transcript=self.transcript,
+            environment=self.environment,
+            exhausted=self.finish_reason == "exhausted",
+        )
 
     def versions(self) -> NDArray[np.int64]:
         """int64 [T]: the policy version of each token, -1 where it was not sampled."""
@@ -148,8 +193,15 @@ class RolloutGroup:
 
     @property
     def num_tokens(self) -> int:
-        """Response tokens of all rollouts."""
-        return sum(r.num_tokens for r in self.rollouts)
+        """What the policy sampled, in all rollouts."""
+        return sum(r.num_sampled for r in self.rollouts)
+
+    def summary(self) -> dict[str, int]:
+        """For the controller, which never sees the group itself."""
+        return {
+            "num_tokens": self.num_tokens,
+            "multi_version_rollouts": sum(len({s.version for s in r.spans}) > 1 for r in self.rollouts),
+        }
 
     @property
     def oldest_version(self) -> int:
@@ -181,7 +233,7 @@ class MicroBatch:
         is_response: bool [N], True where the target is a token that the policy sampled.
         rollout_index: int64 [N], row into the step's flat [Q*G] list of rollouts, -1 for padding.
         behavior_logprobs: float32 [N], nats, 0 where not `is_response`.
-        versions: int64 [N], policy version of the target, -1 where not `is_response`.
+        staleness: int64 [N], optimiser steps since the policy that sampled the target; 0 where not `is_response`.
     """
 
     token_ids: NDArray[np.int64]
@@ -190,7 +242,7 @@ class MicroBatch:
     is_response: NDArray[np.bool_]
     rollout_index: NDArray[np.int64]
     behavior_logprobs: NDArray[np.float32]
-    versions: NDArray[np.int64]
+    staleness: NDArray[np.int64]
 
 
 @dataclass(frozen=True)

@@ -7,17 +7,19 @@ from typing import Any
 
 import ray
 
-from quatro_ray.actors.host import HostMixin, interface_of
+from quatro_ray.actors.host import WATCHED, HostMixin, interface_of
 from quatro_ray.config import GeneratorConfig
 from quatro_ray.engines.generation import GenerationEngine
-from quatro_ray.types import Query, RolloutGroup, SamplingParams
+from quatro_ray.processes.shared_memory import detach_resource_tracker
+from quatro_ray.types import Query, Rollout, RolloutGroup, SamplingParams
 
 
-@ray.remote
+@ray.remote(concurrency_groups=WATCHED)
 class GeneratorActor(HostMixin):
     """One engine, with all the devices of its tensor-parallel group. Methods mirror GenerationEngine."""
 
     def __init__(self, model_path: str, config: GeneratorConfig, *, device: str, sync_backend: str, seed: int) -> None:
+        detach_resource_tracker()
         if interface := interface_of(self.address()):
             os.environ.setdefault("GLOO_SOCKET_IFNAME", interface)
         self._engine = GenerationEngine(model_path, config, device=device, sync_backend=sync_backend, seed=seed)  # type: ignore[arg-type]
@@ -27,15 +29,19 @@ class GeneratorActor(HostMixin):
 
     @ray.method(num_returns=2)
     async def generate(
-        self, group_id: int, query: Query, sampling: SamplingParams, group_size: int
+        self,
+        group_id: int,
+        query: Query,
+        sampling: SamplingParams,
+        group_size: int,
+        begun: tuple[Rollout, ...] = (),
     ) -> tuple[dict[str, int], RolloutGroup]:
         """A summary for the controller, and the group, which travels by reference."""
-        group = await self._engine.generate(group_id, query, sampling, group_size)
-        summary = {
-            "num_tokens": group.num_tokens,
-            "multi_version_rollouts": sum(len({s.version for s in r.spans}) > 1 for r in group.rollouts),
-        }
-        return summary, group
+        group = await self._engine.generate(group_id, query, sampling, group_size, begun)
+        return group.summary(), group
+
+    async def complete(self, token_ids: list[int], sampling: SamplingParams, stop: list[str]) -> Rollout:
+        return await self._engine.complete(token_ids, sampling, stop)
 
     async def load(self) -> dict[str, int]:
         return self._engine.load()

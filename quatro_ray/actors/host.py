@@ -1,17 +1,24 @@
-"""What every actor can tell about the host it runs on."""
+"""What every actor can tell about the host it runs on, and about itself while it is busy."""
 
 from __future__ import annotations
 
 import socket
+import sys
+import threading
+import traceback
 
 import psutil
 import ray
 
 from quatro_ray.telemetry.memory import peak_rss_bytes
 
+WATCH = "watch"
+WATCHED = {WATCH: 1}
+"""For ray.remote: `beat` and `stacks` have a thread of their own, which answers while the actor works."""
+
 
 class HostMixin:
-    """Address, a free port, and memory of the actor's process tree."""
+    """Address, a free port, and memory of the actor's process tree. Its actors have concurrency_groups=WATCHED."""
 
     def address(self) -> str:
         return ray.util.get_node_ip_address()
@@ -23,6 +30,17 @@ class HostMixin:
 
     def peak_rss_bytes(self) -> int:
         return peak_rss_bytes()
+
+    @ray.method(concurrency_group=WATCH)
+    def beat(self) -> None:
+        """A sign of life."""
+
+    @ray.method(concurrency_group=WATCH)
+    def stacks(self) -> str:
+        """What every thread is doing."""
+        names = {t.ident: t.name for t in threading.enumerate()}
+        frames = sys._current_frames().items()
+        return "\n".join(f"{names.get(i, i)}:\n{''.join(traceback.format_stack(frame))}" for i, frame in frames)
 
 
 def interface_of(address: str) -> str | None:

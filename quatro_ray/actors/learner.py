@@ -9,14 +9,16 @@ from typing import Any
 import numpy as np
 import ray
 
-from quatro_ray.actors.host import HostMixin, interface_of
+from quatro_ray.actors.host import WATCHED, HostMixin, interface_of
+from quatro_ray.checkpoints import Digests, digest_files
 from quatro_ray.config import LearnerConfig, ObjectiveConfig, WeightSyncConfig
 from quatro_ray.replay.packing import pack
+from quatro_ray.replay.staleness import Line
 from quatro_ray.types import RolloutGroup
 from quatro_ray.weight_sync.client import EngineClient
 
 
-@ray.remote
+@ray.remote(concurrency_groups=WATCHED)
 class LearnerActor(HostMixin):
     """Every method but those about the host is a collective: call it on all ranks."""
 
@@ -55,17 +57,16 @@ class LearnerActor(HostMixin):
     def start(self, master_address: str, master_port: int) -> None:
         self._engine.start(master_address, master_port)
 
-    def train_step(self, groups: tuple[RolloutGroup, ...], version: int) -> dict[str, Any]:
+    def train_step(self, leased: tuple[tuple[RolloutGroup, ...], Line], version: int) -> dict[str, Any]:
         """Each rank packs the same plan from the same groups and trains its own part of it."""
-        return self._engine.train_step(self._pack(groups), version)
+        return self._engine.train_step(self._pack(*leased), version)
 
     def logprobs(self, groups: tuple[RolloutGroup, ...]) -> list[np.ndarray]:
-        return self._engine.logprobs(self._pack(groups))
+        return self._engine.logprobs(self._pack(groups, Line.unbroken(self._engine.version)))
 
-    def _pack(self, groups: tuple[RolloutGroup, ...]) -> Any:
-        return pack(
-            groups, num_ranks=self._config.num_ranks, tokens_per_micro_batch=self._config.tokens_per_micro_batch
-        )
+    def _pack(self, groups: tuple[RolloutGroup, ...], line: Line) -> Any:
+        tokens = self._config.tokens_per_micro_batch
+        return pack(groups, line, num_ranks=self._config.num_ranks, tokens_per_micro_batch=tokens)
 
     def open_weight_transfer(
         self,
@@ -98,14 +99,27 @@ class LearnerActor(HostMixin):
         )
 
     def send_weights(self, version: int) -> None:
-        """Raises RuntimeError where this rank does not hold the version it is to send."""
+        """Whatever fails between this rank and the engines, it takes part in all gathers, so that ranks stay in step.
+
+        Raises:
+            RuntimeError: this rank does not hold the version it is to send.
+        """
         if version != self._engine.version:
             raise RuntimeError(f"rank {self._rank} holds version {self._engine.version}, not {version}")
         self._client.version = version
-        self._transfer.send_weights()
+        with self._engine.weights.whole_pass():
+            self._transfer.send_weights()
 
-    def save_checkpoint(self, path: Path, tag: str) -> None:
-        self._engine.save_checkpoint(path, tag)
+    def save_checkpoint(self, folder: Path) -> Digests:
+        """Returns the digests of this rank's share of the files; shares are of equal size."""
+        self._engine.save_checkpoint(folder)
+        return digest_files(folder, self._rank, self._config.num_ranks)
+
+    def load_checkpoint(self, folder: Path, version: int) -> None:
+        self._engine.load_checkpoint(folder, version)
+
+    def set_version(self, version: int) -> None:
+        self._engine.version = version
 
     def export(self, path: Path) -> None:
         self._engine.export(path)

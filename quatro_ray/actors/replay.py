@@ -7,25 +7,32 @@ from typing import Any
 
 import ray
 
-from quatro_ray.actors.host import HostMixin
+from quatro_ray.actors.host import WATCHED, HostMixin
 from quatro_ray.config import ReplayConfig
-from quatro_ray.replay.buffer import ReplayBuffer
+from quatro_ray.replay.buffer import FallBack, ReplayBuffer
 from quatro_ray.replay.serial import readable
+from quatro_ray.replay.staleness import Line
 from quatro_ray.types import DropReason, Query, RolloutGroup
 
 
-@ray.remote
+@ray.remote(concurrency_groups=WATCHED)
 class ReplayActor(HostMixin):
     """Methods mirror ReplayBuffer; groups come and go by reference."""
 
     def __init__(self, config: ReplayConfig, path: Path, *, num_steps: int) -> None:
         self._buffer = ReplayBuffer(config, path, num_steps=num_steps)
 
-    def capacity(self, version: int) -> int:
-        return self._buffer.capacity(version)
+    def recover(self) -> dict[str, Any]:
+        return self._buffer.recover()
 
-    def admit(self, queries: list[Query], version: int) -> list[int]:
-        return self._buffer.admit(queries, version)
+    def pending(self) -> list[tuple[int, Query]]:
+        return self._buffer.pending()
+
+    def capacity(self, version: int, num_idle: int) -> int:
+        return self._buffer.capacity(version, num_idle)
+
+    def admit(self, first_id: int, queries: list[Query], version: int) -> list[int]:
+        return self._buffer.admit(first_id, queries, version)
 
     def start(self, group_id: int) -> None:
         self._buffer.start(group_id)
@@ -43,18 +50,28 @@ class ReplayActor(HostMixin):
         self._buffer.drop(group_id, reason)
 
     @ray.method(num_returns=2)
-    def lease(self, version: int, num_samples: int) -> tuple[dict[str, Any] | None, tuple[RolloutGroup, ...]]:
-        """Age metrics and a few groups in readable form (None while there are too few groups); and the groups."""
+    def lease(
+        self, version: int, num_samples: int
+    ) -> tuple[dict[str, Any] | None, tuple[tuple[RolloutGroup, ...], Line] | None]:
+        """Age metrics and a few groups in readable form (None while there are too few groups); and what the learner
+        needs: the groups, and the line of its version."""
         lease = self._buffer.lease(version)
         if lease is None:
-            return None, ()
-        return {"metrics": lease.metrics, "samples": [readable(g) for g in lease.groups[:num_samples]]}, lease.groups
+            return None, None
+        samples = [readable(g) for g in lease.groups[:num_samples]]
+        return {"metrics": lease.metrics, "samples": samples}, (lease.groups, lease.line)
 
-    def commit(self, version: int) -> None:
-        self._buffer.commit(version)
+    def commit(self, version: int) -> int:
+        return self._buffer.commit(version)
 
-    def forget_payloads(self, version: int) -> int:
-        return self._buffer.ledger.forget_payloads(version)
+    def fall_back(self, version: int, known: int) -> FallBack:
+        return self._buffer.fall_back(version, known)
+
+    def flush(self) -> None:
+        self._buffer.flush()
+
+    def absorbed(self, version: int) -> int:
+        return self._buffer.absorbed(version)
 
     def end_run(self) -> None:
         self._buffer.end_run()

@@ -6,16 +6,18 @@ import os
 
 import ray
 
-from quatro_ray.actors.host import HostMixin, interface_of
+from quatro_ray.actors.host import WATCHED, HostMixin, interface_of
 from quatro_ray.config import ModelRewardConfig
 from quatro_ray.engines.reward_model import RewardModelEngine
+from quatro_ray.processes.shared_memory import detach_resource_tracker
 
 
-@ray.remote
+@ray.remote(concurrency_groups=WATCHED)
 class RewardModelActor(HostMixin):
     """One engine. Methods mirror RewardModelEngine; calls run side by side, so give it a high max_concurrency."""
 
     def __init__(self, config: ModelRewardConfig, *, device: str) -> None:
+        detach_resource_tracker()
         if interface := interface_of(self.address()):
             os.environ.setdefault("GLOO_SOCKET_IFNAME", interface)
         self._engine = RewardModelEngine(config, device=device)  # type: ignore[arg-type]

@@ -2,52 +2,55 @@
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Callable
 from typing import Any
 
-from ray.exceptions import RayActorError, RayError
+from ray.exceptions import RayError
 
-from quatro_ray.actors.clients import GeneratorPool
+from quatro_ray.actors.clients import EngineLost, GenerationFailed
 from quatro_ray.actors.verifier_pool import VerifierFailed, VerifierPool
 from quatro_ray.config import GeneratorConfig
 from quatro_ray.deadlines import within
 from quatro_ray.errors import ClusterError, last_line
 from quatro_ray.replay.serial import readable
-from quatro_ray.types import Query, SamplingParams
-
-
-def seed_of(run_seed: int, domain: str, number: int) -> int:
-    """Depends on the run's seed and what is sampled alone, so neither timing nor engine matters."""
-    digest = hashlib.sha256(f"{run_seed}/{domain}/{number}".encode()).digest()
-    return int.from_bytes(digest[:4], "big") >> 1
+from quatro_ray.types import DropReason, Query, Rollout, SamplingParams
 
 
 async def try_generate(
-    generator: Any, group_id: int, query: Query, sampling: SamplingParams, size: int, *, deadline_s: float, note: Any
-) -> Any | None:
-    """(summary, reference), or None with a note why.
+    generator: Any,
+    group_id: int,
+    query: Query,
+    sampling: SamplingParams,
+    size: int,
+    begun: tuple[Rollout, ...] = (),
+    *,
+    deadline_s: float,
+) -> tuple[dict[str, int], Any]:
+    """A summary, and a reference to the group.
 
     Raises:
-        ClusterError: the engine itself is gone.
+        GenerationFailed: this try failed.
+        EngineLost: the engine itself is gone.
     """
     try:
-        return await within(deadline_s, generator.generate(group_id, query, sampling, size))
-    except RayActorError as error:
-        raise ClusterError(f"a generator died: {last_line(error)}") from error
-    except TimeoutError:
-        note(f"group {group_id}: not generated within group_deadline_s={deadline_s:g} s")
+        return await within(deadline_s, generator.generate(group_id, query, sampling, size, begun))
+    except TimeoutError as error:
+        detail = f"not generated within group_deadline_s={deadline_s:g} s"
+        raise GenerationFailed(DropReason.GENERATOR_ERROR, detail) from error
     except RayError as error:
-        note(f"group {group_id}: generation failed: {last_line(error)}")
-    return None
+        raise GenerationFailed(DropReason.GENERATOR_ERROR, last_line(error)) from error
 
 
 class Sampler:
-    """`note`: takes a line for the run's notes."""
+    """
+    Args:
+        generators: a Fleet or a FixedPool of actors/fleet.py.
+        note: takes a line for the run's notes.
+    """
 
     def __init__(
         self,
-        generators: GeneratorPool,
+        generators: Any,
         verifiers: VerifierPool,
         config: GeneratorConfig,
         note: Callable[[str], None],
@@ -73,17 +76,17 @@ class Sampler:
         return summary | ({"rollouts": readable(await scored)} if read else {})
 
     async def _generate(self, group_id: int, query: Query, sampling: SamplingParams, size: int) -> Any:
-        for _ in range(1 + self._config.max_retries):
-            async with self._generators.slot() as generator:
-                result = await try_generate(
-                    generator,
-                    group_id,
-                    query,
-                    sampling,
-                    size,
-                    deadline_s=self._config.group_deadline_s,
-                    note=self._note,
-                )
-            if result is not None:
-                return result[1]
+        num_failed = num_lost = 0
+        while num_failed <= self._config.max_retries and num_lost <= self._config.max_engines_lost:
+            try:
+                async with self._generators.slot() as generator:
+                    deadline = self._config.group_deadline_s
+                    _, group = await try_generate(generator, group_id, query, sampling, size, deadline_s=deadline)
+                    return group
+            except GenerationFailed as failure:
+                num_failed += 1
+                self._note(f"question {query.query_id!r}: {failure}")
+            except EngineLost as lost:
+                num_lost += 1
+                self._note(f"question {query.query_id!r}: {lost}")
         raise ClusterError(f"evaluation: question {query.query_id!r} could not be generated; see notes.log in the run")

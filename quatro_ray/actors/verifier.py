@@ -10,7 +10,7 @@ from typing import Any
 
 import ray
 
-from quatro_ray.actors.host import HostMixin
+from quatro_ray.actors.host import WATCHED, HostMixin
 from quatro_ray.config import Extraction, RewardConfig, VerifierConfig
 from quatro_ray.rewards.extract import extract
 from quatro_ray.rewards.judge import Judge
@@ -18,7 +18,7 @@ from quatro_ray.rewards.registry import applies, make_remote
 from quatro_ray.types import Outcome, RolloutGroup, Score
 
 
-@ray.remote
+@ray.remote(concurrency_groups=WATCHED)
 class VerifierActor(HostMixin):
     """`models`: handles of reward-model actors, by the name of their part; `sandboxed`: parts that execute text."""
 
@@ -66,7 +66,8 @@ def summarise(group: RolloutGroup, scores: list[Score]) -> tuple[dict[str, Any],
         "outcomes": {str(o): outcomes[str(o)] for o in Outcome},
         "rewards": [s.reward for s in scores],
         "parts": [dict(s.parts) for s in scores],
-        "response_tokens": [r.num_tokens for r in rollouts],
+        "response_tokens": [r.num_sampled for r in rollouts],
+        "turns": [r.num_turns for r in rollouts],
         "truncated": sum(r.finish_reason == "length" for r in rollouts),
     }
     return summary, replace(group, rollouts=rollouts)

@@ -5,7 +5,9 @@ span fields are checked here, before any process starts.
 """
 
 from quatro_ray.config.base import (
+    FunctionPath,
     Section,
+    model_path,
 )
 from quatro_ray.config.data import (
     ChainSumSourceConfig,
@@ -16,10 +18,18 @@ from quatro_ray.config.data import (
     ParquetSourceConfig,
     ReasoningGymSourceConfig,
     SourceConfig,
+    VerifiersSourceConfig,
 )
+from quatro_ray.config.environments import EnvironmentConfig
 from quatro_ray.config.load import (
     dump_config,
     load_config,
+)
+from quatro_ray.config.model import (
+    ModelConfig,
+    PretrainedModelConfig,
+    TinyModelConfig,
+    WarmupConfig,
 )
 from quatro_ray.config.objectives import (
     CispoConfig,
@@ -40,6 +50,7 @@ from quatro_ray.config.objectives import (
 )
 from quatro_ray.config.rewards import (
     CodeRewardConfig,
+    EnvironmentRewardConfig,
     ExactRewardConfig,
     Extraction,
     FormatRewardConfig,
@@ -55,23 +66,21 @@ from quatro_ray.config.rewards import (
     SandboxFusionRewardConfig,
     SandboxLimits,
 )
-from quatro_ray.config.tree import (
-    AggregationMode,
+from quatro_ray.config.run import (
     CheckpointConfig,
     ClusterConfig,
-    Config,
     EvaluationConfig,
+    RunConfig,
+    TelemetryConfig,
+)
+from quatro_ray.config.tree import (
+    AggregationMode,
+    Config,
     GeneratorConfig,
     LearnerConfig,
-    ModelConfig,
-    PretrainedModelConfig,
     ReplayConfig,
-    RunConfig,
     StepControlConfig,
-    TelemetryConfig,
-    TinyModelConfig,
     VerifierConfig,
-    WarmupConfig,
     WeightSyncConfig,
 )
 
@@ -87,11 +96,14 @@ __all__ = [
     "DataConfig",
     "DecoupledPpoConfig",
     "DrGrpoConfig",
+    "EnvironmentConfig",
+    "EnvironmentRewardConfig",
     "EvaluationConfig",
     "ExactRewardConfig",
     "Extraction",
     "FilterConfig",
     "FormatRewardConfig",
+    "FunctionPath",
     "GeneratorConfig",
     "GrpoConfig",
     "GspoConfig",
@@ -130,8 +142,10 @@ __all__ = [
     "TinyModelConfig",
     "TisGrpoConfig",
     "VerifierConfig",
+    "VerifiersSourceConfig",
     "WarmupConfig",
     "WeightSyncConfig",
     "dump_config",
     "load_config",
+    "model_path",
 ]

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import Field, field_validator, model_validator
+from pydantic import Field, JsonValue, field_validator, model_validator
 
 from quatro_ray.config.base import Section
 from quatro_ray.config.rewards import Extraction
@@ -14,6 +14,8 @@ from quatro_ray.config.rewards import Extraction
 class _Source(Section):
     weight: float | None = Field(None, gt=0)
     """Relative share of this source among the queries drawn; null: its number of queries."""
+    environment: str | None = None
+    """Name in `environments`: each rollout is an episode of it. null: one turn."""
 
 
 class _Rows(_Source):
@@ -106,12 +108,35 @@ class ChainSumSourceConfig(_Source):
         return self
 
 
+class VerifiersSourceConfig(_Source):
+    """The data set of an environment of the `verifiers` library, which must be installed (docs/environments.md)."""
+
+    kind: Literal["verifiers"]
+    env: str
+    """Its name, as verifiers.load_environment takes it."""
+    args: dict[str, JsonValue] = Field({})
+    """Further arguments of it."""
+    split: Literal["train", "eval"] = "train"
+    max_rows: int | None = Field(None, ge=1)
+    """Only the first so many rows."""
+
+    @model_validator(mode="after")
+    def _has_an_environment(self) -> VerifiersSourceConfig:
+        if self.environment is None:
+            raise ValueError(
+                "environment is missing: name one of `environments` whose function is "
+                "quatro_ray.environments.verifiers:episode, since the data is made for it"
+            )
+        return self
+
+
 SourceConfig = Annotated[
     JsonLinesSourceConfig
     | ParquetSourceConfig
     | HuggingFaceSourceConfig
     | ReasoningGymSourceConfig
-    | ChainSumSourceConfig,
+    | ChainSumSourceConfig
+    | VerifiersSourceConfig,
     Field(discriminator="kind"),
 ]
 
@@ -123,6 +148,8 @@ class DataConfig(Section):
     """Drawn from in proportion to their weights, each shuffled anew every epoch."""
     eval: dict[str, SourceConfig] = Field(min_length=1)
     """Held-out sets; each is evaluated by itself."""
+    warmup: SourceConfig | None = None
+    """What a model of kind tiny imitates before RL; its first 128 rows are held out. null: train."""
     shuffle: bool = True
     """false: every epoch in the order of the rows."""
     bad_rows: Literal["refuse", "skip"] = "refuse"

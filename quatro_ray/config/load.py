@@ -19,10 +19,10 @@ def load_config(path: Path, overrides: list[str] | None = None) -> Config:
         ConfigError: one message with every broken rule: field, value, rule, remedy.
     """
     try:
-        tree = yaml.safe_load(path.read_text())
+        tree = yaml.load(path.read_text(), _Loader)
     except OSError as error:
         raise ConfigError(f"{path}: cannot be read ({error.strerror}); give the path of a YAML file") from error
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
+    except (yaml.YAMLError, ValueError) as error:  # ValueError: not UTF-8, or no date that there is
         raise ConfigError(f"{path}: is not YAML: {' '.join(str(error).split())}") from error
     if not isinstance(tree, dict):
         raise ConfigError(f"{path}: must be a mapping of sections, not {type(tree).__name__}")
@@ -31,7 +31,19 @@ def load_config(path: Path, overrides: list[str] | None = None) -> Config:
     try:
         return Config.model_validate(tree)
     except ValidationError as error:
-        raise ConfigError(f"{path}: " + "; ".join(_explain(e) for e in error.errors())) from error
+        raise ConfigError(f"{path}: " + "; ".join(_explain(e, tree) for e in error.errors())) from error
+
+
+class _Loader(yaml.SafeLoader):
+    """Refuses a key that stands twice in a mapping, of which YAML's own would drop the first."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        keys = [self.construct_object(key, deep=True) for key, _ in node.value if key.tag != "tag:yaml.org,2002:merge"]
+        if twice := sorted({str(key) for key in keys if keys.count(key) > 1}):
+            raise yaml.constructor.ConstructorError(
+                None, None, f"{twice[0]!r} stands twice in one mapping; remove one of them", node.start_mark
+            )
+        return super().construct_mapping(node, deep)
 
 
 def _apply_override(tree: dict[str, Any], override: str) -> None:
@@ -40,11 +52,11 @@ def _apply_override(tree: dict[str, Any], override: str) -> None:
     if not sep or not all(parts):
         raise ConfigError(f"override {override!r}: must have the form section.field=value")
     try:
-        value = yaml.safe_load(Path(text[1:]).read_text() if text.startswith("@") else text)
+        value = yaml.load(Path(text[1:]).read_text() if text.startswith("@") else text, _Loader)
     except OSError as error:
         raise ConfigError(f"override {override!r}: the file cannot be read ({error.strerror}); correct it") from error
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise ConfigError(f"override {override!r}: the value is not YAML; quote it") from error
+    except (yaml.YAMLError, ValueError) as error:
+        raise ConfigError(f"override {override!r}: is not YAML ({' '.join(str(error).split())}); quote it") from error
     node = tree
     for part in parts[:-1]:
         node = node.setdefault(part, {})
@@ -54,8 +66,8 @@ def _apply_override(tree: dict[str, Any], override: str) -> None:
     node[parts[-1]] = value
 
 
-def _explain(error: Any) -> str:
-    where = ".".join(str(p) for p in error["loc"]) or "config"
+def _explain(error: Any, tree: Any) -> str:
+    where = ".".join(_fields(error["loc"], tree)) or "config"
     if error["type"] == "extra_forbidden":
         return f"{where}: unknown field; remove it or correct its spelling (`quatro-ray fields` lists all)"
     if error["type"] == "missing":
@@ -64,6 +76,18 @@ def _explain(error: Any) -> str:
     if error["type"] == "value_error":
         return f"{where}: {message}" if error["loc"] else message
     return f"{where}={error['input']!r}: {message}; change this value"
+
+
+def _fields(location: tuple[str | int, ...], node: Any) -> list[str]:
+    """Without the kinds that pydantic puts behind a field of several kinds."""
+    fields: list[str] = []
+    for part in location:
+        if isinstance(node, dict) and part not in node and node.get("kind") == part:
+            continue
+        fields.append(str(part))
+        is_there = (isinstance(node, dict) and part in node) or (isinstance(node, list) and part in range(len(node)))
+        node = node[part] if is_there else None
+    return fields
 
 
 def dump_config(config: Config) -> str:

@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import re
-from pathlib import Path
 from typing import Annotated, Literal
 
 from pydantic import Field, field_validator, model_validator
 
-from quatro_ray.config.base import Section
+from quatro_ray.config.base import FunctionPath, ModelPath, Section
 
 Extraction = Literal["whole", "boxed", "answer_tag", "hashes", "last_number"]
 
@@ -124,7 +123,7 @@ class _Remote(_Part):
     urls: tuple[str, ...] = Field(min_length=1)
     """Endpoints; requests go round, and past those that fail."""
     token_env: str | None = None
-    """Environment variable with the bearer token. Never the token itself: configurations end up in logs."""
+    """Name of the environment variable with the bearer token. Never the token itself: configurations end up in logs."""
     timeout_s: float = Field(30, gt=0)
     """For one request."""
     max_tries: int = Field(4, ge=1)
@@ -137,8 +136,16 @@ class _Remote(_Part):
     def _are_http(cls, urls: tuple[str, ...]) -> tuple[str, ...]:
         for url in urls:
             if not re.match(r"https?://[^/@\s]+(/\S*)?$", url):
-                raise ValueError(f"{url!r} must be http://host… or https://host…, without user or password; correct it")
+                shown = repr(url) if "@" not in url else "a URL"  # what stands before the @ may be a secret
+                raise ValueError(f"{shown} must be http://host… or https://host…, without user or password; correct it")
         return urls
+
+    @field_validator("token_env")
+    @classmethod
+    def _is_a_name(cls, name: str | None) -> str | None:
+        if name is not None and not re.fullmatch(r"[A-Za-z_][A-Za-z0-9_]*", name):
+            raise ValueError("is no name of an environment variable (nor shown: it may be the token); correct it")
+        return name
 
 
 class SandboxFusionRewardConfig(_Remote):
@@ -148,6 +155,15 @@ class SandboxFusionRewardConfig(_Remote):
     limits: SandboxLimits = SandboxLimits()
     all_tests: bool = True
     """1 only where all test cases pass; false: the share that passes."""
+
+    @model_validator(mode="after")
+    def _time_to_answer(self) -> SandboxFusionRewardConfig:
+        if self.timeout_s <= self.limits.wall_s:
+            raise ValueError(
+                f"timeout_s={self.timeout_s:g} must exceed limits.wall_s={self.limits.wall_s:g}: a program that loops "
+                "would count as a server that does not answer; raise it"
+            )
+        return self
 
 
 class HttpRewardConfig(_Remote):
@@ -164,7 +180,7 @@ class ModelRewardConfig(_Part):
     """A reward model, served by vLLM's pooling interface in actors of its own."""
 
     kind: Literal["model"]
-    path: str
+    path: ModelPath
     """Folder or hub name of a sequence-classification model with one label. Its raw logit is the reward."""
     num_engines: int = Field(1, ge=1)
     max_tokens: int = Field(4096, ge=1)
@@ -184,20 +200,16 @@ class PythonRewardConfig(_Part):
     """A function of yours: (query: Query, response: Response) -> float, in isolated worker processes."""
 
     kind: Literal["python"]
-    function: str
+    function: FunctionPath
     """`module:name`, or `path/to/file.py:name`."""
 
-    @field_validator("function")
-    @classmethod
-    def _has_form(cls, function: str) -> str:
-        module, colon, name = function.rpartition(":")
-        if not colon or not module or not name.isidentifier():
-            raise ValueError("must have the form module:name or path/to/file.py:name; correct it")
-        if not module.endswith(".py"):
-            return function
-        if not Path(module).is_file():
-            raise ValueError(f"there is no file {module}; correct the path")
-        return f"{Path(module).absolute()}:{name}"  # workers may have another current directory
+
+class EnvironmentRewardConfig(_Part):
+    """What the episode itself returned (docs/environments.md)."""
+
+    kind: Literal["environment"]
+    key: str = "reward"
+    """Which of the values it returned; a single number has the name `reward`."""
 
 
 RewardConfig = Annotated[
@@ -212,6 +224,7 @@ RewardConfig = Annotated[
     | SandboxFusionRewardConfig
     | HttpRewardConfig
     | ModelRewardConfig
-    | PythonRewardConfig,
+    | PythonRewardConfig
+    | EnvironmentRewardConfig,
     Field(discriminator="kind"),
 ]

@@ -3,71 +3,17 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Any, Literal
 
-from pydantic import Field, model_validator
+from pydantic import Field, field_validator, model_validator
 
 from quatro_ray.config.base import Section
-from quatro_ray.config.data import DataConfig, FilterConfig
+from quatro_ray.config.data import DataConfig, FilterConfig, SourceConfig
+from quatro_ray.config.environments import EnvironmentConfig
+from quatro_ray.config.model import ModelConfig, TinyModelConfig
 from quatro_ray.config.objectives import ObjectiveConfig
-from quatro_ray.config.rewards import CodeRewardConfig, RewardConfig
-
-
-class RunConfig(Section):
-    dir: Path
-    """Where everything is written. Must be empty or absent, unless `overwrite`."""
-    seed: int = Field(0, ge=0)
-    """Seeds data order, sampling, initial weights of a tiny model."""
-    num_steps: int = Field(ge=1)
-    """Optimiser steps."""
-    overwrite: bool = False
-    """Replace what an earlier run left in `dir`."""
-
-
-class WarmupConfig(Section):
-    """Supervised training of the tiny model on generated data, before RL."""
-
-    target_pass_rate: float = Field(0.33, gt=0, lt=1)
-    """Stop when this share of samples on held-out questions is right."""
-    max_steps: int = Field(4000, ge=1)
-    """Stop here in any case."""
-    batch_size: int = Field(128, ge=1)
-    learning_rate: float = Field(4e-3, gt=0)
-    wrong_answer_share: float = Field(0.0, ge=0, lt=1)
-    """Share of demonstrations with the answer of another question: like imperfect human data, it leaves a
-    policy that knows more than it shows, which RL brings out in a short run."""
-
-
-class TinyModelConfig(Section):
-    """A Qwen2-architecture model with a character tokenizer, made from scratch: needs no download."""
-
-    kind: Literal["tiny"]
-    num_layers: int = Field(2, ge=1)
-    hidden_size: int = Field(64, ge=16)
-    num_heads: int = Field(2, ge=1)
-    warmup: WarmupConfig = WarmupConfig()
-
-    @model_validator(mode="after")
-    def _heads_divide(self) -> TinyModelConfig:
-        if self.hidden_size % (32 * self.num_heads):
-            raise ValueError(
-                f"hidden_size={self.hidden_size} must be a multiple of 32*num_heads={32 * self.num_heads} "
-                "(vLLM's attention on CPU takes heads of 32, 64, …); change one of the two"
-            )
-        return self
-
-
-class PretrainedModelConfig(Section):
-    """A causal language model in Hugging Face format, from a folder or the hub."""
-
-    kind: Literal["pretrained"]
-    path: str
-    """Folder, or name on the hub."""
-    num_parameters: int | None = Field(None, ge=1)
-    """For the memory estimate of `quatro-ray plan`; read from the folder where it can be."""
-
-
-ModelConfig = Annotated[TinyModelConfig | PretrainedModelConfig, Field(discriminator="kind")]
+from quatro_ray.config.rewards import CodeRewardConfig, EnvironmentRewardConfig, RewardConfig
+from quatro_ray.config.run import CheckpointConfig, ClusterConfig, EvaluationConfig, RunConfig, TelemetryConfig
 
 
 class GeneratorConfig(Section):
@@ -76,8 +22,9 @@ class GeneratorConfig(Section):
     num_engines: int = Field(1, ge=1)
     tensor_parallel_size: int = Field(1, ge=1)
     """Devices per engine."""
-    temperature: float = Field(1.0, gt=0)
+    temperature: float = Field(1.0, ge=0.01, le=2)
     top_p: float = Field(1.0, gt=0, le=1)
+    """1, and nothing else: evaluation has its own."""
     max_prompt_tokens: int = Field(ge=1)
     max_response_tokens: int = Field(ge=1)
     max_num_seqs: int = Field(64, ge=1)
@@ -98,16 +45,43 @@ class GeneratorConfig(Section):
     """One group must be finished by then."""
     max_retries: int = Field(1, ge=0)
     """Further tries for a group whose generation failed; then it is dropped."""
+    progress_deadline_s: float = Field(120, gt=0)
+    """An engine that has requests and samples no token for so long is killed and started again."""
+    max_restarts: int = Field(5, ge=0)
+    """Restarts of an engine in a row, the delays between them doubling; a minute of health ends the row."""
+    min_engines: int = Field(1, ge=1)
+    """The run goes on with so many engines where others cannot be started again."""
+    max_engines_lost: int = Field(2, ge=1)
+    """A group on which more engines than that have died is dropped as `quarantined`."""
+
+    @field_validator("top_p")
+    @classmethod
+    def _samples_the_whole_policy(cls, top_p: float) -> float:
+        if top_p != 1:
+            raise ValueError(
+                f"{top_p:g} must be 1: importance ratios compare the learner's policy with the one that sampled, and "
+                "what top-p cuts off has no ratio; set it in evaluation.top_p alone"
+            )
+        return top_p
+
+    @model_validator(mode="after")
+    def _enough_engines(self) -> GeneratorConfig:
+        if self.min_engines > self.num_engines:
+            raise ValueError(f"min_engines={self.min_engines} exceeds num_engines={self.num_engines}: lower it")
+        return self
 
     @model_validator(mode="after")
     def _reserved(self) -> GeneratorConfig:
         own = {
             "model", "tokenizer", "dtype", "seed", "tensor_parallel_size", "max_num_seqs", "max_model_len",
             "gpu_memory_utilization", "logprobs_mode", "weight_transfer_config", "enable_prefix_caching",
-            "kv_cache_memory_bytes",
+            "kv_cache_memory_bytes", "hf_token",
         }  # fmt: skip
         if taken := sorted(own & self.engine_args.keys()):
-            raise ValueError(f"engine_args may not contain {taken}: quatro_ray sets them from its own fields")
+            raise ValueError(
+                f"engine_args may not contain {taken}: quatro_ray sets them from its own fields, and a token belongs "
+                "into the environment (HF_TOKEN)"
+            )
         return self
 
 
@@ -191,6 +165,8 @@ class LearnerConfig(Section):
     """Where optimiser states live."""
     start_deadline_s: float = Field(600, gt=0)
     step_deadline_s: float = Field(600, gt=0)
+    max_restarts: int = Field(3, ge=0)
+    """Times in a row that all ranks are started again from the newest checkpoint, without a step in between."""
 
 
 class WeightSyncConfig(Section):
@@ -204,67 +180,6 @@ class WeightSyncConfig(Section):
     resume_deadline_s: float = Field(30, gt=0)
 
 
-class EvaluationConfig(Section):
-    """Every set of data.eval, at the start, the end, and every so many steps."""
-
-    every_steps: int | None = Field(None, ge=1)
-    num_queries: int | None = Field(None, ge=1)
-    """Of each set at most so many, the first ones; null: all."""
-    num_engines: int = Field(0, ge=0)
-    """Engines for evaluation alone: each is started on the weights of one version, exported for it, and training goes
-    on meanwhile. 0: the generators do it, and the learner waits."""
-    temperature: float | None = Field(None, ge=0)
-    """null: as in training. 0: greedy."""
-    top_p: float | None = Field(None, gt=0, le=1)
-    """null: as in training."""
-    rollout_groups: int = Field(4, ge=0)
-    """Of each set, the first so many questions are written with their responses to evaluation_rollouts.jsonl."""
-    samples_per_query: int = Field(16, ge=1)
-    """n: of the unbiased estimators of pass@k, avg@n and maj@n."""
-    pass_at: tuple[int, ...] = Field((1, 8), min_length=1)
-    """k of the pass@k to report; 1 among them, none above samples_per_query."""
-    deadline_s: float = Field(600, gt=0)
-    """For one set."""
-
-    @model_validator(mode="after")
-    def _enough_samples(self) -> EvaluationConfig:
-        if 1 not in self.pass_at or not all(1 <= k <= self.samples_per_query for k in self.pass_at):
-            raise ValueError(
-                f"pass_at={list(self.pass_at)} must hold 1, and no k above samples_per_query={self.samples_per_query}: "
-                "draw more samples or drop the largest k"
-            )
-        return self
-
-
-class CheckpointConfig(Section):
-    every_steps: int | None = Field(None, ge=1)
-    """Besides the one at the end."""
-    deadline_s: float = Field(600, gt=0)
-
-
-class TelemetryConfig(Section):
-    tensorboard: bool = True
-    rollout_groups_per_step: int = Field(1, ge=0)
-    """Groups of each step written to rollouts.jsonl for reading."""
-
-
-class ClusterConfig(Section):
-    """Where the actors run."""
-
-    device: Literal["cpu", "cuda"] = "cuda"
-    address: str | None = None
-    """Ray cluster to join; null: the one in RAY_ADDRESS (a submitted job has it), else a local one."""
-    cpus_per_engine: float = Field(1, ge=0)
-    cpus_per_rank: float = Field(1, ge=0)
-    cpus_per_verifier: float = Field(1, ge=0)
-    threads_per_process: int = Field(1, ge=1)
-    """OMP_NUM_THREADS of engines and learner ranks."""
-    start_deadline_s: float = Field(300, gt=0)
-    """Placement must succeed by then."""
-    stall_deadline_s: float = Field(900, gt=0)
-    """No optimiser step for so long ends the run with a report of who waits for what."""
-
-
 class Config(Section):
     """Everything that a run depends on."""
 
@@ -273,6 +188,8 @@ class Config(Section):
     data: DataConfig
     rewards: dict[str, RewardConfig] = Field(min_length=1)
     """Parts by name; the reward is their weighted sum. The first says whether a response is correct (evaluation)."""
+    environments: dict[str, EnvironmentConfig] = Field({})
+    """By name; sources of data say which one they play in."""
     generator: GeneratorConfig
     verifier: VerifierConfig = VerifierConfig()
     filters: FilterConfig = FilterConfig()
@@ -291,6 +208,10 @@ class Config(Section):
             return "nccl" if self.cluster.device == "cuda" else "gloo"
         return self.weight_sync.backend
 
+    @property
+    def checkpoint_dir(self) -> Path:
+        return self.checkpoint.dir or self.run.dir / "checkpoints"
+
     @model_validator(mode="after")
     def _everything_is_judged(self) -> Config:
         sources = {*self.data.train, *self.data.eval}
@@ -300,6 +221,37 @@ class Config(Section):
         judged = [sources if part.only is None else set(part.only) for part in self.rewards.values()]
         if missing := sorted(sources - set().union(*judged)):
             raise ValueError(f"rewards: no part judges the source {missing[0]!r}; add one, or widen `only`")
+        return self
+
+    @property
+    def sources(self) -> dict[str, list[SourceConfig]]:
+        """Of data.train and data.eval, by name."""
+        named: dict[str, list[SourceConfig]] = {}
+        for name, source in [*self.data.train.items(), *self.data.eval.items()]:
+            named.setdefault(name, []).append(source)
+        return named
+
+    @model_validator(mode="after")
+    def _environments_are_there(self) -> Config:
+        for name, sources in self.sources.items():
+            used = {s.environment for s in sources}
+            if unknown := sorted(e for e in used if e is not None and e not in self.environments):
+                raise ValueError(
+                    f"data: the source {name!r} plays in the environment {unknown[0]!r}, and environments has "
+                    f"{sorted(self.environments) or 'none'}; add it or correct the name"
+                )
+            if len(used) > 1:
+                raise ValueError(
+                    f"data: train and eval have a source {name!r} each, of different environments "
+                    f"{sorted(map(str, used))}: give both the same, or different names"
+                )
+            for part_name, part in self.rewards.items():
+                judges = part.only is None or name in part.only
+                if isinstance(part, EnvironmentRewardConfig) and judges and used == {None}:
+                    raise ValueError(
+                        f"rewards.{part_name} takes what an episode returned, and the source {name!r} has no "
+                        f"environment: list the others in rewards.{part_name}.only, or give it one"
+                    )
         return self
 
     @model_validator(mode="after")
@@ -354,6 +306,12 @@ class Config(Section):
                 raise ValueError("weight_sync.backend=nccl needs cluster.device=cuda: use auto or gloo")
             if self.learner.attn_implementation == "flash_attention_2":
                 raise ValueError("learner.attn_implementation=flash_attention_2 needs cluster.device=cuda: use sdpa")
+        return self
+
+    @model_validator(mode="after")
+    def _warm_up_has_a_model(self) -> Config:
+        if self.data.warmup is not None and not isinstance(self.model, TinyModelConfig):
+            raise ValueError("data.warmup is for models of kind tiny, and model.kind is pretrained: remove it")
         return self
 
     @model_validator(mode="after")

@@ -21,12 +21,16 @@ class Rows:
 
 @dataclass(frozen=True)
 class Dataset:
-    """Queries by source, and the share of draws of each training source."""
+    """Queries by source, and the share of draws of each training source.
+
+    `warmup`: what a tiny model imitates, and what is held out of that.
+    """
 
     train: Mapping[str, Sequence[Query]]
     weights: Mapping[str, float]
     held_out: Mapping[str, Sequence[Query]]
     skipped: Mapping[str, Counter[str]]
+    warmup: tuple[Sequence[Query], Sequence[Query]] = ((), ())
 
 
 class QueryStream(Iterator[Query]):

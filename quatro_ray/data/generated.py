@@ -65,5 +65,5 @@ def _create(config: ReasoningGymSourceConfig, label: str) -> Any:
         raise ConfigError(f"data.{label}.task={config.task!r}: reasoning-gym has no such task; see `quatro-ray tasks`")
     try:
         return reasoning_gym.create_dataset(config.task, size=config.size, seed=config.seed, **config.params)
-    except (TypeError, ValueError, AssertionError) as error:
+    except (TypeError, ValueError, AssertionError, AttributeError, KeyError) as error:
         raise ConfigError(f"data.{label}.params={config.params}: {config.task} refuses them ({error})") from error

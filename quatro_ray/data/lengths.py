@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
+from quatro_ray.config import Config
 from quatro_ray.data.base import Dataset
 from quatro_ray.data.prompts import encode_prompt
 from quatro_ray.errors import DataError
@@ -14,18 +15,26 @@ from quatro_ray.types import Query
 _REASON = "its prompt is longer than generator.max_prompt_tokens"
 
 
-def fit_prompts(dataset: Dataset, tokenizer: Any, max_tokens: int, *, refuse: bool) -> Dataset:
-    """Without the queries whose prompt has more than `max_tokens` tokens, or none; they are counted.
+def fit_prompts(dataset: Dataset, tokenizer: Any, config: Config) -> Dataset:
+    """Without the queries whose prompt has more than generator.max_prompt_tokens tokens, or none; they are counted.
 
     Raises:
-        DataError: there is one and `refuse`; or nothing is left of a source.
+        DataError: there is one and data.bad_rows=refuse; nothing is left of a source; or the tokenizer's chat template
+            cannot show a prompt.
     """
+    max_tokens, refuse = config.generator.max_prompt_tokens, config.data.bad_rows == "refuse"
     skipped = {label: counts.copy() for label, counts in dataset.skipped.items()}
 
     def fitting(label: str, queries: Sequence[Query]) -> list[Query]:
         kept = []
         for query in queries:
-            length = len(encode_prompt(tokenizer, query.prompt))
+            try:
+                length = len(encode_prompt(tokenizer, query.prompt))
+            except ValueError as error:
+                raise DataError(
+                    f"{query.query_id}: its chat cannot be shown to the model ({str(error).splitlines()[0]}); take a "
+                    "model with a chat template for it, or leave out as_chat, system_prompt or the system's messages"
+                ) from error
             if 1 <= length <= max_tokens:
                 kept.append(query)
             elif refuse:

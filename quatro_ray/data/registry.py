@@ -3,23 +3,29 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import replace
-from typing import Any
 
 from quatro_ray.config import (
     ChainSumSourceConfig,
     DataConfig,
     ReasoningGymSourceConfig,
     RewardConfig,
+    SandboxFusionRewardConfig,
     SourceConfig,
+    VerifiersSourceConfig,
 )
 from quatro_ray.data.base import Dataset, Rows
 from quatro_ray.data.generated import chain_sum, reasoning_gym_task
 from quatro_ray.data.rows import read_rows
+from quatro_ray.data.verifiers import verifiers_rows
 from quatro_ray.errors import DataError
+from quatro_ray.rewards.cases import check_cases
 from quatro_ray.rewards.registry import REMOTE, applies, make_reward
 from quatro_ray.types import Query
+
+_GENERATED = (ChainSumSourceConfig, ReasoningGymSourceConfig, VerifiersSourceConfig)
+_WARMUP_HELD_OUT = 128
 
 
 def make_dataset(config: DataConfig, rewards: Mapping[str, RewardConfig]) -> Dataset:
@@ -29,7 +35,7 @@ def make_dataset(config: DataConfig, rewards: Mapping[str, RewardConfig]) -> Dat
         DataError: a row cannot be used and `bad_rows` refuses it; or nothing is left of a source.
         ConfigError: a generator or a reward cannot be made.
     """
-    checks = {name: make_reward(part) for name, part in rewards.items() if not isinstance(part, REMOTE)}
+    checks = _checks(rewards)
     refuse = config.bad_rows == "refuse"
     held_out = {name: _read(source, name, f"eval.{name}", refuse) for name, source in config.eval.items()}
     train = {name: _read(source, name, f"train.{name}", refuse) for name, source in config.train.items()}
@@ -38,14 +44,40 @@ def make_dataset(config: DataConfig, rewards: Mapping[str, RewardConfig]) -> Dat
         _leave_out_what_cannot_be_judged(rows, label, rewards, checks, refuse)
     reserved = {query.prompt for rows in held_out.values() for query in rows.queries}
     for name, rows in train.items():
-        generated = isinstance(config.train[name], ChainSumSourceConfig | ReasoningGymSourceConfig)
+        generated = isinstance(config.train[name], _GENERATED)
         _leave_out_held_out(rows, f"train.{name}", reserved, refuse and not generated)
+    warmup = (_all(train), _all(held_out))
+    if config.warmup is not None:
+        together["warmup"] = rows = _read_warmup(config.warmup, reserved, refuse)
+        warmup = (rows.queries[_WARMUP_HELD_OUT:], rows.queries[:_WARMUP_HELD_OUT])
     return Dataset(
         train={name: rows.queries for name, rows in train.items()},
         weights={name: config.train[name].weight or float(len(rows.queries)) for name, rows in train.items()},
         held_out={name: rows.queries for name, rows in held_out.items()},
         skipped={label: rows.skipped for label, rows in together.items()},
+        warmup=warmup,
     )
+
+
+def _checks(rewards: Mapping[str, RewardConfig]) -> dict[str, Callable[[Query], str | None]]:
+    """By the name of the reward: why it cannot judge a query; those that can tell."""
+    made = {name: make_reward(part) for name, part in rewards.items() if not isinstance(part, REMOTE)}
+    remote = [name for name, part in rewards.items() if isinstance(part, SandboxFusionRewardConfig)]
+    return {name: reward.check for name, reward in made.items() if hasattr(reward, "check")} | dict.fromkeys(
+        remote, check_cases
+    )
+
+
+def _all(sources: Mapping[str, Rows]) -> list[Query]:
+    return [query for rows in sources.values() for query in rows.queries]
+
+
+def _read_warmup(source: SourceConfig, reserved: set[str], refuse: bool) -> Rows:
+    rows = _read(source, "warmup", "warmup", refuse)
+    _leave_out_held_out(rows, "warmup", reserved, refuse and not isinstance(source, _GENERATED))
+    if (num := len(rows.queries)) <= _WARMUP_HELD_OUT:
+        raise DataError(f"data.warmup: has {num} rows; give more than {_WARMUP_HELD_OUT}, which are held out")
+    return rows
 
 
 def _read(source: SourceConfig, name: str, label: str, refuse: bool) -> Rows:
@@ -53,6 +85,8 @@ def _read(source: SourceConfig, name: str, label: str, refuse: bool) -> Rows:
         rows = chain_sum(source, label)
     elif isinstance(source, ReasoningGymSourceConfig):
         rows = reasoning_gym_task(source, label)
+    elif isinstance(source, VerifiersSourceConfig):
+        rows = verifiers_rows(source, label)
     else:
         rows = read_rows(source, label, refuse=refuse)
     rows.queries = [replace(query, source=name) for query in rows.queries]
@@ -60,14 +94,18 @@ def _read(source: SourceConfig, name: str, label: str, refuse: bool) -> Rows:
 
 
 def _leave_out_what_cannot_be_judged(
-    rows: Rows, label: str, rewards: Mapping[str, RewardConfig], checks: Mapping[str, Any], refuse: bool
+    rows: Rows,
+    label: str,
+    rewards: Mapping[str, RewardConfig],
+    checks: Mapping[str, Callable[[Query], str | None]],
+    refuse: bool,
 ) -> None:
     kept = []
     for query in rows.queries:
         reasons = (
             f"rewards.{part} {reason}, not {query.answer[:40]!r}"
             for part, check in checks.items()
-            if hasattr(check, "check") and applies(rewards[part], query) and (reason := check.check(query))
+            if applies(rewards[part], query) and (reason := check(query))
         )
         if (reason := next(reasons, None)) is None:
             kept.append(query)
@@ -100,10 +138,13 @@ def _keep(rows: Rows, kept: list[Query], label: str) -> None:
 
 def describe(dataset: Dataset) -> list[str]:
     """Lines for people: how many queries each source has, and what was left out."""
+    num = {f"train.{name}": len(queries) for name, queries in dataset.train.items()}
+    num |= {f"eval.{name}": len(queries) for name, queries in dataset.held_out.items()}
+    if "warmup" in dataset.skipped:
+        num["warmup"] = sum(map(len, dataset.warmup))
     lines = []
-    for split, sources in (("train", dataset.train), ("eval", dataset.held_out)):
-        for name, queries in sources.items():
-            left_out: Counter[str] = dataset.skipped[f"{split}.{name}"]
-            reasons = "".join(f"; {n:,} left out: {reason}" for reason, n in (+left_out).most_common(3))
-            lines.append(f"data.{split}.{name}: {len(queries):,} queries{reasons}")
+    for label, number in num.items():
+        left_out: Counter[str] = dataset.skipped[label]
+        reasons = "".join(f"; {n:,} left out: {reason}" for reason, n in (+left_out).most_common(3))
+        lines.append(f"data.{label}: {number:,} queries{reasons}")
     return lines

@@ -9,7 +9,7 @@ from typing import Any
 
 from quatro_ray.config import HuggingFaceSourceConfig, JsonLinesSourceConfig, ParquetSourceConfig
 from quatro_ray.data.base import Rows
-from quatro_ray.data.prompts import as_messages, chat_prompt
+from quatro_ray.data.prompts import as_messages, chat_prompt, is_chat
 from quatro_ray.errors import DataError
 from quatro_ray.rewards.extract import extract
 from quatro_ray.types import Query
@@ -72,6 +72,8 @@ def _parse_line(line: str) -> dict[str, Any] | BadRow:
         row = json.loads(line)
     except json.JSONDecodeError as error:
         return BadRow(f"is not JSON ({error.msg} at column {error.colno})")
+    except ValueError as error:  # an integer of thousands of digits
+        return BadRow(f"cannot be read ({error})")
     except RecursionError:
         return BadRow("is nested too deeply")
     return row if isinstance(row, dict) else BadRow(f"must be a JSON object, not {type(row).__name__}")
@@ -103,7 +105,7 @@ def _load_hugging_face(config: HuggingFaceSourceConfig) -> Any:
             loaded = datasets.load_from_disk(config.path)
         else:
             loaded = datasets.load_dataset(config.path, config.name, split=config.split, revision=config.revision)
-    except (OSError, ValueError, datasets.exceptions.DatasetsError) as error:
+    except (OSError, ValueError, RuntimeError, datasets.exceptions.DatasetsError) as error:
         raise DataError(f"{config.path}: cannot be loaded ({str(error).strip().splitlines()[0]})") from error
     if not isinstance(loaded, datasets.DatasetDict):
         return loaded
@@ -127,7 +129,13 @@ _READERS: dict[type, Any] = {
 def _to_query(row: dict[str, Any], config: RowSource, query_id: str) -> Query:
     prompt = _prompt(row, _column(row, config.prompt_key, _PROMPT_KEYS, "prompt_key"), config)
     answer = _answer(_column(row, config.answer_key, _ANSWER_KEYS, "answer_key"), config)
+    if not _is_text(prompt) or not _is_text(answer):
+        raise BadRow("holds half of a character (a lone surrogate)")
     return Query(query_id, prompt, answer)
+
+
+def _is_text(text: str) -> bool:
+    return not any("\ud800" <= character <= "\udfff" for character in text)
 
 
 def _column(row: dict[str, Any], key: str | None, usual: tuple[str, ...], field: str) -> Any:
@@ -136,7 +144,8 @@ def _column(row: dict[str, Any], key: str | None, usual: tuple[str, ...], field:
         if found:
             return value
     wanted = f"has no column {key!r}" if key is not None else f"has none of the columns {', '.join(usual)}"
-    raise BadRow(f"{wanted}; it has {sorted(row)}: set {field}")
+    other = " (to any, where no reward reads the answer)" if field == "answer_key" else ""
+    raise BadRow(f"{wanted}; it has {sorted(row)}: set {field}{other}")
 
 
 def _look_up(row: Any, key: str) -> tuple[bool, Any]:
@@ -154,8 +163,12 @@ def _prompt(row: dict[str, Any], value: Any, config: RowSource) -> str:
         text = _fill(config.prompt_template, row | {"prompt": value})
         if config.as_chat or config.system_prompt is not None:
             return chat_prompt(as_messages(text, config.system_prompt))
+        if is_chat(text):
+            raise BadRow("the prompt is the text of chat messages: give them as a list of role and content")
         return text
     if isinstance(value, list) and value and all(_is_message(m) for m in value):
+        if value[-1]["role"] == "assistant":
+            raise BadRow("the last message is the assistant's, so that the prompt would hold the response: remove it")
         messages = value if value[0]["role"] == "system" else [*_system(config), *value]
         return chat_prompt(messages)
     raise BadRow("the prompt must be text, or a list of messages with role and content")
@@ -167,7 +180,12 @@ def _fill(template: str, row: dict[str, Any]) -> str:
     out = pieces[0]
     for piece in pieces[1:]:
         key, brace, rest = piece.partition("}")
-        out += f"{row[key]}{rest}" if brace and isinstance(row.get(key), (str, int, float)) else "{" + piece
+        if brace and key in row:
+            if not isinstance(row[key], (str, int, float)):
+                raise BadRow(f"prompt_template wants the column {key!r}, which has no text or number here")
+            out += f"{row[key]}{rest}"
+        else:
+            out += "{" + piece
     return out
 
 
@@ -186,6 +204,8 @@ def _answer(value: Any, config: RowSource) -> str:
         return json.dumps(value)  # test cases of programs
     if value is None or isinstance(value, bool) or not isinstance(value, (str, int, float)):
         raise BadRow(f"the answer must be text, a number or test cases, not {type(value).__name__}")
+    if value == "" or value != value:
+        raise BadRow("the answer is missing (empty, or not a number)")
     answer = extract(str(value), config.answer_extract)
     if answer is None:
         raise BadRow(f"the answer has nothing that answer_extract={config.answer_extract} finds")

@@ -12,7 +12,6 @@ import torch
 from torch import Tensor
 
 from quatro_ray.ops import importance
-from quatro_ray.replay.staleness import staleness
 from quatro_ray.types import LearnerBatch
 
 
@@ -77,21 +76,21 @@ class TokenBatch:
         return importance.leveled(level, ratio, self.is_response, self.rollout_index, self.num_cells)
 
 
-def make_step_batch(batch: LearnerBatch, version: int, log_ratio: Tensor | None, device: torch.device) -> StepBatch:
-    """`version`: of the learner. `log_ratio`: float64 [M], of the micro-batches of rank 0, then those of rank 1, …"""
+def make_step_batch(batch: LearnerBatch, log_ratio: Tensor | None, device: torch.device) -> StepBatch:
+    """`log_ratio`: float64 [M], of the micro-batches of rank 0, then those of rank 1, …"""
     everyone = [micro for rank in batch.micro_batches for micro in rank]
     index = np.concatenate([micro.rollout_index[micro.is_response] for micro in everyone])
-    versions = np.concatenate([micro.versions[micro.is_response] for micro in everyone])
+    staleness = np.concatenate([micro.staleness[micro.is_response] for micro in everyone])
     return StepBatch(
         rewards=torch.from_numpy(batch.rewards).to(device),
         valid=torch.from_numpy(batch.valid).to(device),
         rollout_index=torch.from_numpy(index).to(device),
-        staleness=staleness(version, torch.from_numpy(versions).to(device)),
+        staleness=torch.from_numpy(staleness).to(device),
         log_ratio=log_ratio,
     )
 
 
-def make_token_batch(t: dict[str, Tensor], policy_logprobs: Tensor, advantage: Tensor, version: int) -> TokenBatch:
+def make_token_batch(t: dict[str, Tensor], policy_logprobs: Tensor, advantage: Tensor) -> TokenBatch:
     """`t`: tensors of types.MicroBatch by name. policy_logprobs: [N]. advantage: [Q, G]."""
     response, index = t["is_response"], t["rollout_index"]
     return TokenBatch(
@@ -100,6 +99,6 @@ def make_token_batch(t: dict[str, Tensor], policy_logprobs: Tensor, advantage: T
         advantage=advantage.flatten()[index.clamp(min=0)].to(policy_logprobs.dtype),
         is_response=response,
         rollout_index=index,
-        staleness=torch.where(response, staleness(version, t["versions"]), 0),
+        staleness=t["staleness"],
         num_cells=advantage.numel(),
     )

@@ -4,23 +4,41 @@ from __future__ import annotations
 
 import asyncio
 import uuid
-from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager
+from collections.abc import AsyncIterator, Callable, Iterator, Sequence
+from contextlib import asynccontextmanager, contextmanager
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 
 from quatro_ray.config import GeneratorConfig
 from quatro_ray.data.prompts import encode_prompt
-from quatro_ray.types import Query, Rollout, RolloutGroup, SamplingParams, VersionSpan
+from quatro_ray.engines.completions import joined, sampled_so_far, to_rollout
+from quatro_ray.seeds import seed_of
+from quatro_ray.types import Query, Rollout, RolloutGroup, SamplingParams
 
 if TYPE_CHECKING:
-    from vllm.outputs import CompletionOutput
     from vllm.v1.engine.async_llm import AsyncLLM
+
+    from quatro_ray.engines.progress import TokenCounter
+
+
+class EngineDied(Exception):
+    """The engine's own process is gone, or failed for good; only a new one helps.
+
+    `begun`: the rollouts of the group under way, as far as they came, for `generate` of another engine.
+    """
+
+    def __init__(self, message: str, begun: tuple[Rollout, ...] = ()) -> None:
+        super().__init__(message, begun)
+        self.begun = begun
+
+    def __str__(self) -> str:
+        return str(self.args[0])
 
 
 class GenerationEngine:
-    """One AsyncLLM. All methods run on one event loop."""
+    """One AsyncLLM. All methods run on one event loop; those that ask the engine raise EngineDied."""
 
     def __init__(
         self, model_path: str, config: GeneratorConfig, *, device: Literal["cpu", "cuda"], sync_backend: str, seed: int
@@ -33,6 +51,7 @@ class GenerationEngine:
         self._version = -1
         self._num_running = 0
         self._num_generated_tokens = 0
+        self._counter: TokenCounter | None = None
         self._llm: AsyncLLM | None = None
 
     @property
@@ -46,7 +65,11 @@ class GenerationEngine:
         from vllm.engine.arg_utils import AsyncEngineArgs
         from vllm.v1.engine.async_llm import AsyncLLM
 
-        self._llm = AsyncLLM.from_engine_args(AsyncEngineArgs(**self._engine_args()))
+        from quatro_ray.engines.progress import TokenCounter
+
+        self._counter = TokenCounter()
+        args = AsyncEngineArgs(**self._engine_args())
+        self._llm = AsyncLLM.from_engine_args(args, stat_loggers=[self._counter.factory])
         await self.llm.update_weight_version("0")
         self._version = 0
 
@@ -74,21 +97,74 @@ class GenerationEngine:
             args["gpu_memory_utilization"] = config.gpu_memory_utilization
         return args | config.engine_args
 
-    async def generate(self, group_id: int, query: Query, sampling: SamplingParams, group_size: int) -> RolloutGroup:
-        """Samples `group_size` responses.
+    async def generate(
+        self,
+        group_id: int,
+        query: Query,
+        sampling: SamplingParams,
+        group_size: int,
+        begun: tuple[Rollout, ...] = (),
+    ) -> RolloutGroup:
+        """Samples `group_size` responses, or goes on with those that another engine has begun.
 
         The cache salt keeps a request that starts under these weights from reading keys and values
         that others left in the prefix cache.
 
         Raises:
+            EngineDied: with what was sampled so far.
             ValueError: the prompt has more than max_prompt_tokens tokens.
         """
         prompt_ids = self._encode(query.prompt)
         async with self._counted():
-            completions = await self._complete(prompt_ids, sampling, group_size)
-        rollouts = tuple(_to_rollout(c) for c in completions)
-        self._num_generated_tokens += sum(r.num_tokens for r in rollouts)
+            if begun:
+                rollouts = await self._go_on(prompt_ids, sampling, begun)
+            else:
+                rollouts = await self._complete(prompt_ids, sampling, group_size)
+        self._num_generated_tokens += sum(r.num_tokens for r in rollouts) - sum(r.num_tokens for r in begun)
         return RolloutGroup(group_id, query, np.asarray(prompt_ids, dtype=np.int32), rollouts)
+
+    async def complete(self, token_ids: list[int], sampling: SamplingParams, stop: Sequence[str] = ()) -> Rollout:
+        """One turn of an episode: continues the tokens. Spans count from the first new token.
+
+        Args:
+            stop: strings that end the turn; the text ends with the one that was met, and tokens are what was sampled,
+                so that the last one may hold more than the string's end.
+        """
+        async with self._counted():
+            (rollout,) = await self._complete(token_ids, sampling, 1, stop)
+        self._num_generated_tokens += rollout.num_tokens
+        return rollout
+
+    async def _go_on(
+        self, prompt_ids: list[int], sampling: SamplingParams, begun: tuple[Rollout, ...]
+    ) -> tuple[Rollout, ...]:
+        """Raises EngineDied with what has come since then, too."""
+
+        async def one(index: int, rollout: Rollout) -> Rollout:
+            if rollout.finish_reason:
+                return rollout
+            so_far = [int(t) for t in rollout.token_ids]
+            # its own draws, not those of its beginning once more
+            seed = None if sampling.seed is None else seed_of(sampling.seed + index, "go on", len(so_far))
+            left = replace(sampling, max_tokens=sampling.max_tokens - len(so_far), seed=seed)
+            try:
+                (rest,) = await self._complete([*prompt_ids, *so_far], left, 1)
+            except EngineDied as died:
+                if not died.begun:
+                    return rollout
+                (rest,) = died.begun
+            text = self.llm.get_tokenizer().decode([*so_far, *rest.token_ids], skip_special_tokens=True)
+            return joined(rollout, rest, text)
+
+        tasks = [asyncio.ensure_future(one(i, r)) for i, r in enumerate(begun)]
+        try:
+            rollouts = tuple(await asyncio.gather(*tasks))
+        finally:
+            for task in tasks:  # none goes on where another has failed
+                task.cancel()
+        if all(r.finish_reason for r in rollouts):
+            return rollouts
+        raise EngineDied("the engine's process died while it went on with what another had begun", rollouts)
 
     @asynccontextmanager
     async def _counted(self) -> AsyncIterator[None]:
@@ -98,7 +174,9 @@ class GenerationEngine:
         finally:
             self._num_running -= 1
 
-    async def _complete(self, prompt_ids: list[int], sampling: SamplingParams, n: int) -> list[CompletionOutput]:
+    async def _complete(
+        self, prompt_ids: list[int], sampling: SamplingParams, n: int, stop: Sequence[str] = ()
+    ) -> tuple[Rollout, ...]:
         from vllm import SamplingParams as VllmSamplingParams
         from vllm.sampling_params import RequestOutputKind
 
@@ -108,13 +186,17 @@ class GenerationEngine:
             top_p=sampling.top_p,
             max_tokens=sampling.max_tokens,
             seed=sampling.seed,
+            stop=list(stop) or None,
+            include_stop_str_in_output=True,
             logprobs=0,  # only the sampled token's
             output_kind=RequestOutputKind.FINAL_ONLY,
         )
         prompt = {"prompt_token_ids": prompt_ids, "cache_salt": f"v{self._version}"}
-        async for output in self.llm.generate(prompt, params, uuid.uuid4().hex):
-            if output.finished:
-                return sorted(output.outputs, key=lambda c: c.index)
+        request_id = uuid.uuid4().hex
+        with _engine_death(lambda: sampled_so_far(self.llm, request_id, n)):
+            async for output in self.llm.generate(prompt, params, request_id):
+                if output.finished:
+                    return tuple(map(to_rollout, sorted(output.outputs, key=lambda c: c.index)))
         raise RuntimeError("vLLM ended a request without a final output")
 
     def _encode(self, prompt: str) -> list[int]:
@@ -127,18 +209,26 @@ class GenerationEngine:
         return ids
 
     def load(self) -> dict[str, int]:
-        """Groups running now, and response tokens so far."""
-        return {"num_running": self._num_running, "num_generated_tokens": self._num_generated_tokens}
+        """Groups and turns of episodes running now; response tokens that were returned, and that were sampled, so far;
+        and whether the engine's process lives."""
+        return {
+            "num_running": self._num_running,
+            "num_generated_tokens": self._num_generated_tokens,
+            "num_sampled_tokens": self._counter.num_sampled_tokens if self._counter else 0,
+            "is_alive": self._llm is None or not self._llm.errored,
+        }
 
     # Weight transfer: vLLM's own calls, in the order pause → start → update → finish → resume
 
     async def pause(self) -> int:
-        """Freezes running requests where they are; returns how many groups there were."""
-        await self.llm.pause_generation(mode="keep", clear_cache=False)
+        """Freezes running requests where they are; returns how many groups and turns of episodes there were."""
+        with _engine_death():
+            await self.llm.pause_generation(mode="keep", clear_cache=False)
         return self._num_running
 
     async def resume(self) -> None:
-        await self.llm.resume_generation()
+        with _engine_death():
+            await self.llm.resume_generation()
 
     async def init_weight_transfer_engine(self, init_info: dict[str, Any]) -> None:
         from vllm.distributed.weight_transfer.base import WeightTransferInitRequest
@@ -159,7 +249,8 @@ class GenerationEngine:
 
     async def policy_version(self) -> int:
         """As the engine core itself has it."""
-        return int(await self.llm.get_weight_version())
+        with _engine_death():
+            return int(await self.llm.get_weight_version())
 
     async def weight_checksums(self) -> dict[str, str]:
         """SHA-256 by parameter of every worker."""
@@ -174,16 +265,12 @@ class GenerationEngine:
             self._llm = None
 
 
-def _to_rollout(completion: CompletionOutput) -> Rollout:
-    token_ids = np.asarray(completion.token_ids, dtype=np.int32)
-    assert completion.logprobs is not None and completion.weight_versions is not None
-    logprobs = [
-        position[token].logprob for position, token in zip(completion.logprobs, completion.token_ids, strict=True)
-    ]
-    return Rollout(
-        token_ids=token_ids,
-        behavior_logprobs=np.asarray(logprobs, dtype=np.float32),
-        spans=tuple(VersionSpan(int(s.version), s.start, s.end) for s in completion.weight_versions),
-        text=completion.text,
-        finish_reason=completion.finish_reason or "",
-    )
+@contextmanager
+def _engine_death(begun: Callable[[], tuple[Rollout, ...]] = tuple) -> Iterator[None]:
+    """vLLM's exception does not leave: whoever gets it in another process would have to load vLLM."""
+    from vllm.v1.engine.exceptions import EngineDeadError
+
+    try:
+        yield
+    except EngineDeadError as error:
+        raise EngineDied(f"the engine's process died: {error}", begun()) from None

@@ -14,7 +14,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from quatro_ray.config import LearnerConfig, ObjectiveConfig, StepControlConfig
-from quatro_ray.engines import step_metrics
+from quatro_ray.engines import checkpointing, step_metrics
 from quatro_ray.engines.batches import StepBatch, make_step_batch, make_token_batch
 from quatro_ray.engines.objectives import Prepared, make_objective
 from quatro_ray.engines.policy import PolicyModel, export
@@ -181,7 +181,7 @@ class LearningEngine:
     ) -> tuple[Tensor, Tensor]:
         """This micro-batch's share of the loss, and the log-probs [N] of its targets without gradient."""
         policy_logprobs, entropy = self._engine(t["token_ids"], t["position_ids"], t["target_ids"])
-        tokens = make_token_batch(t, policy_logprobs, prepared.advantage, self.version)
+        tokens = make_token_batch(t, policy_logprobs, prepared.advantage)
         per_token, limited = self._objective.token_loss(tokens, prepared.constant)
         if self._reference is not None:
             with torch.no_grad():
@@ -202,7 +202,7 @@ class LearningEngine:
         if self._objective.needs_log_ratio:
             counts = [sum(int(micro.is_response.sum()) for micro in rank) for rank in batch.micro_batches]
             log_ratio = self._log_ratio(micro_batches, sum(counts[: self._rank]), sum(counts))
-        return make_step_batch(batch, self.version, log_ratio, self._device)
+        return make_step_batch(batch, log_ratio, self._device)
 
     @torch.no_grad()
     def _log_ratio(self, micro_batches: list[dict[str, Tensor]], offset: int, num_tokens: int) -> Tensor:
@@ -229,9 +229,37 @@ class LearningEngine:
         # copies: arrays that come from Ray's object store are read-only
         return {name: torch.tensor(value, device=self._device) for name, value in vars(micro).items()}
 
-    def save_checkpoint(self, path: Path, tag: str) -> None:
-        """DeepSpeed's own format: each rank writes its shards of weights and optimiser states."""
-        self._engine.save_checkpoint(str(path), tag=tag, client_state={"version": self.version})
+    def save_checkpoint(self, folder: Path) -> None:
+        """DeepSpeed's own format: each rank writes its shards of weights and optimiser states, 12 bytes a parameter.
+
+        Args:
+            folder: new or empty; shards that more ranks left there would pass for a part of this one.
+        """
+        state = {
+            "version": self.version,
+            "step_control_kept": self._step_control.kept if self._step_control else 1.0,
+            "random_states": checkpointing.random_states(self._device),
+        }
+        self._engine.save_checkpoint(str(folder.parent), tag=folder.name, client_state=state, save_latest=False)
+
+    def load_checkpoint(self, folder: Path, version: int | None = None) -> None:
+        """Weights, optimiser and schedule, step control, random states and version as they were when it was saved.
+
+        Saved by as many ranks, training goes on bit for bit; otherwise DeepSpeed's universal format is written
+        beside `folder` for the time of loading, and the random states of rank 0 become those of all. The reference
+        stays the policy of `model_path`. Call it after `start`; every rank must see `folder`.
+
+        Args:
+            version: to go on from instead of the one saved, so that after a roll-back no number means two policies.
+
+        Raises:
+            CheckpointError: the checkpoint is not there, is incomplete, or is of another model or dtype.
+        """
+        state = checkpointing.load(self._engine, folder)
+        self.version = state["version"] if version is None else version
+        if self._step_control:
+            self._step_control.kept = state["step_control_kept"]
+        checkpointing.restore_random_states(state["random_states"], self._device)
 
     def export(self, path: Path) -> None:
         """Hugging Face format, written by rank 0; the gather is a collective."""

@@ -1,34 +1,14 @@
-"""A Qwen2-architecture model and a byte tokenizer from scratch, in Hugging Face format."""
+"""A Qwen2-architecture model from scratch, in Hugging Face format."""
 
 from __future__ import annotations
 
 from pathlib import Path
 
 import torch
-from tokenizers import pre_tokenizers
 from transformers import Qwen2Config, Qwen2ForCausalLM, Qwen2Tokenizer
 
 from quatro_ray.config import TinyModelConfig
-
-PAD, EOS = "<pad>", "<eos>"
-MAX_POSITIONS = 512
-
-
-def make_tokenizer() -> Qwen2Tokenizer:
-    """One token a byte: a byte-level BPE without merges, so that any text is encoded and none is unknown.
-
-    It is of the class that `AutoTokenizer` picks for Qwen2 models whatever their files say; another class
-    would come back with this one's rules, and other tokens.
-    """
-    vocabulary = [PAD, EOS, *sorted(pre_tokenizers.ByteLevel.alphabet())]
-    return Qwen2Tokenizer(
-        vocab={token: i for i, token in enumerate(vocabulary)},
-        merges=[],
-        pad_token=PAD,
-        eos_token=EOS,
-        unk_token=None,
-        model_max_length=MAX_POSITIONS,
-    )
+from quatro_ray.engines.tiny_tokenizer import MAX_POSITIONS
 
 
 def make_model(config: TinyModelConfig, tokenizer: Qwen2Tokenizer, seed: int) -> Qwen2ForCausalLM:

@@ -13,7 +13,8 @@ from torch import Tensor
 from transformers import Qwen2ForCausalLM, Qwen2Tokenizer
 
 from quatro_ray.config import TinyModelConfig
-from quatro_ray.engines.tiny_model import make_model, make_tokenizer, save_pretrained
+from quatro_ray.engines.tiny_model import make_model, save_pretrained
+from quatro_ray.engines.tiny_tokenizer import make_tokenizer
 from quatro_ray.types import Query
 
 _CHECK_EVERY = 50

@@ -18,6 +18,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from quatro_ray.errors import TrainingDiverged
 from quatro_ray.ops.importance import sequence_sums, truncated
 
 _WEIGHT_TRUNCATION = 2.0
@@ -101,11 +102,15 @@ class StepReport:
 
 
 class StepControl:
-    """One for a run: it remembers the fraction that was kept last."""
+    """One for a run: it remembers the fraction that was kept last.
+
+    Attributes:
+        kept: that fraction, in (0, 1]; all that a checkpoint has to hold of it.
+    """
 
     def __init__(self, limits: StepLimits) -> None:
         self._limits = limits
-        self._kept = 1.0
+        self.kept = 1.0
 
     def control(self, measure: Callable[[], ProbeKl], move_to: Callable[[float], None]) -> StepReport:
         """Call after the optimiser's step; leaves the weights where the budget allows.
@@ -115,9 +120,9 @@ class StepControl:
             move_to: puts the weights at start + α·(stepped − start).
 
         Raises:
-            RuntimeError: the KL is not finite, so that no fraction of the step is known to be safe.
+            TrainingDiverged: the KL is not finite, so that no fraction of the step is known to be safe.
         """
-        kept = self._kept
+        kept = self.kept
         if kept < 1:
             move_to(kept)
         num_passes = 0
@@ -126,7 +131,7 @@ class StepControl:
             num_passes += 1
             share = probe.share_of_budget(self._limits)
             if not math.isfinite(share):
-                raise RuntimeError(
+                raise TrainingDiverged(
                     f"the policy after the optimiser's step has a KL of {share} times its budget: lower "
                     "learner.learning_rate"
                 )
@@ -136,7 +141,7 @@ class StepControl:
             move_to(kept)
             if _TRUSTED[0] <= kept / measured_at <= _TRUSTED[1]:
                 break
-        self._kept = kept
+        self.kept = kept
         return StepReport(
             kl_nats=probe.kl_nats * (kept / measured_at) ** 2,
             budget_nats=self._limits.budget(probe.staleness),

@@ -10,7 +10,9 @@ from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from quatro_ray.errors import LedgerError
+from quatro_ray.errors import DiskFull, LedgerError
+from quatro_ray.replay.versions import SCHEMA as VERSIONS_SCHEMA
+from quatro_ray.replay.versions import Versions
 from quatro_ray.types import DropReason, GroupState, Query
 
 S = GroupState
@@ -18,21 +20,23 @@ TRANSITIONS: dict[GroupState, frozenset[GroupState]] = {
     S.PENDING: frozenset({S.GENERATING, S.DROPPED}),
     S.GENERATING: frozenset({S.VERIFYING, S.PENDING, S.DROPPED}),
     S.VERIFYING: frozenset({S.READY, S.PENDING, S.DROPPED}),
-    S.READY: frozenset({S.LEASED, S.DROPPED}),
-    S.LEASED: frozenset({S.TRAINED, S.READY, S.DROPPED}),
-    S.TRAINED: frozenset({S.READY}),  # the learner fell back to an older checkpoint
+    S.READY: frozenset({S.LEASED, S.PENDING, S.DROPPED}),
+    S.LEASED: frozenset({S.TRAINED, S.READY, S.PENDING, S.DROPPED}),
+    S.TRAINED: frozenset({S.READY, S.PENDING}),  # the learner fell back to an older checkpoint
     S.DROPPED: frozenset(),
 }
+"""A move to the state that a group has already is a call repeated after its answer was lost, and changes nothing."""
 
 _SCHEMA = """
 CREATE TABLE IF NOT EXISTS groups (
-    group_id INTEGER PRIMARY KEY AUTOINCREMENT,
+    group_id INTEGER PRIMARY KEY,    -- given by whoever admits, so that admitting again changes nothing
     query TEXT NOT NULL,             -- JSON
     state TEXT NOT NULL,
     reason TEXT,                     -- of a drop
     step INTEGER,                    -- of a lease: the learner version it is trained from
     admitted_version INTEGER NOT NULL,
     oldest_version INTEGER,          -- of its tokens, once generated
+    newest_version INTEGER,
     num_tokens INTEGER,              -- response tokens, once generated
     mean_reward REAL,                -- once verified
     admitted_at REAL NOT NULL,       -- seconds since the epoch
@@ -40,6 +44,7 @@ CREATE TABLE IF NOT EXISTS groups (
     payload BLOB                     -- replay/serial.py, from ready on
 );
 CREATE INDEX IF NOT EXISTS by_state ON groups (state, group_id);
+CREATE TABLE IF NOT EXISTS owner (epoch INTEGER NOT NULL);
 """
 
 
@@ -53,6 +58,7 @@ class Entry:
     step: int | None
     admitted_version: int
     oldest_version: int | None
+    newest_version: int | None
     num_tokens: int | None
     mean_reward: float | None
     admitted_at: float
@@ -60,43 +66,89 @@ class Entry:
 
 
 _ENTRY = (
-    "group_id, state, reason, step, admitted_version, oldest_version, num_tokens, mean_reward, admitted_at, ready_at"
+    "group_id, state, reason, step, admitted_version, oldest_version, newest_version, num_tokens, mean_reward, "
+    "admitted_at, ready_at"
 )
 
 
 class Ledger:
-    """Methods raise LedgerError for a transition that is not allowed, and then change nothing."""
+    """Methods raise LedgerError for a transition that is not allowed, and then change nothing.
+
+    Whoever opens a ledger owns it: another process that still has it open can write no more.
+    """
 
     def __init__(self, path: Path | str, clock: Callable[[], float] = time.time) -> None:
-        self._db = sqlite3.connect(path, isolation_level=None)
+        # a Ray actor makes it in one thread and calls it, one call at a time, from another
+        self._db = sqlite3.connect(path, isolation_level=None, check_same_thread=False)
         self._db.execute("PRAGMA journal_mode=WAL")
         self._db.execute("PRAGMA synchronous=NORMAL")
-        self._db.executescript(_SCHEMA)
+        self._db.executescript(_SCHEMA + VERSIONS_SCHEMA)
         self._clock = clock
+        self.versions = Versions(self._db)
+        self._epoch = self._take_over()
+
+    def _take_over(self) -> int:
+        self._db.execute("BEGIN IMMEDIATE")
+        epoch = int(self._db.execute("SELECT COALESCE(MAX(epoch), 0) + 1 FROM owner").fetchone()[0])
+        self._db.execute("DELETE FROM owner")
+        self._db.execute("INSERT INTO owner VALUES (?)", (epoch,))
+        self._db.execute("COMMIT")
+        return epoch
+
+    @property
+    def times_opened(self) -> int:
+        return self._epoch
 
     @contextmanager
-    def _transaction(self) -> Iterator[None]:
+    def transaction(self) -> Iterator[None]:
+        """All or nothing.
+
+        Raises:
+            LedgerError: another process has opened the ledger since.
+            DiskFull: may be tried again.
+        """
+        if self._db.in_transaction:  # part of a larger one
+            yield
+            return
         self._db.execute("BEGIN IMMEDIATE")
         try:
+            if self._db.execute("SELECT epoch FROM owner").fetchone()[0] != self._epoch:
+                raise LedgerError("another run has opened this ledger since: this one may write no more")
             yield
-        except BaseException:
-            self._db.execute("ROLLBACK")
+            self._db.execute("COMMIT")
+        except BaseException as error:
+            if self._db.in_transaction:
+                self._db.execute("ROLLBACK")
+            _raise_if_full(error)
             raise
-        self._db.execute("COMMIT")
 
-    def admit(self, queries: Sequence[Query], version: int) -> list[int]:
-        """New groups in state pending; ids only ever grow, in the order of admission."""
-        with self._transaction():
-            return [
-                int(
-                    self._db.execute(
-                        "INSERT INTO groups (query, state, admitted_version, admitted_at) VALUES (?, ?, ?, ?)",
-                        (json.dumps(asdict(query)), S.PENDING, version, self._clock()),
-                    ).lastrowid
-                    or 0
-                )
-                for query in queries
-            ]
+    def admit(self, first_id: int, queries: Sequence[Query], version: int) -> list[int]:
+        """New groups in state pending, numbered from `first_id` on; those that are there already stay as they are."""
+        group_ids = list(range(first_id, first_id + len(queries)))
+        with self.transaction():
+            self._db.executemany(
+                "INSERT OR IGNORE INTO groups (group_id, query, state, admitted_version, admitted_at) "
+                "VALUES (?, ?, ?, ?, ?)",
+                [
+                    (group_id, json.dumps(asdict(query)), S.PENDING, version, self._clock())
+                    for group_id, query in zip(group_ids, queries, strict=True)
+                ],
+            )
+        return group_ids
+
+    def next_id(self) -> int:
+        """Ids start at 1."""
+        return int(self._db.execute("SELECT COALESCE(MAX(group_id), 0) + 1 FROM groups").fetchone()[0])
+
+    def num_tokens(self) -> int:
+        """Of all groups that were ever ready, as they were the last time."""
+        (total,) = self._db.execute("SELECT COALESCE(SUM(num_tokens), 0) FROM groups").fetchone()
+        return int(total)
+
+    def num_admitted(self) -> dict[str, int]:
+        """By source of their queries."""
+        rows = self._db.execute("SELECT json_extract(query, '$.source'), COUNT(*) FROM groups GROUP BY 1")
+        return dict(rows.fetchall())
 
     def move(
         self, group_ids: Iterable[int], to: GroupState, *, reason: DropReason | None = None, step: int | None = None
@@ -108,35 +160,55 @@ class Ledger:
         """
         if (to is S.DROPPED) != (reason is not None):
             raise LedgerError(f"a drop, and only a drop, has a reason; got state {to} with reason {reason}")
-        with self._transaction():
+        with self.transaction():
             for group_id in group_ids:
-                self._check(group_id, to)
+                if self._is_new(group_id, to):
+                    self._db.execute(
+                        "UPDATE groups SET state = ?, reason = ?, step = COALESCE(?, step) WHERE group_id = ?",
+                        (to, reason, step, group_id),
+                    )
+
+    def store(
+        self,
+        group_id: int,
+        payload: bytes,
+        *,
+        oldest_version: int,
+        newest_version: int,
+        num_tokens: int,
+        mean_reward: float,
+    ) -> None:
+        """verifying → ready, with everything that training needs."""
+        with self.transaction():
+            if self._is_new(group_id, S.READY):
                 self._db.execute(
-                    "UPDATE groups SET state = ?, reason = ?, step = COALESCE(?, step) WHERE group_id = ?",
-                    (to, reason, step, group_id),
+                    "UPDATE groups SET state = ?, payload = ?, oldest_version = ?, newest_version = ?, "
+                    "num_tokens = ?, mean_reward = ?, ready_at = ? WHERE group_id = ?",
+                    (
+                        S.READY,
+                        payload,
+                        oldest_version,
+                        newest_version,
+                        num_tokens,
+                        mean_reward,
+                        self._clock(),
+                        group_id,
+                    ),
                 )
 
-    def store(self, group_id: int, payload: bytes, *, oldest_version: int, num_tokens: int, mean_reward: float) -> None:
-        """verifying → ready, with everything that training needs."""
-        with self._transaction():
-            self._check(group_id, S.READY)
-            self._db.execute(
-                "UPDATE groups SET state = ?, payload = ?, oldest_version = ?, num_tokens = ?, mean_reward = ?, "
-                "ready_at = ? WHERE group_id = ?",
-                (S.READY, payload, oldest_version, num_tokens, mean_reward, self._clock(), group_id),
-            )
-
-    def _check(self, group_id: int, to: GroupState) -> None:
+    def _is_new(self, group_id: int, to: GroupState) -> bool:
+        """False: the group is in that state already. Raises LedgerError where it may not go there."""
         row = self._db.execute("SELECT state FROM groups WHERE group_id = ?", (group_id,)).fetchone()
         if row is None:
             raise LedgerError(f"group {group_id} does not exist")
-        if to not in TRANSITIONS[GroupState(row[0])]:
+        if row[0] != to and to not in TRANSITIONS[GroupState(row[0])]:
             raise LedgerError(f"group {group_id} is {row[0]} and may not become {to}")
+        return bool(row[0] != to)
 
     def entries(self, state: GroupState, limit: int = -1) -> list[Entry]:
-        """Oldest admission first."""
+        """Those with the oldest tokens first, then those admitted first."""
         rows = self._db.execute(
-            f"SELECT {_ENTRY} FROM groups WHERE state = ? ORDER BY group_id LIMIT ?", (state, limit)
+            f"SELECT {_ENTRY} FROM groups WHERE state = ? ORDER BY oldest_version, group_id LIMIT ?", (state, limit)
         )
         return [Entry(r[0], GroupState(r[1]), DropReason(r[2]) if r[2] else None, *r[3:]) for r in rows]
 
@@ -145,6 +217,10 @@ class Ledger:
         if row is None or row[0] is None:
             raise LedgerError(f"group {group_id} has no stored rollouts")
         return row[0]
+
+    def with_payload(self) -> set[int]:
+        """Ids of the groups whose rollouts are kept."""
+        return {row[0] for row in self._db.execute("SELECT group_id FROM groups WHERE payload IS NOT NULL")}
 
     def query(self, group_id: int) -> Query:
         row = self._db.execute("SELECT query FROM groups WHERE group_id = ?", (group_id,)).fetchone()
@@ -163,26 +239,33 @@ class Ledger:
         )
         return {reason: found.get(reason, 0) for reason in DropReason}
 
-    def release_leases(self) -> int:
-        """Leased and not committed → ready, as when a learner died in a step. Returns how many."""
-        leased = [e.group_id for e in self.entries(S.LEASED)]
-        self.move(leased, S.READY)
-        return len(leased)
-
-    def fall_back(self, version: int) -> int:
-        """The learner continues from the checkpoint of `version`: groups trained from it on become ready again."""
-        again = [e.group_id for e in self.entries(S.TRAINED) if e.step is not None and e.step >= version]
-        self.move(again, S.READY)
-        return len(again)
+    def queries(self, state: GroupState) -> list[tuple[int, Query]]:
+        """Group ids and queries, oldest admission first."""
+        rows = self._db.execute("SELECT group_id, query FROM groups WHERE state = ? ORDER BY group_id", (state,))
+        return [(group_id, Query(**json.loads(query))) for group_id, query in rows]
 
     def forget_payloads(self, version: int) -> int:
-        """Frees the rollouts of groups that a checkpoint of `version` has absorbed: no fall-back needs them."""
-        with self._transaction():
+        """Frees the rollouts of groups that a checkpoint of `version` has absorbed. Falling back further than that
+        generates them again."""
+        with self.transaction():
             cursor = self._db.execute(
                 "UPDATE groups SET payload = NULL WHERE state = ? AND step < ? AND payload IS NOT NULL",
                 (S.TRAINED, version),
             )
             return cursor.rowcount
 
+    def flush(self) -> None:
+        """Everything so far survives the machine, not only the process. Raises DiskFull."""
+        try:
+            self._db.execute("PRAGMA wal_checkpoint(FULL)")
+        except sqlite3.OperationalError as error:
+            _raise_if_full(error)
+            raise
+
     def close(self) -> None:
         self._db.close()
+
+
+def _raise_if_full(error: BaseException) -> None:
+    if isinstance(error, sqlite3.OperationalError) and "disk is full" in str(error):
+        raise DiskFull(f"the ledger cannot be written: {error}") from error

@@ -6,11 +6,12 @@ from collections.abc import Sequence
 
 import numpy as np
 
+from quatro_ray.replay.staleness import Line
 from quatro_ray.types import LearnerBatch, MicroBatch, Rollout, RolloutGroup
 
 
-def pack(groups: Sequence[RolloutGroup], *, num_ranks: int, tokens_per_micro_batch: int) -> LearnerBatch:
-    """A function of the groups and their order alone, so that every rank computes the same plan.
+def pack(groups: Sequence[RolloutGroup], line: Line, *, num_ranks: int, tokens_per_micro_batch: int) -> LearnerBatch:
+    """A function of the arguments alone, so that every rank computes the same plan. `line`: of the learner.
 
     Rollouts go, longest first, to the row with the fewest tokens among `num_ranks · m` rows, with the
     smallest m for which all rows fit. ZeRO-3 deadlocks when ranks run different numbers of micro-batches;
@@ -30,7 +31,7 @@ def pack(groups: Sequence[RolloutGroup], *, num_ranks: int, tokens_per_micro_bat
     # flat index → cell of [Q, G]
     size = max(len(g.rollouts) for g in groups)
     cells = [q * size + i for q, g in enumerate(groups) for i in range(len(g.rollouts))]
-    micro = [_micro_batch([(cells[i], *flat[i]) for i in row], width) for row in rows]
+    micro = [_micro_batch([(cells[i], *flat[i]) for i in row], width, line) for row in rows]
     per_rank = len(rows) // num_ranks
     rewards = np.zeros((len(groups), size))
     valid = np.zeros((len(groups), size), dtype=bool)
@@ -70,9 +71,9 @@ def _one_per_row(count: int, num_ranks: int) -> list[list[int]]:
     return rows + [[] for _ in range(-count % num_ranks)]
 
 
-def _micro_batch(members: Sequence[tuple[int, RolloutGroup, Rollout]], width: int) -> MicroBatch:
+def _micro_batch(members: Sequence[tuple[int, RolloutGroup, Rollout]], width: int, line: Line) -> MicroBatch:
     """Inputs are prompt + response without the last token; targets are the same, one later."""
-    ids, positions, targets, response, index, logprobs, versions = ([] for _ in range(7))
+    ids, positions, targets, response, index, logprobs, staleness = ([] for _ in range(7))
     for cell, group, rollout in members:
         tokens = np.concatenate([group.prompt_token_ids, rollout.token_ids]).astype(np.int64)
         n, p = len(tokens) - 1, len(group.prompt_token_ids)
@@ -83,7 +84,8 @@ def _micro_batch(members: Sequence[tuple[int, RolloutGroup, Rollout]], width: in
         targets.append(np.where(is_response, tokens[1:], 0))
         index.append(np.full(n, cell))
         logprobs.append(np.concatenate([np.zeros(p - 1), rollout.behavior_logprobs]))
-        versions.append(np.concatenate([np.full(p - 1, -1), rollout.versions()]))
+        age = np.where(rollout.is_sampled(), line.staleness(rollout.versions()), 0)
+        staleness.append(np.concatenate([np.zeros(p - 1), age]))
     pad = width - sum(len(x) for x in ids)
     # each padding token is a sequence of its own: position 0 keeps attention inside it
     return MicroBatch(
@@ -93,7 +95,7 @@ def _micro_batch(members: Sequence[tuple[int, RolloutGroup, Rollout]], width: in
         is_response=_join(response, pad, False, np.bool_),
         rollout_index=_join(index, pad, -1, np.int64),
         behavior_logprobs=_join(logprobs, pad, 0, np.float32),
-        versions=_join(versions, pad, -1, np.int64),
+        staleness=_join(staleness, pad, 0, np.int64),
     )
 
 

@@ -43,6 +43,8 @@ def _header(rollout: Rollout) -> dict[str, Any]:
         "spans": [[s.version, s.start, s.end] for s in rollout.spans],
         "text": rollout.text,
         "finish_reason": rollout.finish_reason,
+        "transcript": rollout.transcript,
+        "environment": dict(rollout.environment),
         "score": asdict(rollout.score) if rollout.score else None,
     }
 
@@ -56,6 +58,8 @@ def _rollout(header: dict[str, Any], token_ids: np.ndarray, logprobs: np.ndarray
         text=header["text"],
         finish_reason=header["finish_reason"],
         sampled=None if sampled.all() else sampled,
+        transcript=header["transcript"],
+        environment=header["environment"],
         score=Score(score["reward"], Outcome(score["outcome"]), score["detail"], score["parts"]) if score else None,
     )
 
@@ -75,8 +79,9 @@ def readable(group: RolloutGroup) -> dict[str, Any]:
                 "parts": dict(r.score.parts) if r.score else {},
                 "versions": [[s.version, s.start, s.end] for s in r.spans],
                 "num_tokens": r.num_tokens,
+                **({"num_turns": r.num_turns, "transcript": r.transcript} if r.transcript else {}),
                 "finish_reason": r.finish_reason,
-                "mean_logprob": float(r.behavior_logprobs.mean()),
+                "mean_logprob": float(r.behavior_logprobs[r.is_sampled()].mean()),
             }
             for r in group.rollouts
         ],

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import importlib
 import importlib.util
+import sys
 from collections.abc import Callable
+from hashlib import sha256
 from typing import Any
 
 from quatro_ray.config import PythonRewardConfig
@@ -45,9 +47,11 @@ def load_function(name: str) -> Callable[..., Any]:
 
 
 def _load_file(path: str) -> Any:
-    spec = importlib.util.spec_from_file_location("user_reward", path)
+    # dataclasses and pickle look a module up by its name
+    spec = importlib.util.spec_from_file_location(f"user_file_{sha256(path.encode()).hexdigest()[:16]}", path)
     if spec is None or spec.loader is None:
         raise ImportError(f"{path} is no Python file")
     module = importlib.util.module_from_spec(spec)
+    sys.modules[module.__name__] = module
     spec.loader.exec_module(module)
     return module

@@ -10,7 +10,7 @@ from quatro_ray.config import CodeRewardConfig, RewardConfig, VerifierConfig
 from quatro_ray.rewards.base import RemoteReward, RewardUnavailable
 from quatro_ray.rewards.registry import REMOTE, applies
 from quatro_ray.rewards.sandbox_check import self_test
-from quatro_ray.rewards.worker_pool import Judged, WorkerPool, in_the_open, in_the_sandbox
+from quatro_ray.rewards.worker_pool import Judged, RewardWorkers
 from quatro_ray.types import Outcome, Query, Response, Score
 
 
@@ -36,8 +36,8 @@ class Judge:
         outside = {name: part for name, part in local.items() if name not in sandboxed}
         self._needs_sandbox = bool(inside) or any(isinstance(part, CodeRewardConfig) for part in local.values())
         self._pools = [
-            (tuple(parts), WorkerPool(config, parts, launch))
-            for parts, launch in ((outside, in_the_open), (inside, in_the_sandbox))
+            (tuple(parts), RewardWorkers(config, parts, sandboxed=parts is inside))
+            for parts in (outside, inside)
             if parts
         ]
 
@@ -55,6 +55,8 @@ class Judge:
 
     async def __call__(self, query: Query, response: Response) -> Score:
         """Raises RewardUnavailable where a part could not be judged through no fault of the response."""
+        if response.exhausted:
+            return Score(self._config.exhausted_reward, Outcome.EXHAUSTED, "the episode used up its limits twice")
         names = [name for name, part in self._rewards.items() if applies(part, query)]
         local = [name for name in names if name not in self._remote]
         judged, remote = await asyncio.gather(
@@ -67,7 +69,10 @@ class Judge:
         parts = {name: both[name] for name in names}
         if wrong := [name for name, value in parts.items() if not math.isfinite(value)]:
             raise RewardUnavailable(f"rewards.{wrong[0]} gave {parts[wrong[0]]}: a reward must be a finite number")
-        return Score(sum(self._rewards[name].weight * value for name, value in parts.items()), parts=parts)
+        total = sum(self._rewards[name].weight * value for name, value in parts.items())
+        if not math.isfinite(total):
+            raise RewardUnavailable(f"the weighted sum of {parts} is {total}: a reward must be a finite number")
+        return Score(total, parts=parts)
 
     async def _judge_remotely(self, query: Query, response: Response, names: Sequence[str]) -> dict[str, float]:
         values = await asyncio.gather(*(self._remote[name](query, response) for name in names))

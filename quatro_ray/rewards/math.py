@@ -20,8 +20,8 @@ logging.getLogger("math_verify").setLevel(logging.ERROR)
 class MathReward:
     """math-verify's own time limits are off: they use SIGALRM, which some inputs never see. The process has the limit.
 
-    Its leniency is narrowed where it pays for a guess: one that gives several values in one box (`x=8=7`), and sums in
-    place of a number. `10\\,000` is read as ten thousand.
+    Its leniency is narrowed where it pays for a guess: one that gives several values in one box (`x=8=7`; more `=` than
+    the answer asked for has), and sums in place of a number. `10\\,000` is read as ten thousand.
     """
 
     def __init__(self, config: MathRewardConfig) -> None:
@@ -42,7 +42,7 @@ class MathReward:
         exact = _compare_integers(query.answer, answer)
         if exact is not None:
             return float(exact)
-        if answer.count("=") > 1:
+        if answer.count("=") > max(1, query.answer.count("=")):
             return 0.0
         gold = _gold(query.answer)
         if not gold:

@@ -7,6 +7,7 @@ from typing import Any
 
 from quatro_ray.config import (
     CodeRewardConfig,
+    EnvironmentRewardConfig,
     ExactRewardConfig,
     FormatRewardConfig,
     HttpRewardConfig,
@@ -48,6 +49,7 @@ def make_reward(config: RewardConfig) -> Reward:
         ReasoningGymRewardConfig: reasoning_gym.ReasoningGymReward,
         CodeRewardConfig: code.CodeReward,
         PythonRewardConfig: function.PythonReward,
+        EnvironmentRewardConfig: text.EnvironmentReward,
     }
     return classes[type(config)](config)
 

@@ -17,13 +17,14 @@ import math
 import os
 import shutil
 import sys
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 
+import quatro_ray
 from quatro_ray.config.rewards import SandboxLimits
 from quatro_ray.errors import SandboxError
+from quatro_ray.processes.pool import Launch
 from quatro_ray.rewards.seccomp import seccomp_filter
 
 FILES = "/box"
@@ -33,15 +34,8 @@ _STAGE = "/tmp"
 _TMP_MIB = 64
 _OPEN_FILES = 64
 _STACK_MIB = 8
+_NEVER_S = 1e7
 _PACKAGES = {"bwrap": "bubblewrap (0.8 or newer)", "prlimit": "util-linux", "setpriv": "util-linux", "env": "coreutils"}
-
-
-@dataclass(frozen=True)
-class Launch:
-    """For Popen: `args`, and `pass_fds`, without which bubblewrap does not start."""
-
-    argv: list[str]
-    pass_fds: tuple[int, ...]
 
 
 @contextmanager
@@ -83,6 +77,18 @@ def sandboxed(
     finally:
         for descriptor in descriptors:
             os.close(descriptor)
+
+
+def in_the_sandbox(
+    program: str, memory_mib: int, *, read_only: Sequence[Path] = (), env: Mapping[str, str] | None = None
+) -> Callable[[], AbstractContextManager[Launch]]:
+    """A worker of processes/pool.py: no network, nothing to write to but a small /tmp. `program`: a module."""
+    package = Path(quatro_ray.__file__).parent
+    # the worker lives for many items: its time is the pool's to limit
+    limits = SandboxLimits(cpu_s=_NEVER_S, wall_s=_NEVER_S, memory_mib=memory_mib)
+    variables = {"PYTHONPATH": str(package.parent), "OMP_NUM_THREADS": "1"} | dict(env or {})
+    command = [sys.executable, "-m", program]
+    return lambda: sandboxed(command, limits, read_only=[package, *read_only], env=variables)
 
 
 def sandbox_command(

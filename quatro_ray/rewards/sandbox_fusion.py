@@ -10,7 +10,7 @@ from typing import Any
 
 from quatro_ray.config.rewards import SandboxFusionRewardConfig
 from quatro_ray.rewards.base import RewardUnavailable
-from quatro_ray.rewards.cases import Case, check_cases, extract_program, parse_cases, same_output, trial
+from quatro_ray.rewards.cases import Case, extract_program, parse_cases, same_output, trial
 from quatro_ray.rewards.http_client import JsonClient
 from quatro_ray.types import Query, Response
 
@@ -25,10 +25,6 @@ class SandboxFusionReward:
         self._limits = config.limits
         self._all_tests = config.all_tests
         self._client = client or JsonClient(config)
-
-    def check(self, query: Query) -> str | None:
-        """Why the query's test cases cannot be used; None where they can."""
-        return check_cases(query)
 
     async def __call__(self, query: Query, response: Response) -> float:
         """Raises ValueError for test cases that cannot be used, RewardUnavailable where the server did not judge."""

@@ -97,6 +97,7 @@ class _Running:
             status_fd: bytearray(),
         }
         self._init: tuple[int, int] | None = None  # id, and descriptor, of the sandbox's process 1
+        self._has_begun = False
         self._exit_code: int | None = None
         self._selector = selectors.DefaultSelector()
         for fd in self._output:
@@ -158,6 +159,11 @@ class _Running:
         if outcome == "ok" and self._exit_code is None:
             said = self._output[self._stderr].decode(errors="replace").strip()
             raise SandboxError(f"the sandbox did not start ({said or 'no message'}): {ADVICE}")
+        if not self._has_begun:
+            raise SandboxError(
+                f"the sandbox did not start within wall_s={self._limits.wall_s:g}: the machine is too busy; raise "
+                "it, or run less beside"
+            )
         stdout = bytes(self._output[self._stdout])
         if outcome == "ok" and len(stdout) > self._limits.output_kib << 10:
             outcome = "output"
@@ -202,6 +208,7 @@ class _Running:
         self._output[self._status] = bytearray(rest)
         for status in map(json.loads, lines):
             if "child-pid" in status:
+                self._has_begun = True
                 self._init = _open_process(status["child-pid"])
             self._exit_code = status.get("exit-code", self._exit_code)
 

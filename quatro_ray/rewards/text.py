@@ -1,10 +1,11 @@
-"""Rewards that only look at the text: integer, exact, regex, format, length."""
+"""Rewards that look at the text alone (integer, exact, regex, format, length), or at what an episode returned."""
 
 from __future__ import annotations
 
 import re
 
 from quatro_ray.config import (
+    EnvironmentRewardConfig,
     ExactRewardConfig,
     FormatRewardConfig,
     IntegerRewardConfig,
@@ -79,3 +80,15 @@ class LengthReward:
     def __call__(self, query: Query, response: Response) -> float:
         over = response.num_tokens - (self._config.max_tokens - self._config.buffer_tokens)
         return -min(max(over / self._config.buffer_tokens, 0.0), 1.0)
+
+
+class EnvironmentReward:
+    """Raises KeyError where the episode returned no such value: that is the environment's fault, not the response's."""
+
+    def __init__(self, config: EnvironmentRewardConfig) -> None:
+        self._key = config.key
+
+    def __call__(self, query: Query, response: Response) -> float:
+        if self._key not in response.environment:
+            raise KeyError(f"the episode returned {sorted(response.environment) or 'nothing'}, not {self._key!r}")
+        return response.environment[self._key]

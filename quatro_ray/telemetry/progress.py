@@ -42,7 +42,7 @@ class Progress:
         self.say(f"version {result.version}: {result.line()}")
 
     def say(self, message: str) -> None:
-        self._console.print(message)
+        self._console.print(message, markup=False)  # a message may hold what looks like it
 
     def close(self) -> None:
         if self._status is not None:

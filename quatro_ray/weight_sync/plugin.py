@@ -2,12 +2,25 @@
 
 from __future__ import annotations
 
+import ctypes
+import multiprocessing
+import os
+import signal
+
 BACKEND = "gloo"
+_PR_SET_PDEATHSIG = 1
 _MODULE = "quatro_ray.weight_sync.gloo"
 
 
 def register() -> None:
-    """Adds our CPU back end to vLLM's factories; safe to call again, as vLLM may."""
+    """Adds our CPU back end to vLLM's factories; safe to call again, as vLLM may.
+
+    A process that vLLM starts also dies with the one that started it: one that was left would keep memory and devices.
+    """
+    if (parent := multiprocessing.parent_process()) is not None:
+        ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+        if os.getppid() != parent.pid:  # it died before we could ask for that
+            os.kill(os.getpid(), signal.SIGKILL)
     from vllm.distributed.weight_transfer.factory import WeightTransferEngineFactory, WeightTransferTrainerFactory
 
     for factory, name in (

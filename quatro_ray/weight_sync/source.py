@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 
 import torch
 from torch import Tensor, nn
@@ -18,6 +19,7 @@ class ZeroWeightSource(WeightSource):
     def __init__(self, parameters: Mapping[str, nn.Parameter]) -> None:
         self._groups = layerwise_groups(list(parameters))
         self._parameters = parameters
+        self._pass: Iterator[tuple[str, Tensor]] | None = None
 
     def metadata(self) -> list[ParamMeta]:
         return [
@@ -27,6 +29,21 @@ class ZeroWeightSource(WeightSource):
         ]
 
     def __iter__(self) -> Iterator[tuple[str, Tensor]]:
+        self._pass = self._gathered()
+        return self._pass
+
+    @contextmanager
+    def whole_pass(self) -> Iterator[None]:
+        """What is left of the one pass inside the `with` is gone through at its end, also after an error: the other
+        ranks are in it, and would wait for ever."""
+        self._pass = None
+        try:
+            yield
+        finally:
+            for _ in self._gathered() if self._pass is None else self._pass:
+                pass
+
+    def _gathered(self) -> Iterator[tuple[str, Tensor]]:
         from deepspeed import zero
 
         for group in self._groups:

@@ -1,10 +1,15 @@
-"""One owner drives a whole weight update: pause → transfer → resume → verify, a deadline on each phase."""
+"""One owner drives a whole weight update: pause → (connect) → transfer → resume → verify, a deadline on each phase.
+
+An engine is given work only while it is known to hold a whole version. One that fails a phase by itself is taken out
+and comes back by a later update. Where the transfer fails, every engine of it may hold a part of the new weights, and
+vLLM cannot start a layer's update over: all of them are started again.
+"""
 
 from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import Awaitable, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -13,12 +18,28 @@ from quatro_ray.deadlines import within
 from quatro_ray.errors import WeightSyncError
 
 
-class SyncTarget(Protocol):
-    """What an update needs of a generator."""
+class LearnerLost(Exception):
+    """A rank died, failed or hung: all are to be started again from a checkpoint."""
 
-    async def pause(self) -> int: ...
-    async def resume(self) -> None: ...
-    async def policy_version(self) -> int: ...
+
+class TransferFailed(Exception):
+    """The learner lives; an engine died, or the connection failed."""
+
+
+class Sender(Protocol):
+    """What an update needs of the learner; both raise TransferFailed or LearnerLost."""
+
+    async def open_transfer(self, engines: Sequence[Any]) -> None: ...
+    async def send_weights(self, version: int) -> None: ...
+
+
+class Engines(Protocol):
+    """What an update needs of the fleet (actors/fleet.py): members with a `client` that pauses, resumes and tells its
+    version."""
+
+    async def some_to_sync(self) -> list[Any]: ...
+    async def synced(self, member: Any) -> None: ...
+    def lost(self, member: Any, why: str, *, core_died: bool = False) -> None: ...
 
 
 @dataclass(frozen=True)
@@ -34,44 +55,107 @@ class Update:
 class WeightSync:
     """Requests that run during an update are kept: they continue under the new weights."""
 
-    def __init__(
-        self,
-        generators: Sequence[SyncTarget],
-        send: Callable[[int], Awaitable[Any]],
-        config: WeightSyncConfig,
-    ) -> None:
-        self._generators = generators
-        self._send = send
+    MAX_TRIES = 5
+
+    def __init__(self, engines: Engines, sender: Sender, config: WeightSyncConfig, engine_deadline_s: float) -> None:
+        """`engine_deadline_s`: for the first engine to be there, where none is."""
+        self._engines = engines
+        self._sender = sender
         self._config = config
+        self._engine_deadline_s = engine_deadline_s
+        self._connected: list[Any] = []
+
+    def disconnect(self) -> None:
+        """The learner's end is gone: the next update connects anew."""
+        self._connected = []
 
     async def update(self, version: int) -> Update:
-        """Brings all engines to `version`.
+        """Brings all engines to `version`; returns when at least one has it.
 
         Raises:
-            WeightSyncError: a phase failed or missed its deadline; names the phase.
+            WeightSyncError: no engine could be brought to it, tries included.
+            LearnerLost: the learner is the one that failed.
         """
-        config = self._config
+        why = ""
+        for _ in range(self.MAX_TRIES):
+            try:
+                members = await within(self._engine_deadline_s, self._engines.some_to_sync())
+            except TimeoutError as error:
+                raise WeightSyncError(f"no engine ran within {self._engine_deadline_s:g} s; {why}") from error
+            try:
+                if (update := await self._once(version, members)) is not None:
+                    return update
+            except TransferFailed as failure:
+                why = str(failure)
+        raise WeightSyncError(f"no engine took version {version} in {self.MAX_TRIES} tries; the last: {why}")
+
+    async def _once(self, version: int, members: list[Any]) -> Update | None:
+        """None where no engine is left that holds the version."""
         start = time.monotonic()
-        try:
-            in_flight = await self._all("pause", config.pause_deadline_s)
-            sending = time.monotonic()
-            await self._phase("transfer", self._send(version), config.transfer_deadline_s)
-            sent = time.monotonic()
-        finally:
-            # also after a failure: an engine that is left paused looks like one that hangs
-            await self._all("resume", config.resume_deadline_s)
+        for member in members:
+            member.paused = True
+        in_flight = await self._each(members, "pause", self._config.pause_deadline_s)
+        paused = list(in_flight)
+        if not paused:
+            return None
+        await self._connect(paused)
+        sending = time.monotonic()
+        await self._send(version, paused)
+        sent = time.monotonic()
+        resumed = await self._each(paused, "resume", self._config.resume_deadline_s)
         paused_s = time.monotonic() - start
-        versions = await self._all("policy_version", config.resume_deadline_s)
-        if any(v != version for v in versions):
-            raise WeightSyncError(f"after the update to version {version} the engines report {versions}")
-        return Update(version, sum(in_flight), paused_s, sent - sending)
+        have = await self._each(list(resumed), "policy_version", self._config.resume_deadline_s)
+        for member, reported in have.items():
+            member.paused = False
+            if reported == version:
+                await self._engines.synced(member)
+            else:
+                self._engines.lost(member, f"reports version {reported} after an update to version {version}")
+        if version not in have.values():
+            return None
+        return Update(version, sum(in_flight[m] for m in have), paused_s, sent - sending)
 
-    async def _all(self, method: str, deadline_s: float) -> list[Any]:
-        calls = asyncio.gather(*(getattr(g, method)() for g in self._generators))
-        return await self._phase(method, calls, deadline_s)
-
-    async def _phase(self, name: str, work: Awaitable[Any], deadline_s: float) -> Any:
+    async def _connect(self, members: list[Any]) -> None:
+        """Nothing where the members are those of the last update. Raises TransferFailed; no weights were touched."""
+        if self._connected == members:
+            return
+        self._connected = []
         try:
+            await self._sender.open_transfer([m.client for m in members])
+        except TransferFailed:
+            alive = await self._each(members, "policy_version", self._config.resume_deadline_s)
+            if len(alive) == len(members):  # all answer, so that nobody can be blamed alone
+                for member in members:
+                    self._engines.lost(member, "could not be connected to the learner")
+            raise
+        self._connected = members
+
+    async def _send(self, version: int, members: list[Any]) -> None:
+        try:
+            await self._sender.send_weights(version)
+        except BaseException as error:  # a cancellation as well: what they hold is unknown
+            self._connected = []
+            for member in members:
+                self._engines.lost(member, f"its weights are in doubt, the update to version {version} failed: {error}")
+            raise
+
+    async def _each(self, members: list[Any], method: str, deadline_s: float) -> dict[Any, Any]:
+        """By member, what it answered; one that did not is lost."""
+
+        async def ask(member: Any) -> Any:
+            work: Awaitable[Any] = getattr(member.client, method)()
             return await within(deadline_s, work)
-        except TimeoutError as error:
-            raise WeightSyncError(f"weight sync: phase {name!r} missed its deadline of {deadline_s:g} s") from error
+
+        answers = await asyncio.gather(*(ask(m) for m in members), return_exceptions=True)
+        found = {}
+        for member, answer in zip(members, answers, strict=True):
+            if isinstance(answer, TimeoutError):
+                self._engines.lost(member, f"weight sync: {method!r} missed its deadline of {deadline_s:g} s")
+            elif isinstance(answer, Exception):
+                core_died = getattr(answer, "core_died", False)
+                self._engines.lost(member, f"weight sync: {method!r} failed: {answer}", core_died=core_died)
+            elif isinstance(answer, BaseException):
+                raise answer
+            else:
+                found[member] = answer
+        return found

@@ -10,11 +10,13 @@ from typing import Any
 import pytest
 import ray
 
+from quatro_ray.actors.clients import GeneratorClient
 from quatro_ray.cluster import Cluster, connect, spawn
 from quatro_ray.config import Config, TinyModelConfig
 from quatro_ray.controller import Parts
 from quatro_ray.data.registry import make_dataset
-from quatro_ray.engines.tiny_model import make_model, make_tokenizer, save_pretrained
+from quatro_ray.engines.tiny_model import make_model, save_pretrained
+from quatro_ray.engines.tiny_tokenizer import make_tokenizer
 from quatro_ray.engines.warmup import warm_up
 from tests.make import config
 
@@ -64,7 +66,12 @@ class Ring:
         return self.loop.run_until_complete(asyncio.wait_for(work, seconds))
 
     def on_ranks(self, method: str, *args: Any) -> list[Any]:
-        return ray.get([getattr(a, method).remote(*args) for a in self.cluster.learners], timeout=120)
+        return ray.get([getattr(a, method).remote(*args) for a in self.cluster.learner.actors], timeout=120)
+
+    @property
+    def generator(self) -> GeneratorClient:
+        """Of the first engine."""
+        return self.cluster.fleet.members[0].client
 
 
 def start_ring(config: Config, model_path: str) -> Ring:
@@ -72,7 +79,7 @@ def start_ring(config: Config, model_path: str) -> Ring:
     loop = asyncio.new_event_loop()
     asyncio.set_event_loop(loop)
     cluster = spawn(config, model_path)
-    return Ring(cluster, loop.run_until_complete(cluster.open()), config, loop)
+    return Ring(cluster, cluster.parts(), config, loop)
 
 
 @pytest.fixture(scope="module")
@@ -84,5 +91,6 @@ def ring(local_ray: None, model_path: str, tmp_path_factory: pytest.TempPathFact
         verifier={"deadline_s": 20},
     )
     ring = start_ring(made, model_path)
+    ring.cluster.fleet.started(synced=True)
     yield ring
     ring.cluster.shutdown()

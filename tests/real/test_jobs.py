@@ -1,83 +1,27 @@
 """As people run it: `ray job submit` to a head with token authentication, and the command line on own data."""
 
 import json
-import os
 import re
-import secrets
-import signal
-import socket
 import subprocess
-import sys
 import time
 from collections.abc import Iterator
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import psutil
 import pytest
 import torch
 import yaml
 
 from tests.make import config_tree
+from tests.real.nodes import BIN, ROOT, Head, ray_head
 
 pytestmark = pytest.mark.slow
-ROOT = Path(__file__).parents[2]
-BIN = Path(sys.executable).parent
-
-
-def free_port() -> int:
-    with socket.socket() as s:
-        s.bind(("127.0.0.1", 0))
-        return int(s.getsockname()[1])
-
-
-@dataclass
-class Head:
-    """A running Ray head on loopback; every client needs its token."""
-
-    dashboard: str
-    environment: dict[str, str]
-
-    def ray(self, *args: str, timeout_s: float = 120, token: bool = True) -> subprocess.CompletedProcess[str]:
-        env = self.environment if token else {k: v for k, v in self.environment.items() if k != "RAY_AUTH_TOKEN"}
-        command = [str(BIN / "ray"), *args]
-        return subprocess.run(command, env=env, capture_output=True, text=True, timeout=timeout_s, cwd=ROOT)
 
 
 @pytest.fixture(scope="module")
 def head(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Head]:
-    # sockets live under this path, and their names may have 107 bytes at most
-    temp, port, dashboard = Path(f"/tmp/qr{os.getpid()}"), free_port(), free_port()
-    environment = os.environ | {
-        "RAY_AUTH_MODE": "token",
-        "RAY_AUTH_TOKEN": secrets.token_hex(32),
-        "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0",
-        "PATH": f"{BIN}:{os.environ['PATH']}",
-        "HOME": str(tmp_path_factory.mktemp("home")),
-    }
-    environment.pop("RAY_ADDRESS", None)
-    log = (tmp_path_factory.mktemp("head") / "head.log").open("w")
-    process = subprocess.Popen(
-        [str(BIN / "ray"), "start", "--head", "--block", "--node-ip-address=127.0.0.1", f"--port={port}",
-         "--dashboard-host=127.0.0.1", f"--dashboard-port={dashboard}", f"--temp-dir={temp}", "--num-cpus=2",
-         "--disable-usage-stats"],
-        env=environment, stdout=log, stderr=subprocess.STDOUT, start_new_session=True,
-    )  # fmt: skip
-    head = Head(f"http://127.0.0.1:{dashboard}", environment)
-    try:
-        deadline = time.monotonic() + 90
-        while head.ray("job", "list", "--address", head.dashboard).returncode != 0:
-            assert process.poll() is None and time.monotonic() < deadline, Path(log.name).read_text()
-            time.sleep(1)
-        yield head
-    finally:
-        family = [process.pid, *(c.pid for c in psutil.Process(process.pid).children(recursive=True))]
-        for pid in family:
-            if psutil.pid_exists(pid):
-                os.kill(pid, signal.SIGKILL)
-        process.wait(timeout=30)
-        subprocess.run(["rm", "-rf", str(temp)], check=True)
+    with ray_head(tmp_path_factory.mktemp("head"), num_cpus=2) as running:
+        yield running
 
 
 def test_a_client_without_the_token_is_refused(head: Head) -> None:
@@ -166,7 +110,7 @@ def check_evaluations(run: Path) -> None:
     groups = read_lines(run / "evaluation_rollouts.jsonl")
     assert len(groups) == 3 * 4
     assert all(len(g["rollouts"]) == 8 for g in groups)
-    assert not list((run / "evaluating").iterdir())
+    assert not [p for p in (run / "evaluating").iterdir() if p.is_dir()]
 
 
 def check_converted(run: Path) -> None:
@@ -261,3 +205,26 @@ def test_the_example_of_a_reward_trains(tmp_path: Path) -> None:
     # between two steps that follow each other fast, nothing may have been scored
     parts = [m["reward/part_early"] for m in metrics if "reward/part_early" in m]
     assert parts and all(0 <= p <= 1 for p in parts)
+
+
+def test_the_example_of_an_environment_trains(tmp_path: Path) -> None:
+    """The policy asks, is given the result, and goes on; what it was given is not counted as sampled."""
+    overrides = [
+        f"run.dir={tmp_path / 'run'}",
+        "run.num_steps=6",
+        "model.warmup.max_steps=700",
+        "evaluation.every_steps=6",
+    ]
+    done = subprocess.run(
+        [str(BIN / "python"), "examples/calculator/calculator.py", *overrides],
+        capture_output=True, text=True, timeout=400, cwd=ROOT,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stdout + done.stderr
+    check_accounts(tmp_path / "run", max_staleness=2, steps=6)
+    rollouts = [r for g in read_lines(tmp_path / "run" / "rollouts.jsonl") for r in g["rollouts"]]
+    asked = [r for r in rollouts if r["parts"]["calls"] > 0]
+    assert asked and all(r["num_turns"] > 1 and "]" in r["transcript"] for r in asked)
+    for r in asked:
+        given = re.findall(r"\](\?|-?\d+);", r["transcript"])
+        assert given and r["text"] not in ("", r["transcript"])
+    assert any(m.get("rollout/turns", 0) > 1 for m in read_lines(tmp_path / "run" / "metrics.jsonl"))

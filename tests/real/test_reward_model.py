@@ -16,7 +16,7 @@ from quatro_ray.actors.reward_model import RewardModelActor
 from quatro_ray.config import ModelRewardConfig
 from quatro_ray.data.prompts import chat_prompt
 from quatro_ray.engines.reward_model import RewardModelEngine
-from quatro_ray.engines.tiny_model import make_tokenizer
+from quatro_ray.engines.tiny_tokenizer import make_tokenizer
 from quatro_ray.errors import ConfigError
 from quatro_ray.rewards.base import RewardUnavailable
 from quatro_ray.rewards.model import ModelReward

@@ -4,15 +4,20 @@ import asyncio
 import hashlib
 import math
 from dataclasses import replace
+from ipaddress import ip_address
 from pathlib import Path
 
 import numpy as np
+import psutil
 import pytest
 import ray
 import torch
 from transformers import AutoModelForCausalLM
 
+from quatro_ray.checkpoints import digest_files
 from quatro_ray.replay.packing import pack
+from quatro_ray.replay.staleness import Line
+from quatro_ray.stall import stall_report
 from quatro_ray.types import Query, RolloutGroup, SamplingParams
 from tests.real.conftest import Ring
 
@@ -24,7 +29,7 @@ def sample(ring: Ring, count: int = 4, max_tokens: int = 24) -> tuple[RolloutGro
     """Scored groups straight from the engine; rewards alternate, so that there is something to learn."""
 
     async def one(i: int) -> RolloutGroup:
-        _, ref = await ring.parts.generators.generators[0].generate(
+        _, ref = await ring.generator.generate(
             i, Query(str(i), f"{10 + i}+34=", "44"), replace(SAMPLING, max_tokens=max_tokens, seed=i), 4
         )
         _, scored = await ring.parts.verifiers.score(ref)
@@ -44,7 +49,12 @@ def sample(ring: Ring, count: int = 4, max_tokens: int = 24) -> tuple[RolloutGro
 
 def disagreement(ring: Ring, groups: tuple[RolloutGroup, ...]) -> float:
     """Mean |behaviour − recomputed| log-prob over all response tokens."""
-    batch = pack(groups, num_ranks=2, tokens_per_micro_batch=ring.config.learner.tokens_per_micro_batch)
+    batch = pack(
+        groups,
+        Line.unbroken(version(ring)),
+        num_ranks=2,
+        tokens_per_micro_batch=ring.config.learner.tokens_per_micro_batch,
+    )
     recomputed = ring.on_ranks("logprobs", groups)
     errors = [
         np.abs(values - micro.behavior_logprobs)[micro.is_response]
@@ -55,11 +65,24 @@ def disagreement(ring: Ring, groups: tuple[RolloutGroup, ...]) -> float:
 
 
 def version(ring: Ring) -> int:
-    return ring.run(ring.parts.generators.generators[0].policy_version())
+    return ring.run(ring.generator.policy_version())
 
 
 def train(ring: Ring, groups: tuple[RolloutGroup, ...]) -> dict:
-    return ring.run(ring.parts.learner.train_step(groups, version(ring)))
+    leased = groups, Line.unbroken(version(ring))
+    return ring.run(ring.parts.learner.train_step(leased, version(ring)))
+
+
+def test_a_cluster_of_one_machine_listens_on_loopback(ring: Ring) -> None:
+    """All but two stores of torch.distributed, in a learner's process, which know no such setting."""
+    me = psutil.Process()
+    open_ports = [
+        p.name()
+        for p in [me, *me.children(recursive=True)]
+        for c in p.net_connections("inet")
+        if c.status == psutil.CONN_LISTEN and not ip_address(c.laddr.ip.removeprefix("::ffff:")).is_loopback
+    ]
+    assert len(open_ports) <= 2 and {name[:15] for name in open_ports} <= {"ray::LearnerAct"}
 
 
 def test_behaviour_logprobs_are_the_learners_own(ring: Ring) -> None:
@@ -75,7 +98,7 @@ PACKED_AWAY = hashlib.sha256(b"").hexdigest()
 
 def test_after_an_update_the_engine_has_the_learners_weights(ring: Ring, tmp_path: Path) -> None:
     """By checksum where the engine still has the tensor, and by log-probs, which go through the packed copies."""
-    engine = ring.cluster.generators[0]
+    engine = ring.cluster.generators()[0]
     before = ray.get(engine.weight_checksums.remote(), timeout=60)
     start, old = version(ring), sample(ring)
     for _ in range(2):
@@ -87,7 +110,7 @@ def test_after_an_update_the_engine_has_the_learners_weights(ring: Ring, tmp_pat
     after = ray.get(engine.weight_checksums.remote(), timeout=60)
     assert all((after[n] == before[n]) == (after[n] == PACKED_AWAY) for n in before)
 
-    ring.run(ring.parts.learner.export(tmp_path / "export"))
+    ring.run(ring.parts.learner.export(tmp_path / "export", 60))
     state = AutoModelForCausalLM.from_pretrained(tmp_path / "export", dtype=torch.float32).state_dict()
     expected = {f"dp0:pp0:pcp0:tp0:{name}": digest for name, digest in engine_digests(state).items()}
     assert expected.keys() == after.keys()
@@ -124,7 +147,7 @@ def test_requests_in_flight_go_on_under_the_new_version(ring: Ring) -> None:
     start = version(ring)
 
     async def update_in_the_middle() -> tuple[RolloutGroup, int]:
-        generator = ring.parts.generators.generators[0]
+        generator = ring.generator
         running = asyncio.ensure_future(
             generator.generate(0, Query("q", "1+1=", "2"), replace(SAMPLING, max_tokens=200), 4)
         )
@@ -167,13 +190,30 @@ def test_reference_kl_is_zero_at_the_start_and_grows(ring: Ring) -> None:
 
 
 def test_the_checkpoint_is_deepspeeds(ring: Ring, tmp_path: Path) -> None:
-    ring.run(ring.parts.learner.save_checkpoint(tmp_path, "step_1"))
-    assert (tmp_path / "latest").read_text() == "step_1"
-    shards = sorted(p.name for p in (tmp_path / "step_1").glob("*optim_states.pt"))
-    assert len(shards) == 2
+    folder = tmp_path / "step_1.writing"
+    folder.mkdir()
+    digests = ring.run(ring.parts.learner.save_checkpoint(folder, 60))
+    assert digests == digest_files(folder)
+    assert sum(name.endswith("optim_states.pt") for name in digests) == 2
+
+
+def test_a_stall_report_has_the_stacks_of_busy_actors(ring: Ring, tmp_path: Path) -> None:
+    async def work() -> str:
+        query = Query("q", "1+1=", "2")
+        busy = asyncio.ensure_future(ring.generator.generate(0, query, replace(SAMPLING, max_tokens=190), 8))
+        short = await stall_report(ring.parts, tmp_path, 3)
+        await busy
+        return short
+
+    assert "version 3" in ring.run(work())
+    text = (tmp_path / "stall.txt").read_text()
+    for part in ("generator 0 (healthy): stacks", "learner rank 0: stacks", "learner rank 1: stacks"):
+        stacks = text.split(f"=== {part}\n")[1].split("\n===")[0]
+        assert "MainThread" in stacks and 'File "' in stacks
+    assert "does not answer" not in text
 
 
 def test_a_prompt_that_is_too_long_is_refused_by_name(ring: Ring) -> None:
-    generator = ring.parts.generators.generators[0]
+    generator = ring.generator
     with pytest.raises(ValueError, match="max_prompt_tokens=16"):
         ring.run(generator.generate(0, Query("q", "1" * 17, "1"), SAMPLING, 2))

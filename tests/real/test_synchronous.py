@@ -12,6 +12,7 @@ from quatro_ray.config import Config
 from quatro_ray.controller import Controller
 from quatro_ray.data.base import QueryStream
 from quatro_ray.data.registry import make_dataset
+from quatro_ray.replay.staleness import Line
 from quatro_ray.telemetry.progress import Progress
 from quatro_ray.telemetry.recorder import Recorder
 from tests.make import config
@@ -37,7 +38,7 @@ def make_config(path: Path) -> Config:
 def finish(ring: Ring) -> dict[str, str]:
     import ray
 
-    checksums = ray.get(ring.cluster.generators[0].weight_checksums.remote(), timeout=60)
+    checksums = ray.get(ring.cluster.generators()[0].weight_checksums.remote(), timeout=60)
     ring.cluster.shutdown()
     return checksums
 
@@ -54,7 +55,7 @@ def plain_loop(ring: Ring, made: Config) -> list[dict[str, Any]]:
     async def one(group_id: int, query: Any) -> Any:
         digest = hashlib.sha256(f"{made.run.seed}/train/{group_id}".encode()).digest()
         sampling = SamplingParams(1.0, 1.0, 8, seed=int.from_bytes(digest[:4], "big") >> 1)
-        _, group = await ring.parts.generators.generators[0].generate(group_id, query, sampling, 4)
+        _, group = await ring.generator.generate(group_id, query, sampling, 4)
         _, scored = await ring.parts.verifiers.score(group)
         return await scored
 
@@ -63,7 +64,7 @@ def plain_loop(ring: Ring, made: Config) -> list[dict[str, Any]]:
         for step in range(made.run.num_steps):
             batch = [(next(group_ids), next(queries)) for _ in range(3)]
             groups = tuple([await one(i, q) for i, q in batch])
-            history.append(await ring.parts.learner.train_step(groups, step))
+            history.append(await ring.parts.learner.train_step((groups, Line.unbroken(step)), step))
             await ring.parts.weight_sync.update(step + 1)
         return history
 
@@ -82,11 +83,12 @@ def test_same_numbers_as_a_plain_synchronous_loop(local_ray: None, warm_model_pa
     weights = finish(ring)
 
     ring = start_ring(make_config(tmp_path / "plain"), warm_model_path)
+    ring.cluster.fleet.started(synced=True)
     synchronous = plain_loop(ring, made)
     assert finish(ring) == weights
     assert [[m[k] for k in SAME] for m in asynchronous] == [[m[k] for k in SAME] for m in synchronous]
-    assert set(tally.staleness_tokens) == {0}
-    assert tally.groups_admitted == 9
-    assert tally.in_flight_updates == 0
+    assert set(tally.steps.staleness_tokens) == {0}
+    assert tally.steps.learner_steps == 3
+    assert tally.steps.in_flight_updates == 0
     assert sum(m["step/grad_norm"] > 0 for m in synchronous) > 0  # something was learned, so equality says something
     asyncio.set_event_loop(None)

@@ -6,7 +6,9 @@ from pathlib import Path
 import pytest
 
 from quatro_ray.config import TinyModelConfig
-from quatro_ray.engines.tiny_model import make_model, make_tokenizer, save_pretrained
+from quatro_ray.engines.tiny_model import make_model, save_pretrained
+from quatro_ray.engines.tiny_tokenizer import make_tokenizer
+from quatro_ray.replay.staleness import Line
 from quatro_ray.types import Query, RolloutGroup, SamplingParams, Score
 from tests.make import config
 from tests.real.conftest import Ring, start_ring
@@ -19,7 +21,7 @@ def sample(ring: Ring) -> tuple[RolloutGroup, ...]:
     """One group, with rewards that differ."""
 
     async def one() -> RolloutGroup:
-        generator = ring.parts.generators.generators[0]
+        generator = ring.generator
         _, group = await generator.generate(1, Query("q", "1+1=", "2"), SamplingParams(1.0, 1.0, 8, 3), 4)
         return await group
 
@@ -32,12 +34,13 @@ def test_both_workers_follow_the_learner(local_ray: None, tmp_path: Path) -> Non
     model = make_model(TinyModelConfig(kind="tiny", hidden_size=128, num_heads=4), tokenizer, 0)
     save_pretrained(model, tokenizer, tmp_path / "model")
     ring = start_ring(config(tmp_path, generator={"tensor_parallel_size": 2}), str(tmp_path / "model"))
+    ring.cluster.fleet.started(synced=True)
     try:
         old = sample(ring)
         for version in range(2):
             groups = sample(ring)
             assert disagreement(ring, groups) < 1e-3
-            ring.run(ring.parts.learner.train_step(groups, version))
+            ring.run(ring.parts.learner.train_step((groups, Line.unbroken(version)), version))
             ring.run(ring.parts.weight_sync.update(version + 1))
         assert disagreement(ring, sample(ring)) < 1e-3
         assert disagreement(ring, old) > 1e-2

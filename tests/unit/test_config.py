@@ -10,7 +10,7 @@ import yaml
 from quatro_ray.config import Config, dump_config, load_config
 from quatro_ray.errors import ConfigError
 from quatro_ray.reference import describe_fields
-from tests.make import config_tree
+from tests.make import config, config_tree
 
 ROOT = Path(__file__).parents[2]
 
@@ -82,7 +82,19 @@ def test_overrides(tmp_path: Path) -> None:
         ("evaluation.pass_at=[2]", "must hold 1"),
         ("learner", "must have the form section.field=value"),
         ("run.seed.x=1", "is a value, not a section"),
-        ("run.seed={", "the value is not YAML"),
+        ("run.seed={", "override 'run.seed={': is not YAML (while parsing"),
+        ("run.dir=2024-13-45", "month must be in 1..12"),
+        ("model={kind: tiny, kind: tiny}", "'kind' stands twice in one mapping"),
+        ("run.seed=5000000000", "should be less than 4294967296"),
+        ("objective={kind: quatro, kl_budget_nats: -1}", "objective.kl_budget_nats=-1: Input should be"),
+        ("objective={kind: quatro, max_eta: .inf}", "objective.max_eta=inf: Input should be a finite number"),
+        ("verifier.exhausted_reward=.nan", "should be a finite number"),
+        ("generator.top_p=0.9", "generator.top_p: 0.9 must be 1"),
+        ("generator.temperature=3", "should be less than or equal to 2"),
+        ("evaluation.temperature=0", "set samples_per_query to 1 instead of 8, and pass_at to [1]"),
+        ("generator.engine_args={hf_token: x}", "a token belongs into the environment"),
+        ("rewards.far={kind: http, urls: ['http://x'], token_env: sk-a1}", "is no name of an environment variable"),
+        ("rewards.far={kind: sandbox_fusion, urls: ['http://x'], timeout_s: 8}", "must exceed limits.wall_s=8"),
         ("data.eval=@/nowhere.yaml", "the file cannot be read"),
     ],
 )
@@ -154,3 +166,28 @@ def test_fields_of_named_sections_are_listed() -> None:
     assert "# rewards.NAME (kind: math): " in text
     assert "rewards.NAME.limits.cpu_s: float = 5" in text
     assert "data.eval.NAME.max_rows: " in describe_fields("data")
+
+
+@pytest.mark.parametrize("override", ["urls: ['http://me:hunter2@x']", "urls: ['http://x'], token_env: sk-hunter2"])
+def test_what_may_be_a_secret_is_not_shown(tmp_path: Path, override: str) -> None:
+    with pytest.raises(ConfigError) as caught:
+        load_config(write(tmp_path, config_tree()), [f"rewards.far={{kind: http, {override}}}"])
+    assert "hunter2" not in str(caught.value)
+
+
+def test_a_section_that_stands_twice_is_refused(tmp_path: Path) -> None:
+    path = write(tmp_path, config_tree())
+    path.write_text(path.read_text() + "\nlearner: {num_ranks: 1}\n")
+    with pytest.raises(ConfigError, match="'learner' stands twice in one mapping; remove one of them"):
+        load_config(path)
+
+
+def test_paths_do_not_depend_on_the_current_directory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "mine").mkdir()
+    sections = {"model": {"kind": "pretrained", "path": "mine"}, "checkpoint": {"dir": "kept"}}
+    made = config("runs/a", **sections)
+    assert (made.run.dir, made.checkpoint_dir) == (tmp_path / "runs/a", tmp_path / "kept")
+    assert made.model.path == str(tmp_path / "mine")  # type: ignore[union-attr]
+    sections["model"]["path"] = "Qwen/Qwen2.5-1.5B"
+    assert config("runs/a", **sections).model.path == "Qwen/Qwen2.5-1.5B"  # type: ignore[union-attr]

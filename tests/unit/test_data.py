@@ -11,15 +11,17 @@ from typing import Any
 import pytest
 import yaml
 
-from quatro_ray.config import DataConfig, FilterConfig, RewardConfig
+from quatro_ray.config import Config, DataConfig, FilterConfig, RewardConfig
 from quatro_ray.data.base import Dataset, QueryStream
 from quatro_ray.data.filters import why_not
 from quatro_ray.data.lengths import fit_prompts
 from quatro_ray.data.prompts import encode_prompt
 from quatro_ray.data.registry import describe, make_dataset
+from quatro_ray.engines.tiny_tokenizer import make_tokenizer
 from quatro_ray.errors import ConfigError, DataError
 from quatro_ray.rewards.registry import make_reward
 from quatro_ray.types import DropReason, Query, Response
+from tests.make import config
 from tests.unit.test_worker_pool import parts
 
 HELD_OUT = {"kind": "chain_sum", "num_questions": 8, "seed": 9}
@@ -113,6 +115,16 @@ BAD_ROWS = [
     ('{"prompt": "", "answer": "a"}', "exact", "the prompt must be text"),
     ('{"prompt": [{"text": "p"}], "answer": "a"}', "exact", "messages with role and content"),
     ('{"prompt": "p", "answer": null}', "exact", "the answer must be text, a number or test cases, not NoneType"),
+    ('{"prompt": "p", "answer": NaN}', "exact", "the answer is missing (empty, or not a number)"),
+    ('{"prompt": "p", "answer": ""}', "exact", "the answer is missing"),
+    ('{"prompt": "p", "answer": ' + "9" * 5000 + "}", "exact", "cannot be read (Exceeds the limit"),
+    ('{"prompt": "a \\ud800", "answer": "a"}', "exact", "holds half of a character"),
+    ('{"prompt": "[{\\"role\\" is no JSON", "answer": "a"}', "exact", "the prompt is the text of chat messages"),
+    (
+        '{"messages": [{"role": "user", "content": "q"}, {"role": "assistant", "content": "a"}], "answer": "a"}',
+        "exact",
+        "the last message is the assistant's",
+    ),
     ('{"prompt": "p", "answer": "1.5"}', "integer", "rewards.answer needs an integer answer, not '1.5'"),
     ('{"prompt": "p", "answer": "$$"}', "math", "math-verify cannot read the answer"),
     ('{"prompt": "p", "answer": "a"}', "reasoning_gym", "needs a query that a reasoning_gym source made"),
@@ -297,6 +309,39 @@ def test_benchmarks_load_from_local_copies(tmp_path: Path, name: str) -> None:
     assert reward(query, Response(r"therefore \boxed{7}", 3, truncated=False)) == 1
 
 
+def test_a_column_of_the_template_that_is_empty_in_a_row(tmp_path: Path) -> None:
+    rows = [{"prompt": "q", "answer": "a", "context": "c"}, {"prompt": "q", "answer": "a", "context": None}]
+    source = jsonl(tmp_path, *rows, prompt_template="{context} {prompt}")
+    with pytest.raises(DataError, match="prompt_template wants the column 'context', which has no text or number here"):
+        load(source)
+    assert [q.prompt for q in load(source, bad_rows="skip").train["mine"]] == ["c q"]
+
+
+def test_test_cases_for_a_server_are_checked_too(tmp_path: Path) -> None:
+    made = DataConfig.model_validate(
+        {"train": {"mine": jsonl(tmp_path, {"prompt": "p", "answer": "no"})}, "eval": {"held": HELD_OUT}}
+    )
+    rewards = parts(answer={"kind": "sandbox_fusion", "urls": ["http://127.0.0.1:1"], "only": ["mine"]})
+    with pytest.raises(DataError, match=r"train.jsonl:1: rewards.answer .*test cases"):
+        make_dataset(made, rewards)
+
+
+def test_what_is_held_out_is_not_imitated_either(tmp_path: Path) -> None:
+    rows = [{"prompt": f"p{i}", "answer": "a"} for i in range(200)]
+    (tmp_path / "warm.jsonl").write_text("\n".join(map(json.dumps, [*rows, {"prompt": "h", "answer": "a"}])))
+    (tmp_path / "held.jsonl").write_text(json.dumps({"prompt": "h", "answer": "a"}))
+    tree = {
+        "train": {"mine": jsonl(tmp_path, {"prompt": "p", "answer": "a"})},
+        "eval": {"held": {"kind": "jsonl", "path": str(tmp_path / "held.jsonl")}},
+        "warmup": {"kind": "jsonl", "path": str(tmp_path / "warm.jsonl")},
+    }
+    with pytest.raises(DataError, match=r"data.warmup: 1 prompts also stand in data.eval"):
+        make_dataset(DataConfig.model_validate(tree), parts(answer={"kind": "exact"}))
+    dataset = make_dataset(DataConfig.model_validate(tree | {"bad_rows": "skip"}), parts(answer={"kind": "exact"}))
+    assert [len(part) for part in dataset.warmup] == [72, 128]
+    assert "data.warmup: 200 queries; 1 left out: it is held out" in describe(dataset)
+
+
 def test_prompts_that_do_not_fit_end_it_or_are_counted(tmp_path: Path) -> None:
     class Letters:
         def encode(self, text: str) -> list[str]:
@@ -305,10 +350,25 @@ def test_prompts_that_do_not_fit_end_it_or_are_counted(tmp_path: Path) -> None:
     rows = [{"prompt": "short", "answer": "1"}, {"prompt": "much longer", "answer": "1"}]
     dataset = load(jsonl(tmp_path, *rows))
     with pytest.raises(DataError, match=r"train.mine:1: its prompt has 11 tokens, .*max_prompt_tokens=7 allows 1 to 7"):
-        fit_prompts(dataset, Letters(), 7, refuse=True)
-    fitting = fit_prompts(dataset, Letters(), 7, refuse=False)
+        fit_prompts(dataset, Letters(), with_limit(7))
+    fitting = fit_prompts(dataset, Letters(), with_limit(7, bad_rows="skip"))
     assert [q.prompt for q in fitting.train["mine"]] == ["short"]
     assert list((+fitting.skipped["train.mine"]).values()) == [1]
     assert not +dataset.skipped["train.mine"]
     with pytest.raises(DataError, match=r"data.train.mine: no query is left"):
-        fit_prompts(dataset, Letters(), 3, refuse=False)
+        fit_prompts(dataset, Letters(), with_limit(3, bad_rows="skip"))
+
+
+def with_limit(max_prompt_tokens: int, bad_rows: str = "refuse") -> Config:
+    made = config(generator={"max_prompt_tokens": max_prompt_tokens})
+    return made.model_copy(update={"data": made.data.model_copy(update={"bad_rows": bad_rows})})
+
+
+def test_a_chat_that_the_tokenizer_cannot_show_is_refused(tmp_path: Path) -> None:
+    dataset = load(jsonl(tmp_path, {"prompt": "1+1?", "answer": "2"}) | {"as_chat": True})
+    tokenizer = make_tokenizer()
+    with pytest.raises(DataError, match=r"train.mine:0: its chat cannot be shown to the model \(.*chat_template"):
+        fit_prompts(dataset, tokenizer, with_limit(50))
+    tokenizer.chat_template = "{{ raise_exception('no system messages') }}"
+    with pytest.raises(DataError, match="the chat template refuses its messages: no system messages"):
+        fit_prompts(dataset, tokenizer, with_limit(50))

@@ -4,7 +4,7 @@ import asyncio
 
 import pytest
 
-from quatro_ray.deadlines import within
+from quatro_ray.deadlines import Overtaken, unless, within
 
 
 def test_work_that_takes_too_long() -> None:
@@ -22,5 +22,33 @@ def test_a_cancellation_that_comes_as_the_work_ends_is_not_lost() -> None:
         task.cancel()
         with pytest.raises(asyncio.CancelledError):
             await task
+
+    asyncio.run(run())
+
+
+def test_what_comes_first_ends_the_work() -> None:
+    ended: list[str] = []
+
+    async def work(seconds: float) -> str:
+        try:
+            await asyncio.sleep(seconds)
+            return "done"
+        except asyncio.CancelledError:
+            ended.append("cancelled")
+            raise
+
+    async def run() -> None:
+        event = asyncio.Event()
+        assert await unless(event, work(0)) == "done"
+        asyncio.get_running_loop().call_later(0.05, event.set)
+        with pytest.raises(Overtaken):
+            await unless(event, work(60))
+        assert ended == ["cancelled"]
+
+        async def late() -> None:
+            raise TimeoutError("its own")
+
+        with pytest.raises(TimeoutError, match="its own"):
+            await unless(asyncio.Event(), late())
 
     asyncio.run(run())

@@ -67,7 +67,7 @@ def test_evaluate_counts_what_is_right_and_gives_each_query_its_seed() -> None:
 
     queries = [Query(str(i), "p", "a") for i in range(3)]
     sampling = SamplingParams(1, 1, 4, seed=5)
-    result = asyncio.run(evaluate(Pools(), "set", queries, sampling, 8, pass_at=(1, 8), version=7, num_read=2))
+    result = asyncio.run(evaluate(Pools(), "set", queries, sampling, 8, pass_at=(1, 8), version=7, step=7, num_read=2))
     assert result.pass_at == pytest.approx({1: 0.5, 8: 1.0})
     assert (result.num_tokens, result.version) == (48, 7)
     assert (result.mean_reward, result.truncated_share) == (1.0, 0.25)

@@ -14,6 +14,7 @@ from quatro_ray.engines.objectives import OBJECTIVES, make_objective
 from quatro_ray.ops.aggregation import BatchSize, aggregate
 from quatro_ray.ops.kl_budget import headroom
 from quatro_ray.replay.packing import pack
+from quatro_ray.replay.staleness import Line
 from quatro_ray.types import LearnerBatch, Outcome, Rollout, RolloutGroup, Score, VersionSpan
 from tests.make import group
 
@@ -53,12 +54,12 @@ def gradient(kind: str, batch: LearnerBatch, theta: Tensor, mode: Any) -> Tensor
     objective = make_objective(objective_config(kind))
     micro = [{n: torch.tensor(v) for n, v in vars(m).items()} for rank in batch.micro_batches for m in rank]
     ratios = [(logprobs_of(theta, t).detach() - t["behavior_logprobs"]).double()[t["is_response"]] for t in micro]
-    step_batch = make_step_batch(batch, VERSION, torch.cat(ratios), torch.device("cpu"))
+    step_batch = make_step_batch(batch, torch.cat(ratios), torch.device("cpu"))
     prepared = objective.prepare(step_batch)
     size = BatchSize(batch.num_tokens, batch.num_rollouts, NUM_QUERIES * GROUP_SIZE, LONGEST)
     total = torch.zeros_like(theta)
     for t in micro:
-        tokens = make_token_batch(t, logprobs_of(theta, t), prepared.advantage, VERSION)
+        tokens = make_token_batch(t, logprobs_of(theta, t), prepared.advantage)
         per_token, limited = objective.token_loss(tokens, prepared.constant)
         assert per_token.shape == limited.shape == tokens.is_response.shape
         loss = aggregate(per_token, tokens.is_response, tokens.rollout_index, mode or objective.loss_agg_mode, size)
@@ -74,7 +75,7 @@ def test_one_two_or_eight_micro_batches_give_equal_gradients(kind: str) -> None:
     for mode in (None, *MODES):
         gradients = {}
         for limit in (500, 100, 26):
-            batch = pack(groups, num_ranks=1, tokens_per_micro_batch=limit)
+            batch = pack(groups, Line.unbroken(VERSION), num_ranks=1, tokens_per_micro_batch=limit)
             gradients[len(batch.micro_batches[0])] = gradient(kind, batch, theta, mode)
         assert sorted(gradients) == [1, 2, 8]
         whole = gradients.pop(1)
@@ -86,7 +87,7 @@ def test_one_two_or_eight_micro_batches_give_equal_gradients(kind: str) -> None:
 def test_ranks_do_not_matter_either() -> None:
     groups = make_groups()
     theta = torch.zeros(12, 10, dtype=torch.float64, requires_grad=True)
-    one, two = (pack(groups, num_ranks=n, tokens_per_micro_batch=60) for n in (1, 2))
+    one, two = (pack(groups, Line.unbroken(VERSION), num_ranks=n, tokens_per_micro_batch=60) for n in (1, 2))
     torch.testing.assert_close(gradient("quatro", one, theta, None), gradient("quatro", two, theta, None))
 
 
@@ -101,7 +102,12 @@ def test_on_policy_every_objective_makes_the_rewarded_rollout_likelier(kind: str
         return Rollout(np.array([token], dtype=np.int32), logp, spans, "", "stop", Score(reward, Outcome.OK, ""))
 
     good, bad = one(3, 1.0), one(4, 0.0)
-    batch = pack([group(0, good, bad, good, bad) for _ in range(NUM_QUERIES)], num_ranks=1, tokens_per_micro_batch=99)
+    batch = pack(
+        [group(0, good, bad, good, bad) for _ in range(NUM_QUERIES)],
+        Line.unbroken(VERSION),
+        num_ranks=1,
+        tokens_per_micro_batch=99,
+    )
     step = -gradient(kind, batch, theta, None)
     assert step[1, 3] > 1e-3  # position 1 is the last of the prompt of two tokens
     assert step[1, 4] < -1e-3
@@ -134,10 +140,8 @@ def test_every_objective_says_where_it_comes_from(kind: str) -> None:
 
 
 def test_quatro_reports_per_query() -> None:
-    batch = pack(make_groups(), num_ranks=1, tokens_per_micro_batch=500)
-    step_batch = make_step_batch(
-        batch, VERSION, torch.zeros(batch.num_tokens, dtype=torch.float64), torch.device("cpu")
-    )
+    batch = pack(make_groups(), Line.unbroken(VERSION), num_ranks=1, tokens_per_micro_batch=500)
+    step_batch = make_step_batch(batch, torch.zeros(batch.num_tokens, dtype=torch.float64), torch.device("cpu"))
     reported = make_objective(objective_config("quatro")).prepare(step_batch).diagnostics
     assert len(reported["trust_region/kl_budget_nats"]) == NUM_QUERIES
     staleness, lengths = step_batch.query_staleness(), step_batch.lengths().mean(1)

@@ -8,7 +8,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from quatro_ray.replay.packing import pack
+from quatro_ray.replay.staleness import Line, Stretch
+from quatro_ray.types import VersionSpan
 from tests.make import group, rollout
+
+LINE = Line.unbroken(6)
 
 
 @settings(max_examples=100, deadline=None)
@@ -22,9 +26,9 @@ def test_every_token_once_and_equal_counts(lengths: list[list[int]], ranks: int,
     total = sum(map(len, lengths))
     if total < ranks:
         with pytest.raises(ValueError, match="cannot be split"):
-            pack(groups, num_ranks=ranks, tokens_per_micro_batch=limit)
+            pack(groups, LINE, num_ranks=ranks, tokens_per_micro_batch=limit)
         return
-    batch = pack(groups, num_ranks=ranks, tokens_per_micro_batch=limit)
+    batch = pack(groups, LINE, num_ranks=ranks, tokens_per_micro_batch=limit)
     assert len({len(r) for r in batch.micro_batches}) == 1
     micro = [m for rank in batch.micro_batches for m in rank]
     assert all(len(m.token_ids) <= limit for m in micro)
@@ -39,32 +43,32 @@ def test_every_token_once_and_equal_counts(lengths: list[list[int]], ranks: int,
 
 
 def test_targets_positions_and_versions_by_hand() -> None:
-    batch = pack([group(0, rollout(3, version=4, newer_from=2))], num_ranks=1, tokens_per_micro_batch=10)
+    batch = pack([group(0, rollout(3, version=4, newer_from=2))], LINE, num_ranks=1, tokens_per_micro_batch=10)
     (m,) = batch.micro_batches[0]
     assert m.token_ids.tolist() == [1, 2, 5, 6]
     assert m.position_ids.tolist() == [0, 1, 2, 3]
     assert m.is_response.tolist() == [False, True, True, True]
     assert m.target_ids.tolist() == [0, 5, 6, 7]
     assert m.behavior_logprobs.tolist() == [0, -1, -2, -3]
-    assert m.versions.tolist() == [-1, 4, 4, 5]
+    assert m.staleness.tolist() == [0, 2, 2, 1]
     assert batch.rewards.tolist() == [[1.0]]
 
 
 def test_what_the_environment_put_in_is_context_and_not_trained_on() -> None:
     sampled = np.array([True, False, False, True])
     made = replace(rollout(4, version=2), sampled=sampled)
-    batch = pack([group(0, made)], num_ranks=1, tokens_per_micro_batch=10)
+    batch = pack([group(0, made)], LINE, num_ranks=1, tokens_per_micro_batch=10)
     (m,) = batch.micro_batches[0]
     assert m.token_ids.tolist() == [1, 2, 5, 6, 7]
     assert m.is_response.tolist() == [False, True, False, False, True]
     assert m.target_ids.tolist() == [0, 5, 0, 0, 8]
-    assert m.versions.tolist() == [-1, 2, -1, -1, 2]
+    assert m.staleness.tolist() == [0, 4, 0, 0, 4]
     assert batch.num_tokens == 2
 
 
 def test_ragged_groups_are_masked() -> None:
     batch = pack(
-        [group(0, rollout(), rollout()), group(1, rollout(reward=0.5))], num_ranks=1, tokens_per_micro_batch=99
+        [group(0, rollout(), rollout()), group(1, rollout(reward=0.5))], LINE, num_ranks=1, tokens_per_micro_batch=99
     )
     assert batch.valid.tolist() == [[True, True], [True, False]]
     assert batch.rewards.tolist() == [[1.0, 1.0], [0.5, 0.0]]
@@ -72,12 +76,22 @@ def test_ragged_groups_are_masked() -> None:
 
 def test_a_rollout_that_does_not_fit_is_refused() -> None:
     with pytest.raises(ValueError, match="exceeds tokens_per_micro_batch=4"):
-        pack([group(0, rollout(9))], num_ranks=1, tokens_per_micro_batch=4)
+        pack([group(0, rollout(9))], LINE, num_ranks=1, tokens_per_micro_batch=4)
 
 
 def test_the_plan_depends_on_the_groups_alone() -> None:
     groups = [group(q, rollout(q + 1), rollout(2 * q + 1)) for q in range(5)]
-    a, b = (pack(groups, num_ranks=2, tokens_per_micro_batch=16) for _ in range(2))
+    a, b = (pack(groups, LINE, num_ranks=2, tokens_per_micro_batch=16) for _ in range(2))
     for ra, rb in zip(a.micro_batches, b.micro_batches, strict=True):
         for ma, mb in zip(ra, rb, strict=True):
             np.testing.assert_array_equal(ma.token_ids, mb.token_ids)
+
+
+def test_age_is_counted_in_steps_where_the_learner_fell_back() -> None:
+    """Versions 5 and 6 were abandoned; 7 has the weights of 4, and 8 is a step from it."""
+    line = Line((Stretch(0, 4, 0), Stretch(7, 8, 4)))
+    made = replace(
+        rollout(4), spans=(VersionSpan(3, 0, 1), VersionSpan(4, 1, 2), VersionSpan(7, 2, 3), VersionSpan(8, 3, 4))
+    )
+    (m,) = pack([group(0, made)], line, num_ranks=1, tokens_per_micro_batch=10).micro_batches[0]
+    assert m.staleness[m.is_response].tolist() == [2, 1, 1, 0]

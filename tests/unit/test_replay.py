@@ -10,10 +10,11 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
 
 from quatro_ray.config import ReplayConfig
-from quatro_ray.errors import LedgerError
+from quatro_ray.errors import DiskFull, LedgerError
 from quatro_ray.replay import serial, staleness
 from quatro_ray.replay.buffer import ReplayBuffer
 from quatro_ray.replay.ledger import TRANSITIONS, Ledger
+from quatro_ray.replay.staleness import Line, Stretch
 from quatro_ray.types import DropReason, GroupState, Query
 from tests.make import group, rollout
 
@@ -21,7 +22,8 @@ S = GroupState
 
 
 class RingMachine(RuleBasedStateMachine):
-    """Any order of admit, generate, verify, fail, retry, lease, commit, learner death, drop."""
+    """Any order of admit, generate, verify, fail, retry, lease, commit, checkpoint, fall-back, drop, and of calls made
+    twice, as Ray does where an answer was lost."""
 
     GROUPS_PER_STEP, MAX_STALENESS, NUM_STEPS = 2, 2, 6
 
@@ -30,9 +32,10 @@ class RingMachine(RuleBasedStateMachine):
         config = ReplayConfig(groups_per_step=self.GROUPS_PER_STEP, group_size=2, max_staleness=self.MAX_STALENESS)
         self.buffer = ReplayBuffer(config, ":memory:", num_steps=self.NUM_STEPS)
         self.version = 0
+        self.saved = [0]  # versions of checkpoints
         self.leased: list[int] = []
         self.admitted: set[int] = set()
-        self.trained: list[int] = []
+        self.trained: dict[int, int] = {}  # by group, the version that it was trained from
 
     def _ids(self, *states: GroupState) -> list[int]:
         return [e.group_id for s in states for e in self.buffer.ledger.entries(s)]
@@ -44,9 +47,12 @@ class RingMachine(RuleBasedStateMachine):
         queries = [Query(str(i), "p", "a") for i in range(count)]
         if count > room:
             with pytest.raises(LedgerError):
-                self.buffer.admit(queries, self.version)
+                self.buffer.admit(len(self.admitted) + 1, queries, self.version)
         else:
-            self.admitted |= set(self.buffer.admit(queries, self.version))
+            first = len(self.admitted) + 1
+            ids = self.buffer.admit(first, queries, self.version)
+            assert self.buffer.admit(first, queries, self.version) == ids
+            self.admitted |= set(ids)
 
     @rule(data=st.data())
     def progress(self, data: st.DataObject) -> None:
@@ -67,7 +73,13 @@ class RingMachine(RuleBasedStateMachine):
             self.buffer.generated(group_id)
         else:
             version = data.draw(st.integers(max(0, self.version - 4), self.version))
-            self.buffer.ready(group(group_id, rollout(version=version), rollout(version=version, reward=0.0)))
+            made = group(group_id, rollout(version=version), rollout(version=version, reward=0.0))
+            if self.buffer.ledger.versions.line(self.version).holds(version):
+                self.buffer.ready(made)
+                self.buffer.ready(made)
+            else:
+                with pytest.raises(LedgerError, match=f"tokens of version {version}, which is abandoned"):
+                    self.buffer.ready(made)
 
     @precondition(lambda self: not self.leased)
     @rule()
@@ -77,23 +89,48 @@ class RingMachine(RuleBasedStateMachine):
             assert len(self._ids(S.READY)) < self.GROUPS_PER_STEP
             return
         assert len(lease.groups) == self.GROUPS_PER_STEP
+        assert lease.line.version == self.version
         for leased in lease.groups:
-            assert self.version - leased.oldest_version <= self.MAX_STALENESS
+            assert lease.line.holds(leased.oldest_version) and lease.line.holds(leased.newest_version)
+            assert lease.line.staleness(np.array([leased.oldest_version]))[0] <= self.MAX_STALENESS
         self.leased = [g.group_id for g in lease.groups]
+        again = self.buffer.lease(self.version)
+        assert again is not None and [g.group_id for g in again.groups] == self.leased
 
     @precondition(lambda self: self.leased)
     @rule()
     def commit(self) -> None:
-        self.buffer.commit(self.version)
-        self.trained += self.leased
+        for _ in range(2):
+            assert self.buffer.commit(self.version) == self.version + 1
+        self.trained |= dict.fromkeys(self.leased, self.version)
         self.leased = []
         self.version += 1
 
-    @precondition(lambda self: self.leased)
-    @rule()
-    def learner_dies(self) -> None:
-        assert self.buffer.ledger.release_leases() == len(self.leased)
+    @precondition(lambda self: not self.leased)
+    @rule(keep=st.integers(1, 3))
+    def checkpoint(self, keep: int) -> None:
+        """Older ones go, and rollouts that only they would need."""
+        self.saved = [*self.saved, self.version][-keep:]
+        self.buffer.absorbed(self.saved[0])
+
+    @rule(data=st.data())
+    def learner_falls_back(self, data: st.DataObject) -> None:
+        """To a checkpoint that is kept, or, all being damaged, to the start."""
+        to = data.draw(st.sampled_from([0, *self.saved]))
+        before = self.version
+        back = self.buffer.fall_back(to, before)
+        assert back.version == before + 1
+        assert self.buffer.fall_back(to, before).version == back.version
+        self.version = back.version
+        self.saved = [v for v in self.saved if v <= to] or [0]
+        self.trained = {g: v for g, v in self.trained.items() if v < to}
         self.leased = []
+
+    @rule()
+    def controller_dies(self) -> None:
+        found = self.buffer.recover()
+        assert found["next_id"] == len(self.admitted) + 1 and found["newest"] == self.version
+        assert not self._ids(S.GENERATING, S.VERIFYING)
 
     @precondition(lambda self: not self.leased)
     @rule()
@@ -109,18 +146,21 @@ class RingMachine(RuleBasedStateMachine):
 
     @invariant()
     def none_trained_twice(self) -> None:
-        assert len(self.trained) == len(set(self.trained))
-        assert set(self._ids(S.TRAINED)) == set(self.trained)
+        """And each on the line of the learner, every step of which has its groups."""
+        assert {e.group_id: e.step for e in self.buffer.ledger.entries(S.TRAINED)} == self.trained
+        line = self.buffer.ledger.versions.line(self.version)
+        stepped = [v for s in line.stretches for v in range(s.first, s.last)]
+        assert sorted(self.trained.values()) == sorted(stepped * self.GROUPS_PER_STEP)
+        assert line.step == len(stepped)
 
     @invariant()
     def capacity_rule_kept(self) -> None:
         counts = self.buffer.ledger.counts()
         live = sum(counts.values()) - counts[S.DROPPED]
-        assert live <= (self.MAX_STALENESS + self.version + 1) * self.GROUPS_PER_STEP
+        assert self.buffer.capacity(self.version, num_idle=live) <= self.NUM_STEPS * self.GROUPS_PER_STEP
         assert live <= self.NUM_STEPS * self.GROUPS_PER_STEP
 
     def teardown(self) -> None:
-        self.buffer.ledger.release_leases()
         self.buffer.end_run()
         counts = self.buffer.ledger.counts()
         assert counts[S.TRAINED] + counts[S.DROPPED] == len(self.admitted)
@@ -139,17 +179,19 @@ def make_buffer(path: Path | str = ":memory:", **over: object) -> ReplayBuffer:
 
 
 def to_ready(buffer: ReplayBuffer, count: int, version: int = 0) -> list[int]:
-    ids = buffer.admit([Query(str(i), "p", "a") for i in range(count)], version)
+    """Each group has tokens of `version`, and of the next one where that exists."""
+    newer_from = 1 if buffer.ledger.versions.newest() > version else None
+    ids = buffer.admit(buffer.ledger.next_id(), [Query(str(i), "p", "a") for i in range(count)], version)
     for i in ids:
         buffer.start(i)
         buffer.generated(i)
-        buffer.ready(group(i, rollout(version=version), rollout(version=version, newer_from=1)))
+        buffer.ready(group(i, rollout(version=version), rollout(version=version, newer_from=newer_from)))
     return ids
 
 
 def test_capacity_is_the_formula() -> None:
     def room(eta: int, k: int, live: int) -> int:
-        return staleness.capacity(max_staleness=eta, version=k, groups_per_step=8, num_live=live)
+        return staleness.capacity(max_staleness=eta, step=k, groups_per_step=8, num_live=live)
 
     assert room(0, 0, 0) == 8
     assert room(0, 0, 8) == 0
@@ -164,24 +206,29 @@ def test_lease_takes_the_oldest_and_returns_what_was_stored() -> None:
     lease = buffer.lease(0)
     assert lease is not None
     assert [g.group_id for g in lease.groups] == ids[:2]
-    assert lease.groups[0].rollouts[1].versions().tolist() == [0, 1, 1]
-    assert buffer.lease(0) is None  # one is left, two are a batch
+    assert lease.groups[0].rollouts[1].versions().tolist() == [0, 0, 0]
+    buffer.commit(0)
+    assert buffer.lease(1) is None  # one is left, two are a batch
 
 
 def test_expiry_has_a_reason_and_makes_room() -> None:
     buffer = make_buffer()
     to_ready(buffer, 4)
-    assert buffer.lease(1) is not None
-    buffer.commit(1)
-    before = buffer.capacity(2)
-    assert buffer.lease(2) is None  # the other two are 2 versions old, the cap is 1
+    assert buffer.lease(0) is not None
+    buffer.commit(0)
+    for version in (1, 2):  # two steps without these
+        buffer.ledger.versions.add_step(version)
+    before = buffer.capacity(3)
+    assert buffer.lease(3) is None  # the other two are 3 steps old, the cap is 1
     assert buffer.ledger.drops()[DropReason.STALE] == 2
-    assert buffer.capacity(2) == before + 2
+    assert buffer.capacity(3) == before + 2
 
 
 def test_on_stale_train_keeps_stragglers() -> None:
     buffer = make_buffer(on_stale="train")
     to_ready(buffer, 2)
+    for version in range(9):
+        buffer.ledger.versions.add_step(version)
     assert buffer.lease(9) is not None
 
 
@@ -191,8 +238,7 @@ def test_everything_is_there_again_after_a_restart(tmp_path: Path) -> None:
     before = buffer.lease(0)
     buffer.ledger.close()
     again = make_buffer(tmp_path / "l.sqlite")
-    assert again.ledger.release_leases() == 2
-    lease = again.lease(0)
+    lease = again.lease(0)  # what was leased comes again
     assert before is not None and lease is not None
     assert [g.group_id for g in lease.groups] == ids[:2]
     np.testing.assert_array_equal(
@@ -200,22 +246,70 @@ def test_everything_is_there_again_after_a_restart(tmp_path: Path) -> None:
     )
 
 
-def test_fall_back_makes_later_groups_ready_again() -> None:
+def test_falling_back_trains_again_what_is_near_and_generates_again_what_is_not() -> None:
     buffer = make_buffer()
     for version in (0, 1):
         to_ready(buffer, 2, version)
         assert buffer.lease(version) is not None
         buffer.commit(version)
-    assert buffer.ledger.fall_back(1) == 2
-    assert buffer.ledger.counts()[S.READY] == 2
-    assert buffer.ledger.forget_payloads(1) == 2  # only what the checkpoint of version 1 has absorbed
+    to_ready(buffer, 2, 1)  # with tokens of version 2
+    assert buffer.absorbed(1) == 2  # the checkpoint of version 1 has learnt from the first two
+    back = buffer.fall_back(1, known=2)
+    # version 2 is abandoned; groups 3 and 4, of version 1, are trained on again
+    assert (back.version, back.step, back.num_ready, back.num_pending) == (3, 1, 2, 2)
+    assert buffer.ledger.versions.line(3) == Line((Stretch(0, 1, 0), Stretch(3, 3, 1)))
+    assert [i for i, _ in buffer.pending()] == [5, 6]
+    assert buffer.capacity(3, num_idle=2) == 2  # (1 + 1 + 1)·2 − 4, so that both may start
+
+
+def test_falling_back_keeps_groups_whose_tokens_are_all_older() -> None:
+    buffer = make_buffer(max_staleness=4)
+    ids = to_ready(buffer, 4)
+    for version in (0, 1):
+        assert buffer.lease(version) is not None
+        buffer.commit(version)
+    back = buffer.fall_back(1, known=2)
+    assert (back.num_ready, back.num_pending) == (2, 0)
+    lease = buffer.lease(3)
+    assert lease is not None and [g.group_id for g in lease.groups] == ids[2:]
+    assert lease.metrics["buffer/group_staleness_max"] == 1  # steps, though versions are 3 apart
+
+
+def test_versions_are_issued_once() -> None:
+    ledger = Ledger(":memory:")
+    ledger.versions.add_step(0)
+    with pytest.raises(LedgerError, match="version 1 cannot follow 0: the newest is 1"):
+        ledger.versions.add_step(0)
+    assert ledger.versions.add_fall_back(0) == 2
+    with pytest.raises(LedgerError, match="version 7 was never issued"):
+        ledger.versions.line(7)
+
+
+def test_a_ledger_has_one_owner(tmp_path: Path) -> None:
+    first = Ledger(tmp_path / "l.sqlite")
+    second = Ledger(tmp_path / "l.sqlite")
+    with pytest.raises(LedgerError, match="another run has opened this ledger since"):
+        first.admit(1, [Query("q", "p", "a")], 0)
+    assert second.admit(1, [Query("q", "p", "a")], 0) == [1]
+
+
+def test_a_full_disk_is_told_and_changes_nothing(tmp_path: Path) -> None:
+    ledger = Ledger(tmp_path / "l.sqlite")
+    ledger.admit(1, [Query("q", "p", "a")], 0)
+    pages = ledger._db.execute("PRAGMA page_count").fetchone()[0]
+    ledger._db.execute(f"PRAGMA max_page_count = {pages}")
+    with pytest.raises(DiskFull, match="disk is full"):
+        ledger.admit(2, [Query("q", "p" * 100_000, "a")], 0)
+    assert ledger.next_id() == 2
+    ledger._db.execute("PRAGMA max_page_count = 100000")
+    assert ledger.admit(2, [Query("q", "p" * 100_000, "a")], 0) == [2]
 
 
 def test_every_forbidden_transition_is_refused() -> None:
     for start in GroupState:
-        for to in set(GroupState) - TRANSITIONS[start] - {S.READY}:
+        for to in set(GroupState) - TRANSITIONS[start] - {S.READY, start}:
             ledger = Ledger(":memory:")
-            (group_id,) = ledger.admit([Query("q", "p", "a")], 0)
+            (group_id,) = ledger.admit(1, [Query("q", "p", "a")], 0)
             ledger._db.execute("UPDATE groups SET state = ?", (start,))
             with pytest.raises(LedgerError, match=f"group {group_id} is {start} and may not become {to}"):
                 ledger.move([group_id], to, reason=DropReason.STALE if to is S.DROPPED else None)
@@ -224,7 +318,7 @@ def test_every_forbidden_transition_is_refused() -> None:
 
 def test_moves_are_all_or_none() -> None:
     ledger = Ledger(":memory:")
-    a, b = ledger.admit([Query("a", "p", "a"), Query("b", "p", "b")], 0)
+    a, b = ledger.admit(1, [Query("a", "p", "a"), Query("b", "p", "b")], 0)
     ledger.move([b], S.DROPPED, reason=DropReason.STALE)
     with pytest.raises(LedgerError):
         ledger.move([a, b], S.GENERATING)
@@ -233,7 +327,7 @@ def test_moves_are_all_or_none() -> None:
 
 def test_a_drop_needs_a_reason_and_nothing_else_has_one() -> None:
     ledger = Ledger(":memory:")
-    (a,) = ledger.admit([Query("a", "p", "a")], 0)
+    (a,) = ledger.admit(1, [Query("a", "p", "a")], 0)
     with pytest.raises(LedgerError, match="reason"):
         ledger.move([a], S.DROPPED)
     with pytest.raises(LedgerError, match="reason"):
@@ -243,7 +337,7 @@ def test_a_drop_needs_a_reason_and_nothing_else_has_one() -> None:
 
 def test_unscored_groups_are_not_ready() -> None:
     buffer = make_buffer()
-    (i,) = buffer.admit([Query("a", "p", "a")], 0)
+    (i,) = buffer.admit(1, [Query("a", "p", "a")], 0)
     buffer.start(i)
     buffer.generated(i)
     with pytest.raises(ValueError, match="without a score"):

@@ -120,6 +120,7 @@ def test_math_looks_nowhere_else_and_reads_no_novels() -> None:
     assert judge(make("math"), "the answer is 46") == 0
     assert judge(make("math"), r"\boxed{" + "1+" * 1000 + "1}", "x") == 0
     assert judge(make("math", extract="whole"), "$46$") == 1
+    assert make("math")(Query("q", "p", "1<=x<=2"), Response(r"\boxed{1<=x<=2}", 3, truncated=False)) == 1
     assert "cannot read" in make("math").check(Query("q", "p", "$$"))
     with pytest.raises(ValueError, match="cannot read the answer"):
         judge(make("math"), r"\boxed{x}", "$$")

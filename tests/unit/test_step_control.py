@@ -5,6 +5,7 @@ import math
 import pytest
 import torch
 
+from quatro_ray.errors import TrainingDiverged
 from quatro_ray.ops.step_control import ProbeKl, StepControl, StepLimits, StepReport, rollout_kl
 
 
@@ -100,7 +101,7 @@ def test_it_lets_go_when_steps_become_small_again() -> None:
 
 @pytest.mark.parametrize("kl", [math.nan, math.inf])
 def test_a_kl_that_is_not_finite_is_no_budget_kept(kl: float) -> None:
-    with pytest.raises(RuntimeError, match="learning_rate"):
+    with pytest.raises(TrainingDiverged, match="learning_rate"):
         control(Line(lambda x: kl, 1.0))
 
 

@@ -1,4 +1,4 @@
-"""An update resumes the engines whatever happens, keeps its deadlines, and checks the version."""
+"""An update keeps its deadlines, checks the version, and gives work only to engines that hold all of it."""
 
 import asyncio
 from typing import Any
@@ -8,7 +8,7 @@ import pytest
 from quatro_ray.config import WeightSyncConfig
 from quatro_ray.errors import WeightSyncError
 from quatro_ray.weight_sync.client import EngineClient
-from quatro_ray.weight_sync.update import WeightSync
+from quatro_ray.weight_sync.update import LearnerLost, TransferFailed, Update, WeightSync
 
 
 class Engine:
@@ -31,54 +31,121 @@ class Engine:
         self.paused = False
 
     async def policy_version(self) -> int:
+        await self._maybe_hang("policy_version")
         return self.version
+
+
+class Member:
+    def __init__(self, client: Engine) -> None:
+        self.client, self.paused = client, False
+
+
+class Fleet:
+    """Members leave when they are lost, and none comes back."""
+
+    def __init__(self, *engines: Engine) -> None:
+        self.members = [Member(e) for e in engines]
+        self.holding: list[Member] = []
+        self.whys: list[str] = []
+
+    async def some_to_sync(self) -> list[Member]:
+        while not self.members:
+            await asyncio.sleep(0.01)
+        return list(self.members)
+
+    async def synced(self, member: Member) -> None:
+        self.holding.append(member)
+
+    def lost(self, member: Member, why: str) -> None:
+        if member in self.members:
+            self.members.remove(member)
+            self.whys.append(why)
+
+
+class Sender:
+    def __init__(self, **failures: Any) -> None:
+        self.failures = failures
+        self.connections: list[list[Engine]] = []
+        self.offset = 0
+
+    async def open_transfer(self, engines: Any) -> None:
+        self.connections.append(list(engines))
+        if error := self.failures.pop("open", None):
+            raise error
+
+    async def send_weights(self, version: int) -> None:
+        assert all(e.paused for e in self.connections[-1])
+        if error := self.failures.pop("send", None):
+            raise error
+        for engine in self.connections[-1]:
+            engine.version = version + self.offset
 
 
 CONFIG = WeightSyncConfig(pause_deadline_s=0.1, transfer_deadline_s=0.1, resume_deadline_s=0.1)
 
 
-def sync(engines: list[Engine], send: Any) -> WeightSync:
-    return WeightSync(engines, send, CONFIG)
+def update(fleet: Fleet, sender: Sender, *versions: int) -> list[Update]:
+    async def run() -> list[Update]:
+        sync = WeightSync(fleet, sender, CONFIG, engine_deadline_s=0.3)
+        return [await sync.update(v) for v in versions]
 
-
-def sender(engines: list[Engine], offset: int = 0, error: Exception | None = None, seconds: float = 0) -> Any:
-    async def send(version: int) -> None:
-        assert all(e.paused for e in engines)
-        await asyncio.sleep(seconds)
-        if error:
-            raise error
-        for engine in engines:
-            engine.version = version + offset
-
-    return send
+    return asyncio.run(run())
 
 
 def test_a_whole_update() -> None:
-    engines = [Engine(2), Engine(3)]
-    update = asyncio.run(sync(engines, sender(engines)).update(4))
-    assert (update.version, update.num_in_flight) == (4, 5)
-    assert all(e.calls == ["pause", "resume"] for e in engines)
+    fleet, sender = Fleet(Engine(2), Engine(3)), Sender()
+    first, second = update(fleet, sender, 4, 5)
+    assert (first.version, first.num_in_flight, second.version) == (4, 5, 5)
+    assert len(sender.connections) == 1  # the same engines need no new connection
+    assert all(m.client.calls == ["pause", "resume", "policy_version"] * 2 for m in fleet.members)
+    assert len(fleet.holding) == 4 and not any(m.paused for m in fleet.members)
 
 
-@pytest.mark.parametrize("problem", [{"error": RuntimeError("lost")}, {"seconds": 9.0}])
-def test_engines_are_resumed_after_a_failed_transfer(problem: dict[str, Any]) -> None:
-    engines = [Engine()]
-    with pytest.raises((RuntimeError, WeightSyncError)):
-        asyncio.run(sync(engines, sender(engines, **problem)).update(1))
-    assert not engines[0].paused
+@pytest.mark.parametrize("phase", ["pause", "resume", "policy_version"])
+def test_an_engine_that_misses_a_phase_is_taken_out_and_the_others_go_on(phase: str) -> None:
+    fleet, sender = Fleet(Engine(2, stuck_in=phase), Engine(3)), Sender()
+    (done,) = update(fleet, sender, 1)
+    assert fleet.whys == [f"weight sync: '{phase}' missed its deadline of 0.1 s"]
+    assert done.num_in_flight == 3 and [m.client.running for m in fleet.holding] == [3]
 
 
-@pytest.mark.parametrize("phase", ["pause", "resume"])
-def test_every_phase_has_its_deadline_and_is_named(phase: str) -> None:
-    engines = [Engine(stuck_in=phase)]
-    with pytest.raises(WeightSyncError, match=f"phase '{phase}' missed its deadline of 0.1 s"):
-        asyncio.run(sync(engines, sender(engines)).update(1))
+def test_after_a_failed_transfer_no_engine_of_it_is_trusted() -> None:
+    """It may hold a part of the new weights."""
+    fleet, sender = Fleet(Engine(), Engine()), Sender(send=TransferFailed("broken pipe"))
+    with pytest.raises(WeightSyncError, match=r"no engine ran within 0\.3 s; broken pipe"):
+        update(fleet, sender, 7)
+    assert len(fleet.whys) == 2 and not fleet.holding
+    assert all("in doubt, the update to version 7 failed: broken pipe" in why for why in fleet.whys)
 
 
-def test_a_version_that_did_not_arrive_is_an_error() -> None:
-    engines = [Engine()]
-    with pytest.raises(WeightSyncError, match=r"version 5 the engines report \[4\]"):
-        asyncio.run(sync(engines, sender(engines, offset=-1)).update(5))
+def test_a_learner_that_dies_is_told_apart_and_leaves_engines_in_doubt() -> None:
+    fleet = Fleet(Engine())
+    with pytest.raises(LearnerLost, match="a rank died"):
+        update(fleet, Sender(send=LearnerLost("a rank died")), 1)
+    assert "in doubt" in fleet.whys[0]
+
+
+def test_a_connection_that_fails_blames_who_does_not_answer() -> None:
+    fleet, sender = Fleet(Engine(stuck_in="policy_version"), Engine()), Sender(open=TransferFailed("timed out"))
+    (done,) = update(fleet, sender, 1)
+    assert done.version == 1
+    assert fleet.whys == ["weight sync: 'policy_version' missed its deadline of 0.1 s"]
+    assert [len(c) for c in sender.connections] == [2, 1]
+
+
+def test_a_connection_that_nobody_can_be_blamed_for_starts_all_again() -> None:
+    fleet = Fleet(Engine(), Engine())
+    with pytest.raises(WeightSyncError, match="no engine ran"):
+        update(fleet, Sender(open=TransferFailed("timed out")), 1)
+    assert fleet.whys == ["could not be connected to the learner"] * 2
+
+
+def test_a_version_that_did_not_arrive_takes_the_engine_out() -> None:
+    fleet, sender = Fleet(Engine()), Sender()
+    sender.offset = -1
+    with pytest.raises(WeightSyncError, match="no engine ran"):
+        update(fleet, sender, 5)
+    assert fleet.whys == ["reports version 4 after an update to version 5"] and not fleet.holding
 
 
 def test_the_client_gives_each_engine_its_own_ranks_and_stamps_the_version() -> None:

@@ -11,17 +11,17 @@ from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
-import psutil
 import pytest
 from pydantic import TypeAdapter
 
 from quatro_ray.config import RewardConfig, VerifierConfig
 from quatro_ray.errors import ConfigError
+from quatro_ray.processes.pool import Launch
+from quatro_ray.rewards import worker_pool
 from quatro_ray.rewards.base import RewardUnavailable
 from quatro_ray.rewards.judge import Judge
-from quatro_ray.rewards.sandbox import Launch
-from quatro_ray.rewards.worker_pool import WorkerPool
 from quatro_ray.types import Outcome, Query, Response, Score
+from tests.children import none_left, workers
 
 QUERY = Query("q", "12+34=", "46", source="sums")
 AWKWARD = """
@@ -73,12 +73,8 @@ def with_judge(rewards: dict[str, RewardConfig], work: Callable[[Judge], Awaitab
         finally:
             await judge.close()
 
-    before = set(psutil.Process().children(recursive=True))
-    try:
+    with none_left():
         return asyncio.run(run())
-    finally:
-        left = set(psutil.Process().children(recursive=True)) - before
-        assert not [p for p in left if p.is_running() and p.status() != psutil.STATUS_ZOMBIE]
 
 
 def response(text: str) -> Response:
@@ -110,17 +106,13 @@ def test_what_the_machinery_causes_is_never_a_reward(awkward: Any) -> None:
                 await judge(QUERY, response(text))
         waiting = asyncio.create_task(judge(QUERY, response("hang")))
         await asyncio.sleep(0.3)
-        (busy,) = [p for p in psutil.Process().children() if p.status() == psutil.STATUS_SLEEPING and _is_busy(p)]
+        (busy,) = workers("quatro_ray.rewards.worker")
         os.kill(busy.pid, signal.SIGKILL)
         with pytest.raises(RewardUnavailable, match="the worker ended with -9"):
             await waiting
         assert (await judge(QUERY, response("good"))).reward == 1
 
     with_judge(awkward, work, num_workers=1, deadline_s=20)
-
-
-def _is_busy(process: psutil.Process) -> bool:
-    return "quatro_ray.rewards.worker" in process.cmdline()
 
 
 def test_many_good_ones_are_not_held_up_by_a_few_that_hang(awkward: Any) -> None:
@@ -181,12 +173,10 @@ def test_rewards_that_cannot_be_made_say_so_at_the_start(tmp_path: Path) -> None
         with_judge(parts(mine={"kind": "python", "function": f"{path}:f"}), lambda judge: scores(judge, "x"))
 
 
-def test_a_process_that_does_not_come_up_is_not_the_answers_fault() -> None:
+def test_a_process_that_does_not_come_up_is_not_the_answers_fault(monkeypatch: pytest.MonkeyPatch) -> None:
     async def run(command: list[str]) -> None:
-        launch = Launch(command, ())
-        pool = WorkerPool(
-            config(num_workers=1, start_deadline_s=1), parts(a={"kind": "exact"}), lambda _: nullcontext(launch)
-        )
+        monkeypatch.setattr(worker_pool, "in_the_open", lambda program: lambda: nullcontext(Launch(command)))
+        pool = worker_pool.RewardWorkers(config(num_workers=1, start_deadline_s=1), parts(a={"kind": "exact"}))
         with pytest.raises(RewardUnavailable, match="a worker process did not start"):
             await pool.start()
 

@@ -1,0 +1,148 @@
+"""The ranks of the learner as one thing that is there or is lost: a rank that dies takes the group with it."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import ray
+from ray.exceptions import RayError, RayTaskError
+
+from quatro_ray.actors.clients import ACTOR_DIED, value_of
+from quatro_ray.checkpoints import Digests
+from quatro_ray.config import LearnerConfig, WeightSyncConfig
+from quatro_ray.deadlines import within
+from quatro_ray.errors import QuatroError, last_line
+from quatro_ray.weight_sync.update import LearnerLost, TransferFailed
+
+_LOOK_EVERY_S = 1.0
+
+
+class LearnerGroup:
+    """What ranks return is the same on each, so rank 0 speaks for them.
+
+    Every method raises LearnerLost where a rank died, failed, or missed its deadline: the state of the others is
+    unknown then, so that they are killed, and `restart` is what helps. A QuatroError of a rank is raised as it is, for
+    it would come again.
+
+    Args:
+        spawn: makes the actors of all ranks.
+        backend, workers_per_engine: of the weight transfer.
+    """
+
+    def __init__(
+        self,
+        spawn: Callable[[], Sequence[Any]],
+        config: LearnerConfig,
+        sync: WeightSyncConfig,
+        backend: str,
+        workers_per_engine: int,
+    ) -> None:
+        self._spawn = spawn
+        self._config = config
+        self._sync = sync
+        self._backend = backend
+        self._workers_per_engine = workers_per_engine
+        self._runs = asyncio.Event()
+        self.actors = list(spawn())
+
+    async def start(self) -> None:
+        """Joins the ranks and loads the starting policy."""
+        deadline = self._config.start_deadline_s
+        address, port = await self._on_head(deadline, "address", "free_port")
+        await self._all("start", address, port, deadline_s=deadline)
+        self._runs.set()
+
+    async def restart(self) -> None:
+        self._runs.clear()  # ranks that come up are busy, not dead
+        self.kill()
+        self.actors = list(self._spawn())
+        await self.start()
+
+    def kill(self) -> None:
+        for actor in self.actors:
+            ray.kill(actor)
+
+    async def load_checkpoint(self, folder: Path, version: int) -> None:
+        """`version`: the number that the policy has from now on."""
+        await self._all("load_checkpoint", folder, version, deadline_s=self._config.start_deadline_s)
+
+    async def set_version(self, version: int) -> None:
+        """A new number for the starting policy."""
+        await self._all("set_version", version, deadline_s=self._config.start_deadline_s)
+
+    async def train_step(self, leased: Any, version: int) -> dict[str, Any]:
+        """`leased`: a reference to what ReplayActor.lease returns second."""
+        return (await self._all("train_step", leased, version, deadline_s=self._config.step_deadline_s))[0]
+
+    async def open_transfer(self, engines: Sequence[Any]) -> None:
+        """A new connection to exactly these clients. Raises TransferFailed too."""
+        deadline = self._sync.rendezvous_deadline_s
+        address, port = await self._on_head(deadline, "address", "free_port")
+        handles = [engine.actor for engine in engines]
+        how = (self._backend, handles, self._workers_per_engine, address, port, self._sync)
+        await self._all("open_weight_transfer", *how, deadline_s=deadline, failure=TransferFailed)
+
+    async def send_weights(self, version: int) -> None:
+        """Raises TransferFailed too."""
+        deadline = self._sync.transfer_deadline_s
+        await self._all("send_weights", version, deadline_s=deadline, failure=TransferFailed)
+
+    async def save_checkpoint(self, folder: Path, deadline_s: float) -> Digests:
+        """Returns the digests of what was written."""
+        shares = await self._all("save_checkpoint", folder, deadline_s=deadline_s)
+        return {name: digest for share in shares for name, digest in share.items()}
+
+    async def export(self, path: Path, deadline_s: float) -> None:
+        await self._all("export", path, deadline_s=deadline_s)
+
+    async def watch(self, liveness_deadline_s: float) -> str:
+        """Returns when a rank is dead or gives no sign of life, and says why. All ranks are dead then, so that whoever
+        waits for one hears of it."""
+        while True:
+            await self._runs.wait()
+            actors, why = self.actors, ""
+            try:
+                await within(liveness_deadline_s, asyncio.gather(*(value_of(a.beat.remote()) for a in actors)))
+            except TimeoutError:
+                why = f"a rank gave no sign of life for {liveness_deadline_s:g} s"
+            except RayError as error:
+                why = f"a rank died: {last_line(error)}"
+            if why and actors is self.actors:  # else they were replaced while we looked
+                self.kill()
+                return why
+            await asyncio.sleep(_LOOK_EVERY_S)
+
+    async def stacks(self) -> list[str]:
+        return await asyncio.gather(*(value_of(a.stacks.remote()) for a in self.actors))
+
+    async def _on_head(self, deadline_s: float, *methods: str) -> list[Any]:
+        calls = asyncio.gather(*(value_of(getattr(self.actors[0], m).remote()) for m in methods))
+        return await self._answer(methods[0], calls, deadline_s, LearnerLost)
+
+    async def _all(
+        self, method: str, *args: Any, deadline_s: float, failure: type[Exception] = LearnerLost
+    ) -> list[Any]:
+        calls = asyncio.gather(*(value_of(getattr(a, method).remote(*args)) for a in self.actors))
+        return await self._answer(method, calls, deadline_s, failure)
+
+    async def _answer(self, method: str, calls: Any, deadline_s: float, failure: type[Exception]) -> list[Any]:
+        """`failure`: what an exception inside a rank means."""
+        try:
+            return await within(deadline_s, calls)
+        except TimeoutError as error:
+            raise self._failed(failure, f"learner: {method} missed its deadline of {deadline_s:g} s") from error
+        except RayTaskError as error:
+            if isinstance(error.cause, QuatroError):
+                raise error.cause from error
+            raise self._failed(failure, f"learner: {method} failed: {last_line(error)}") from error
+        except ACTOR_DIED as error:
+            raise self._failed(LearnerLost, f"learner: a rank died in {method}: {last_line(error)}") from error
+
+    def _failed(self, failure: type[Exception], why: str) -> Exception:
+        """Ranks that are lost are dead: nobody takes weights from them, and `watch` tells whoever waits."""
+        if failure is LearnerLost:
+            self.kill()
+        return failure(why)

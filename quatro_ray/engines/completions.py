@@ -1,0 +1,69 @@
+"""From what vLLM returns to rollouts: whole ones, and what an engine that died had sampled so far."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from quatro_ray.types import Rollout, VersionSpan
+
+if TYPE_CHECKING:
+    from vllm.outputs import CompletionOutput
+    from vllm.v1.engine.async_llm import AsyncLLM
+
+
+def to_rollout(completion: CompletionOutput) -> Rollout:
+    assert completion.logprobs is not None and completion.weight_versions is not None
+    rollout = _rollout(completion.token_ids, completion.logprobs, completion.weight_versions)
+    return replace(rollout, text=completion.text, finish_reason=completion.finish_reason or "")
+
+
+def _rollout(token_ids: Any, logprobs: Any, versions: Any) -> Rollout:
+    """Unfinished and without text. `logprobs`: by position, of the sampled token; `versions`: spans of vLLM's."""
+    values = [position[token].logprob for position, token in zip(logprobs, token_ids, strict=True)]
+    return Rollout(
+        token_ids=np.asarray(token_ids, dtype=np.int32),
+        behavior_logprobs=np.asarray(values, dtype=np.float32),
+        spans=tuple(VersionSpan(int(s.version), s.start, s.end) for s in versions),
+        text="",
+        finish_reason="",
+    )
+
+
+def sampled_so_far(llm: AsyncLLM, request_id: str, n: int) -> tuple[Rollout, ...]:
+    """The n rollouts of a request whose engine died, in order; those without a finish_reason are to be continued.
+
+    vLLM's front end, in this process, has every token that the engine's process sent; it tells of log-probs and
+    versions only when a request is finished, so that they are read from its records. Empty where nothing was sampled.
+    """
+    states = [s for s in llm.output_processor.request_states.values() if s.external_req_id == request_id]
+    rollouts = [_rollout([], [], [])] * n
+    for state in states:
+        assert state.detokenizer is not None and state.logprobs_processor is not None
+        tokens = state.detokenizer.output_token_ids
+        rollouts[state.request_index] = _rollout(
+            tokens, state.logprobs_processor.logprobs or [], state._weight_version_spans() or []
+        )
+    parents = [s.parent_req for s in states if s.parent_req is not None]
+    for done in parents[0].output_aggregator if parents else []:
+        if done is not None:
+            rollouts[done.index] = to_rollout(done)
+    return tuple(rollouts) if any(r.num_tokens for r in rollouts) else ()
+
+
+def joined(first: Rollout, rest: Rollout, text: str) -> Rollout:
+    """`rest` goes on where `first` ends; `text` is of both."""
+    shift = first.num_tokens
+    spans = [*first.spans, *(VersionSpan(s.version, s.start + shift, s.end + shift) for s in rest.spans)]
+    if first.spans and rest.spans and first.spans[-1].version == rest.spans[0].version:
+        middle = VersionSpan(rest.spans[0].version, first.spans[-1].start, rest.spans[0].end + shift)
+        spans = [*first.spans[:-1], middle, *spans[len(first.spans) + 1 :]]
+    return Rollout(
+        token_ids=np.concatenate([first.token_ids, rest.token_ids]),
+        behavior_logprobs=np.concatenate([first.behavior_logprobs, rest.behavior_logprobs]),
+        spans=tuple(spans),
+        text=text,
+        finish_reason=rest.finish_reason,
+    )

@@ -1,0 +1,73 @@
+"""What is to be known of a model before anything starts: its tokenizer, and whether it can be trained."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from quatro_ray.config import Config, TinyModelConfig
+from quatro_ray.engines.tiny_tokenizer import MAX_POSITIONS, make_tokenizer
+from quatro_ray.errors import ConfigError
+
+_NEUTRAL: dict[str, tuple[Any, ...]] = {
+    "final_logit_softcapping": (None,),
+    "logit_scale": (None, 1.0),
+    "logits_scaling": (None, 1.0),
+}
+"""Fields of a model's configuration that change logits after the head, and their values that do not."""
+
+
+def load_tokenizer(path: str) -> Any:
+    """Raises ConfigError where the folder or the hub has none that loads."""
+    from transformers import AutoTokenizer
+
+    try:
+        return AutoTokenizer.from_pretrained(path)
+    except (OSError, ValueError) as error:
+        raise _not_loaded(path, error) from error
+
+
+def tokenizer_of(config: Config) -> Any:
+    """Of the model that is trained; a tiny one need not be there yet."""
+    if isinstance(config.model, TinyModelConfig):
+        return make_tokenizer()
+    return load_tokenizer(config.model.path)
+
+
+def check_can_be_trained(config: Config) -> None:
+    """
+    Raises:
+        ConfigError: prompt and response together exceed the model's positions; or its logits are scaled or capped after
+            the head, whose log-probs the learner computes itself (ops/logprobs.py).
+    """
+    if isinstance(config.model, TinyModelConfig):
+        return _check_positions(config, MAX_POSITIONS)
+    from transformers import AutoConfig
+
+    path = config.model.path
+    try:
+        model = AutoConfig.from_pretrained(path).get_text_config()
+    except (OSError, ValueError) as error:
+        raise _not_loaded(path, error) from error
+    for name, neutral in _NEUTRAL.items():
+        if (value := getattr(model, name, None)) not in neutral:
+            raise ConfigError(
+                f"model.path={path}: its {name}={value} changes logits after the head, and the learner's log-probs "
+                "would not be those of the engines; choose another model"
+            )
+    if "factor" not in (getattr(model, "rope_parameters", None) or {}):  # else positions are stretched
+        _check_positions(config, getattr(model, "max_position_embeddings", None))
+
+
+def _check_positions(config: Config, limit: int | None) -> None:
+    generator = config.generator
+    longest = generator.max_prompt_tokens + generator.max_response_tokens
+    if limit is not None and longest > limit:
+        raise ConfigError(
+            f"generator.max_prompt_tokens={generator.max_prompt_tokens} and max_response_tokens="
+            f"{generator.max_response_tokens} together exceed the {limit} positions of the model; lower one of the two"
+        )
+
+
+def _not_loaded(path: str, error: Exception) -> ConfigError:
+    reason = str(error).strip().splitlines()[0]
+    return ConfigError(f"model.path={path}: cannot be loaded ({reason}); give a folder or a name on the hub")

@@ -1,0 +1,1 @@
+"""Rollouts of several turns: a user's function in a process of its own, talking to the policy."""

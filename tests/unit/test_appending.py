@@ -1,0 +1,94 @@
+"""Files that are added to, on a disk that is really full, and after a writer that died."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from benchmarks.faults.disk import Disk
+from quatro_ray.telemetry.appending import Appending
+from quatro_ray.telemetry.progress import Progress
+from quatro_ray.telemetry.recorder import Recorder
+
+
+@pytest.fixture
+def disk(tmp_path: Path) -> Iterator[Disk]:
+    """A tmpfs of one MiB."""
+    if os.geteuid() != 0:
+        pytest.skip("mounting needs root")
+    made = Disk(tmp_path / "disk", 2**20)
+    made.mount()
+    yield made
+    made.free()
+    made.unmount()
+
+
+def test_lines_wait_for_room_and_none_is_cut(disk: Disk) -> None:
+    file = Appending(disk.path / "lines")
+    file.write("first")
+    disk.fill(leave_bytes=0)
+    lines = [f"{i} " + "x" * 1000 for i in range(100)]
+    for line in lines:
+        file.write(line)
+    assert file.num_waiting > 0
+    disk.free()
+    file.write("last")
+    assert file.num_waiting == 0 and file.num_dropped == 0
+    file.close()
+    assert (disk.path / "lines").read_text().splitlines() == ["first", *lines, "last"]
+
+
+def test_what_waits_has_a_bound(disk: Disk) -> None:
+    file = Appending(disk.path / "lines")
+    disk.fill(leave_bytes=0)
+    for _ in range(20):
+        file.write("x" * 2**20)
+    assert file.num_dropped == 5
+
+
+def test_a_line_that_was_cut_off_goes_when_the_file_is_opened(tmp_path: Path) -> None:
+    (tmp_path / "lines").write_text('{"a": 1}\n{"a": ')
+    file = Appending(tmp_path / "lines")
+    file.write('{"a": 2}')
+    file.close()
+    assert (tmp_path / "lines").read_text() == '{"a": 1}\n{"a": 2}\n'
+
+
+def test_lines_are_taken_back_without_room_for_others(disk: Disk) -> None:
+    file = Appending(disk.path / "lines")
+    for i in range(1000):
+        file.write(f"{i} " + "x" * 100)
+    disk.fill(leave_bytes=0)
+    for i in range(1000, 1200):
+        file.write(f"{i} " + "x" * 100)
+    file.keep(lambda line: int(line.split()[0]) < 1100)  # of those that wait, some
+    file.keep(lambda line: int(line.split()[0]) < 700)
+    file.write("700")
+    assert file.num_waiting == 0  # there is room again
+    file.keep(lambda line: int(line.split()[0]) % 7 == 0)
+    file.close()
+    kept = [int(line.split()[0]) for line in (disk.path / "lines").read_text().splitlines()]
+    assert kept == list(range(0, 701, 7))
+
+
+def test_a_full_disk_is_told_once_and_ends_nothing(disk: Disk, capsys: pytest.CaptureFixture[str]) -> None:
+    path = disk.path / "run"
+    path.mkdir()
+    recorder = Recorder(path, num_steps=10, tensorboard=True, progress=Progress())
+    disk.fill(leave_bytes=0)
+    for index in range(3000):
+        recorder.engine_load(0, {"num_running": index})
+        recorder.note(f"note {index}")
+    with recorder.phase("learner", "train"):
+        recorder.event("lost", "generator 0", why="it was killed")
+    assert capsys.readouterr().out.count("the disk of run.dir is full: records wait") == 1
+    disk.free()
+    recorder.note("room again")
+    recorder.engine_load(0, {"num_running": -1})
+    recorder.close()
+    assert "could not be written" not in capsys.readouterr().out
+    assert len((path / "timeline.jsonl").read_text().splitlines()) == 3002
+    assert (path / "notes.log").read_text().splitlines()[-1].endswith("room again")

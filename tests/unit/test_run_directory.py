@@ -1,0 +1,108 @@
+"""What may be trained into which directory: nothing is replaced or gone on with by mistake."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from quatro_ray.config import load_config
+from quatro_ray.errors import ConfigError
+from quatro_ray.run_directory import only_writer, prepare_run_dir
+from tests.make import config
+
+
+def run(path: Path, **over: Any) -> Any:
+    sections = {"run": {"dir": str(path), "num_steps": 30, "resume": "auto"} | over.pop("run", {})} | over
+    return config(path, **sections)
+
+
+@pytest.fixture
+def begun(tmp_path: Path) -> Path:
+    """A run with a ledger and two checkpoints."""
+    path = tmp_path / "run"
+    assert not prepare_run_dir(run(path))
+    (path / "ledger.sqlite").touch()
+    for step in (10, 20):
+        (path / "checkpoints" / f"step_{step}").mkdir(parents=True)
+    return path
+
+
+def test_a_run_goes_on_also_to_another_end(begun: Path) -> None:
+    assert prepare_run_dir(run(begun))
+    assert prepare_run_dir(run(begun, run={"num_steps": 20}))
+    assert prepare_run_dir(run(begun, run={"num_steps": 50}, learner={"num_ranks": 1}))
+    assert load_config(begun / "config.yaml").run.num_steps == 50
+
+
+@pytest.mark.parametrize(
+    ("over", "message"),
+    [
+        ({"run": {"num_steps": 19}}, "run.num_steps=19: .* has a checkpoint of step 20; set at least that"),
+        ({"run": {"seed": 1}}, "run.seed: differs from that of the run in"),
+        ({"replay": {"group_size": 8}}, "replay.group_size: differs"),
+        ({"learner": {"learning_rate": 2e-3}}, "learner.learning_rate: differs"),
+        ({"run": {"resume": "never"}}, "is not empty; choose another, or set run.overwrite=true"),
+    ],
+)
+def test_another_run_does_not_go_on_in_its_place(begun: Path, over: dict[str, Any], message: str) -> None:
+    before = (begun / "config.yaml").read_text()
+    with pytest.raises(ConfigError, match=message):
+        prepare_run_dir(run(begun, **over))
+    assert (begun / "config.yaml").read_text() == before
+    assert (begun / "ledger.sqlite").is_file()
+
+
+def test_one_that_is_under_way_is_left_alone(begun: Path) -> None:
+    before = (begun / "config.yaml").read_text()
+    for over in ({"num_steps": 50}, {"resume": "never", "overwrite": True}):
+        with only_writer(run(begun)), pytest.raises(ConfigError, match="another run writes here; end it first"):
+            prepare_run_dir(run(begun, run=over))
+    assert (begun / "config.yaml").read_text() == before
+
+
+def test_only_an_earlier_run_is_replaced(begun: Path, tmp_path: Path) -> None:
+    assert not prepare_run_dir(run(begun, run={"resume": "never", "overwrite": True}))
+    assert not (begun / "ledger.sqlite").exists()
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "thesis.tex").touch()
+    for over in ({}, {"resume": "never", "overwrite": True}):
+        with pytest.raises(ConfigError, match=r"is not empty|is no earlier run, and is not replaced"):
+            prepare_run_dir(run(tmp_path / "mine", run=over))
+    assert (tmp_path / "mine" / "thesis.tex").is_file()
+
+
+def test_a_replaced_run_leaves_its_directory_where_it_is(begun: Path, tmp_path: Path) -> None:
+    (tmp_path / "link").symlink_to(begun)
+    assert not prepare_run_dir(run(tmp_path / "link", run={"resume": "never", "overwrite": True}))
+    assert (tmp_path / "link").is_symlink()
+    assert sorted(p.name for p in begun.iterdir()) == ["config.yaml"]
+
+
+def test_checkpoints_of_two_runs_never_meet(tmp_path: Path) -> None:
+    kept = {"checkpoint": {"dir": str(tmp_path / "kept")}}
+    assert not prepare_run_dir(run(tmp_path / "a", **kept))
+    (tmp_path / "a" / "ledger.sqlite").touch()
+    (tmp_path / "kept" / "step_10").mkdir()
+    assert prepare_run_dir(run(tmp_path / "a", **kept))
+    for path, over in ((tmp_path / "a", {"resume": "never", "overwrite": True}), (tmp_path / "b", {})):
+        with pytest.raises(ConfigError, match=r"kept: has a checkpoint of another run \(step_10\); choose another"):
+            prepare_run_dir(run(path, run=over, **kept))
+    assert (tmp_path / "a" / "ledger.sqlite").is_file()
+    with pytest.raises(ConfigError, match=r"checkpoint\.dir: differs from that of the run"):
+        prepare_run_dir(run(tmp_path / "a"))
+    (tmp_path / "kept" / "step_10").rmdir()
+    with only_writer(run(tmp_path / "a", **kept)), pytest.raises(ConfigError, match="kept: another run writes here"):
+        only_writer(run(tmp_path / "b", **kept)).__enter__()
+
+
+def test_what_cannot_be_written_is_told(tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    for path, over in (
+        (tmp_path / "file" / "run", {}),
+        (tmp_path / "c", {"checkpoint": {"dir": str(tmp_path / "file" / "kept")}}),
+    ):
+        with pytest.raises(ConfigError, match=r"cannot be used \(.*Not a directory.*\); choose others"):
+            prepare_run_dir(run(path, **over))
+    assert not (tmp_path / "c").exists()

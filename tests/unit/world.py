@@ -1,0 +1,398 @@
+"""A ring of fakes on a virtual clock: real fleet, weight sync, buffer, checkpoints and controller, no processes."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import random
+import sqlite3
+from collections import Counter
+from concurrent.futures import Future
+from pathlib import Path
+from typing import Any
+
+from ray.exceptions import RayTaskError
+
+from quatro_ray.actors.clients import EngineLost
+from quatro_ray.actors.fleet import Fleet
+from quatro_ray.actors.verifier_pool import VerifierFailed
+from quatro_ray.checkpoints import CheckpointStore, digest_files
+from quatro_ray.config import Config
+from quatro_ray.controller import Controller, Parts
+from quatro_ray.data.base import Dataset, QueryStream
+from quatro_ray.errors import ClusterError
+from quatro_ray.evaluation import EvaluationResult
+from quatro_ray.replay.buffer import ReplayBuffer
+from quatro_ray.tally import Tally
+from quatro_ray.telemetry.progress import Progress
+from quatro_ray.telemetry.recorder import Recorder
+from quatro_ray.types import DropReason, Query, Rollout, RolloutGroup, SamplingParams
+from quatro_ray.weight_sync.update import LearnerLost, TransferFailed, WeightSync
+from tests.make import config, group, rollout
+
+
+class VirtualLoop(asyncio.SelectorEventLoop):
+    """Time passes when nothing else can happen; threads are done at once."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._now = 0.0
+
+    def time(self) -> float:
+        return self._now
+
+    def _run_once(self) -> None:
+        if not self._ready and self._scheduled:  # type: ignore[attr-defined]
+            self._now = max(self._now, self._scheduled[0]._when)  # type: ignore[attr-defined]
+        super()._run_once()  # type: ignore[misc]
+
+    def run_in_executor(self, executor: Any, func: Any, *args: Any) -> Any:
+        done: Future[Any] = Future()
+        try:
+            done.set_result(func(*args))
+        except Exception as error:
+            done.set_exception(error)
+        return asyncio.wrap_future(done, loop=self)
+
+
+class FakeGenerator:
+    """Takes a random short time; tokens that come after an update carry the new version."""
+
+    def __init__(self, rng: random.Random, failures: int = 0) -> None:
+        self.rng, self.failures, self.version, self.running = rng, failures, 0, 0
+        self.seeds: list[int | None] = []
+        self.died: str | None = None
+        self.hung = False
+        self.num_sampled = 0
+        self.tells = False
+        """Its actor survives it, and says how far each group came."""
+        self.continued: list[int] = []
+        self._ended = asyncio.Event()
+
+    async def _alive(self) -> None:
+        if self.hung:
+            await self._ended.wait()
+        if self.died is not None:
+            raise EngineLost(self.died)
+
+    async def start(self) -> None:
+        await asyncio.sleep(5.0)
+        await self._alive()
+
+    async def generate(
+        self, group_id: int, query: Query, sampling: SamplingParams, size: int, begun: tuple[Rollout, ...] = ()
+    ) -> tuple[dict[str, int], RolloutGroup]:
+        await self._alive()
+        if begun:
+            self.continued.append(group_id)
+        self.running += 1
+        start = self.version
+        self.seeds.append(sampling.seed)
+        try:
+            await asyncio.sleep(self.rng.random() * 0.4)
+            if self.died is not None and self.tells:
+                raise EngineLost(self.died, (_rollout([start]),) * size, core_died=True)
+            await self._alive()
+            if self.failures > 0:
+                self.failures -= 1
+                raise RayTaskError("generate", "out of memory", ValueError("out of memory"))
+        finally:
+            self.running -= 1
+        self.num_sampled += 1
+        versions = [start] if start == self.version else [start, self.version]
+        made = group(group_id, *(_rollout(versions) for _ in range(size)))
+        return {"num_tokens": made.num_tokens, "multi_version_rollouts": size * (len(versions) > 1)}, made
+
+    async def load(self) -> dict[str, Any]:
+        if self.died is not None and self.tells:
+            return {"num_running": self.running, "num_sampled_tokens": self.num_sampled, "is_alive": False}
+        await self._alive()
+        return {"num_running": self.running, "num_sampled_tokens": self.num_sampled, "is_alive": True}
+
+    async def pause(self) -> int:
+        await self._alive()
+        return self.running
+
+    async def resume(self) -> None:
+        await self._alive()
+
+    async def policy_version(self) -> int:
+        await self._alive()
+        return self.version
+
+    async def stacks(self) -> str:
+        return "generating"
+
+    def kill(self) -> None:
+        self.died, self.tells = self.died or "it was killed", False
+        self._ended.set()
+
+
+def _rollout(versions: list[int]) -> Any:
+    """Three tokens, the last ones of the newer version."""
+    from dataclasses import replace
+
+    from quatro_ray.types import VersionSpan
+
+    spans = [VersionSpan(versions[0], 0, 1), VersionSpan(versions[-1], 1, 3)]
+    return replace(rollout(), spans=tuple(spans if len(versions) > 1 else [VersionSpan(versions[0], 0, 3)]))
+
+
+class FakeVerifiers:
+    def __init__(self, failing: set[int] = frozenset()) -> None:  # type: ignore[assignment]
+        self.failing = failing
+        self.truncated: set[int] = set()
+        self.num_replaced = 0
+        self.reward = 1.0
+        self.fails = False
+        """Evaluations, whose groups have numbers below 0."""
+
+    async def score(self, made: RolloutGroup) -> tuple[dict[str, Any], RolloutGroup]:
+        await asyncio.sleep(0)
+        if self.fails and made.group_id < 0:
+            raise VerifierFailed(DropReason.VERIFIER_TIMEOUT, "lost")
+        if made.group_id in self.failing:
+            raise VerifierFailed(DropReason.VERIFIER_TIMEOUT, "lost")
+        n = len(made.rollouts)
+        summary = {
+            "outcomes": {"ok": n},
+            "rewards": [self.reward] * n,
+            "parts": [{"answer": self.reward}] * n,
+            "answers": ["2"] * n,
+            "correct": [True] * n,
+            "truncated": n if made.group_id in self.truncated else 0,
+            "turns": [1] * n,
+            "response_tokens": [3] * n,
+        }
+        return summary, made
+
+
+class Replay:
+    """The real buffer behind the async interface of ReplayClient."""
+
+    def __init__(self, buffer: ReplayBuffer) -> None:
+        self.buffer = buffer
+        self.repeat_every = 0
+        self._calls = 0
+
+    async def lease(self, version: int, num_samples: int) -> tuple[dict | None, Any]:
+        lease = self.buffer.lease(version)
+        return ({"metrics": lease.metrics, "samples": []}, (lease.groups, lease.line)) if lease else (None, None)
+
+    def __getattr__(self, name: str) -> Any:
+        async def call(*args: Any) -> Any:
+            """Now and then once more, as Ray does where the actor died before its answer arrived."""
+            self._calls += 1
+            result = getattr(self.buffer, name)(*args)
+            if self.repeat_every and self._calls % self.repeat_every == 0:
+                return getattr(self.buffer, name)(*args)
+            return result
+
+        return call
+
+
+class FakeLearner:
+    """Its weights are the number of steps that made them, as text in a file of the checkpoint."""
+
+    def __init__(self, world: World) -> None:
+        self.world = world
+        self.version, self.weights = 0, 0
+        self.lost: str | None = None
+        self.leased: list[int] = []
+        self.saved: list[str] = []
+        self.exported: list[int] = []
+        """Steps."""
+        self.engines: list[FakeGenerator] = []
+
+    async def _alive(self, seconds: float) -> None:
+        await asyncio.sleep(seconds)
+        if self.lost is not None:
+            raise LearnerLost(self.lost)
+
+    async def train_step(self, leased: Any, version: int) -> dict[str, Any]:
+        assert version == self.version
+        await self._alive(0.2)
+        groups, line = leased
+        assert line.version == version and line.step == self.weights
+        self.version, self.weights = version + 1, self.weights + 1
+        self.leased += [g.group_id for g in groups]
+        ages = Counter(int(s) for g in groups for r in g.rollouts for s in line.staleness(r.versions()))
+        return {
+            "step/skipped": 0.0,
+            "tokens/trained": sum(ages.values()),
+            "off_policy/staleness_tokens": dict(ages),
+            "off_policy/staleness_mean": 0.0,
+            "off_policy/staleness_max": max(ages),
+            "policy/realised_kl_nats": [0.0],
+            "policy/entropy": 1.0,
+            "reward/mean": 1.0,
+        }
+
+    async def open_transfer(self, engines: list[FakeGenerator]) -> None:
+        await self._alive(0.1)
+        self.engines = list(engines)
+
+    async def send_weights(self, version: int) -> None:
+        assert version == self.version
+        await self._alive(0.1)
+        if self.world.send_error is not None:
+            raise self.world.send_error
+        for engine in self.engines:
+            if engine.died is not None or engine.hung:
+                raise TransferFailed(f"an engine is gone: {engine.died}")
+            engine.version = version
+
+    async def save_checkpoint(self, folder: Path, deadline_s: float) -> Any:
+        await self._alive(0.3)
+        (folder / "weights").write_text(str(self.weights))
+        self.saved.append(folder.name.removesuffix(".writing"))
+        return digest_files(folder)
+
+    async def load_checkpoint(self, folder: Path, version: int) -> None:
+        await self._alive(0.3)
+        self.weights, self.version = int((folder / "weights").read_text()), version
+
+    async def set_version(self, version: int) -> None:
+        await self._alive(0.1)
+        self.weights, self.version = 0, version
+
+    async def restart(self) -> None:
+        self.lost = None
+        await self._alive(8.0)
+
+    async def export(self, path: Path, deadline_s: float) -> None:
+        await self._alive(0.1)
+        path.mkdir(parents=True, exist_ok=True)
+        if path.name == "export.writing":
+            self.exported.append(self.weights)
+
+    async def watch(self, deadline_s: float) -> str:
+        while self.lost is None:
+            await asyncio.sleep(1.0)
+        return self.lost
+
+    async def stacks(self) -> list[str]:
+        return ["learning"]
+
+
+class FakeEvaluator:
+    """`seen`: version and step of each evaluation, and how many steps were done when it began and when it ended."""
+
+    def __init__(self, learner: FakeLearner, seconds: float) -> None:
+        self.learner, self.seconds = learner, seconds
+        self.fails = False
+        self.seen: list[tuple[int, int, int, int]] = []
+
+    async def evaluate(self, path: Path, version: int, step: int, held_out: Any, note: Any) -> list[EvaluationResult]:
+        assert path.is_dir()
+        begun = self.learner.weights
+        await asyncio.sleep(self.seconds)
+        if self.fails:
+            raise ClusterError("an evaluation engine was lost")
+        assert path.is_dir()
+        self.seen.append((version, step, begun, self.learner.weights))
+        return [EvaluationResult("set", version, step, 1, 8, {1: 0.5}, 0.0, 0.5, 1, 0.5, 0.0, 8)]
+
+
+class World:
+    """One run directory; `run` is one life of the controller in it."""
+
+    def __init__(self, path: Path, *, ledger: Path | str = ":memory:", **sections: Any) -> None:
+        defaults: dict[str, Any] = {
+            "run": {"num_steps": 12},
+            "evaluation": {"rollout_groups": 0},
+            "generator": {"num_engines": 2, "max_groups_in_flight": 4, "start_deadline_s": 60},
+        }
+        for name, values in sections.items():
+            defaults[name] = defaults.get(name, {}) | values
+        self.config: Config = config(path, **defaults)
+        self.rng = random.Random(0)
+        self.ledger = ledger
+        self.buffer: ReplayBuffer
+        self.generators: list[FakeGenerator] = []
+        self.make_generator: Any = lambda index: FakeGenerator(self.rng)
+        self.learner = FakeLearner(self)
+        self.send_error: Exception | None = None
+        self.verifiers = FakeVerifiers()
+        self.evaluator: Any = None
+        self.repeat_every = 0
+        self.faults: Any = None
+        self.fleet: Fleet
+        self.controller: Controller
+        self._open()
+
+    def _open(self) -> None:
+        self.buffer = ReplayBuffer(self.config.replay, self.ledger, num_steps=self.config.run.num_steps)
+
+    def _spawn(self, index: int) -> FakeGenerator:
+        generator = self.make_generator(index)
+        self.generators.append(generator)
+        return generator
+
+    def run(self, *, resume: bool = False, failing: set[int] = frozenset()) -> Tally:  # type: ignore[assignment]
+        self.verifiers.failing = failing
+        path = self.config.run.dir
+        path.mkdir(parents=True, exist_ok=True)
+        if self.ledger != ":memory:":
+            self._open()
+        recorder = Recorder(path, num_steps=self.config.run.num_steps, tensorboard=False, progress=Progress())
+        loop = VirtualLoop()
+        try:
+            return loop.run_until_complete(self._main(loop, recorder, resume))
+        finally:
+            recorder.close()
+            loop.close()
+
+    async def _main(self, loop: VirtualLoop, recorder: Recorder, resume: bool) -> Tally:
+        queries = {"set": [Query(str(i), "p", "a", source="set") for i in range(500)]}
+        held_out = {"set": [Query(f"h{i}", "p", "a") for i in range(4)]}
+        dataset = Dataset(queries, {"set": 1.0}, held_out, {})
+        self.fleet = Fleet(self._spawn, self.config.generator, self.config.cluster.liveness_deadline_s, clock=loop.time)
+        replay = Replay(self.buffer)
+        replay.repeat_every = self.repeat_every
+        parts = Parts(
+            generators=self.fleet,
+            verifiers=self.verifiers,
+            replay=replay,
+            learner=self.learner,
+            weight_sync=WeightSync(self.fleet, self.learner, self.config.weight_sync, 60),
+            checkpoints=CheckpointStore(self.config.run.dir / "checkpoints", self.config.checkpoint.keep),
+            evaluator=self.evaluator,
+        )
+        stream = QueryStream(dataset, self.config.run.seed)
+        self.controller = Controller(self.config, parts, stream, held_out, recorder)
+        run = asyncio.ensure_future(self.controller.run(resume=resume))
+        faults = asyncio.ensure_future(self.faults(self)) if self.faults else None
+        try:
+            return await asyncio.wait_for(run, 100_000)
+        finally:
+            if faults is not None:
+                faults.cancel()
+                await asyncio.gather(faults, return_exceptions=True)
+
+    def metrics(self) -> list[dict[str, Any]]:
+        return read(self.config.run.dir / "metrics.jsonl")
+
+    def events(self, event: str) -> list[dict[str, Any]]:
+        return [e for e in read(self.config.run.dir / "events.jsonl") if e["event"] == event]
+
+
+def read(path: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+def audit(world: World) -> None:
+    """Every group is trained once on the line that was kept, or dropped with a reason; every step has its B groups."""
+    db: sqlite3.Connection = world.buffer.ledger._db
+    line = world.buffer.ledger.versions.line(world.buffer.ledger.versions.newest())
+    assert line.step == world.config.run.num_steps
+    rows = db.execute("SELECT group_id, state, reason, step FROM groups ORDER BY group_id").fetchall()
+    assert [r[0] for r in rows] == list(range(1, len(rows) + 1))
+    assert {r[1] for r in rows} <= {"trained", "dropped"}
+    assert all((r[1] == "dropped") == (r[2] is not None) for r in rows)
+    per_version = Counter(r[3] for r in rows if r[1] == "trained")
+    stepped = [v for s in line.stretches for v in range(s.first, s.last)]
+    assert per_version == dict.fromkeys(stepped, world.config.replay.groups_per_step)
+    versions = [v for (v,) in db.execute("SELECT version FROM versions ORDER BY rowid")]
+    assert versions == sorted(set(versions))
+    assert [m["step"] for m in world.metrics()] == list(range(1, world.config.run.num_steps + 1))
