@@ -20,7 +20,9 @@ import ray
 
 from quatro_ray.actors.learner import LearnerActor
 from quatro_ray.config import LearnerConfig, QuatroConfig, StepControlConfig, TinyModelConfig
-from quatro_ray.engines.tiny_model import make_model, make_tokenizer, save_pretrained
+from quatro_ray.engines.tiny_model import make_model, save_pretrained
+from quatro_ray.engines.tiny_tokenizer import make_tokenizer
+from quatro_ray.replay.staleness import Line
 from quatro_ray.types import Outcome, Query, Rollout, RolloutGroup, Score, VersionSpan
 
 TARGET = 0.10
@@ -73,7 +75,7 @@ def make_groups(version: int) -> tuple[RolloutGroup, ...]:
 
 def timed_step(actors: list[Any], groups: Any, version: int) -> tuple[float, dict[str, Any]]:
     begun = time.perf_counter()
-    metrics = ray.get([a.train_step.remote(groups, version) for a in actors], timeout=300)[0]
+    metrics = ray.get([a.train_step.remote((groups, Line.unbroken(version)), version) for a in actors], timeout=300)[0]
     return time.perf_counter() - begun, metrics
 
 

@@ -1,0 +1,254 @@
+"""Training under real faults: how soon they are noticed, whether training goes on, and whether the books add up.
+
+    python -m benchmarks.chaos --minutes 60 --seed 0
+
+Runs `quatro-ray train` and kills, stops, starves and damages its parts, one after the other, each when the run has come
+through the one before; the same command is started again whenever it ends before the run is done, as a cluster would.
+Runs follow each other until the time is over; each is brought to its end and audited. Needs root for the kind "disk
+full" alone. Prints a table, then one JSON line; the exit status is 0 only if nothing was lost or duplicated, every
+audit passed, and each kind that there was time for was injected and recovered from.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import shutil
+import signal
+import sys
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from benchmarks.faults.audit import Books, audit
+from benchmarks.faults.disk import Disk
+from benchmarks.faults.kinds import DISK_FULL, KINDS, Kind
+from benchmarks.faults.processes import describe, remove_shared_memory, shared_memory
+from benchmarks.faults.records import read_json, read_ledger, read_lines
+from benchmarks.faults.report import figures, table
+from benchmarks.faults.run import Run
+from benchmarks.faults.schedule import GaveUp, Schedule
+from benchmarks.faults.watch import Outcome
+from quatro_ray.config import Config, load_config
+
+CONFIG = Path(__file__).parents[1] / "configs" / "chaos.yaml"
+_ACCURACY_WITHIN = 0.03
+_CALM_END_STEPS = 80
+_DISK_IN_CHECKPOINTS = 5
+
+
+@dataclass
+class Result:
+    """Of a call of `run_chaos`. `runs`: of each, what its audit found, by check, and its accuracy."""
+
+    outcomes: list[Outcome]
+    kinds: list[str]
+    skipped: dict[str, str]
+    runs: list[dict[str, Any]] = field(default_factory=list)
+    baseline: dict[str, Any] = field(default_factory=dict)
+    gave_up: str = ""
+
+    def failures(self) -> list[str]:
+        """Why the exit status is not 0."""
+        by_kind = figures(self.outcomes, self.kinds)
+        found = [self.gave_up] if self.gave_up else []
+        for index, run in enumerate(self.runs):
+            found += [f"run {index}, {check}: {w[0]} ({len(w)} findings)" for check, w in run["audit"].items() if w]
+        for kind, of in by_kind.items():
+            found += [f"{kind}: {n} groups {what}" for what in ("lost", "duplicated") if (n := of[what])]
+            if of["not_recovered"]:
+                found.append(f"{kind}: not recovered from {of['not_recovered']} times")
+            if not of["injected"] and len(self.outcomes) >= len(self.kinds):
+                found.append(f"{kind}: never injected, although there was time")
+        return found
+
+    def record(self) -> dict[str, Any]:
+        own = {k: v for k, v in vars(self).items() if k != "outcomes"}
+        return own | {"faults": figures(self.outcomes, self.kinds), "failures": self.failures()}
+
+
+def run_chaos(
+    work: Path,
+    kinds: Sequence[str] | None = None,
+    max_faults: int = 10**6,
+    *,
+    minutes: float = 60.0,
+    seed: int = 0,
+    config: Path = CONFIG,
+    overrides: Sequence[str] = (),
+    baseline: Path | None = None,
+    say: Callable[[str], None] = print,
+) -> Result:
+    """Runs under faults until the minutes or the faults are used up, and the run then under way is done.
+
+    Args:
+        work: an empty or new folder; everything is written there.
+        kinds: names of KINDS; None: all.
+        baseline: a JSON file, written by an earlier call, with the figures of a run without faults; without it one is
+            made first, and its figures are in `work`/baseline.json.
+
+    Raises:
+        ValueError: an unknown kind, or the configuration is wrong.
+    """
+    chosen = _chosen(kinds)
+    loaded = load_config(config, ["run.dir=unused", *overrides])
+    work = work.absolute()
+    work.mkdir(parents=True, exist_ok=True)
+    with _temporary_folder() as temp:
+        calm = read_json(baseline) if baseline else _run_baseline(work, config, overrides, temp, say)
+        if Path(calm["model"]).is_dir():  # the same starting policy, without warming it up again
+            overrides = [*overrides, f"model={{kind: pretrained, path: {calm['model']}}}"]
+        with _small_disk(work, chosen, calm["checkpoint_bytes"]) as (disk, skipped):
+            able = [k for k in chosen if k.name not in skipped]
+            until = time.time() + 60 * minutes
+            schedule = Schedule(able, seed, until, max_faults, work / "faults.jsonl", say)
+            result = Result(schedule.outcomes, [k.name for k in able], skipped, baseline=dict(calm))
+            while not result.runs or not schedule.is_over():
+                folder = work / f"run_{len(result.runs)}"
+                _one_run(Run(config, overrides, folder, temp, disk), schedule, loaded, result)
+                if result.gave_up:
+                    break
+    return result
+
+
+def _chosen(names: Sequence[str] | None) -> list[Kind]:
+    known = {k.name: k for k in KINDS}
+    if unknown := sorted(set(names or ()) - set(known)):
+        raise ValueError(f"unknown kinds {unknown}; there are {sorted(known)}")
+    return [known[name] for name in names or known]
+
+
+@contextmanager
+def _temporary_folder() -> Iterator[Path]:
+    """For Ray's sessions; short, for names of sockets may have 107 bytes."""
+    path = Path(f"/tmp/qc{os.getpid()}")
+    try:
+        yield path
+    finally:
+        shutil.rmtree(path, ignore_errors=True)
+
+
+@contextmanager
+def _small_disk(
+    work: Path, kinds: Sequence[Kind], checkpoint_bytes: int
+) -> Iterator[tuple[Disk | None, dict[str, str]]]:
+    """Also: the kinds that cannot be injected, and why."""
+    if DISK_FULL not in {k.name for k in kinds}:
+        yield None, {}
+        return
+    disk = Disk(work / "disk", _DISK_IN_CHECKPOINTS * checkpoint_bytes)
+    try:
+        disk.mount()
+    except OSError as error:
+        yield None, {DISK_FULL: str(error)}
+        return
+    try:
+        yield disk, {}
+    finally:
+        disk.unmount()
+
+
+def _run_baseline(
+    work: Path, config: Path, overrides: Sequence[str], temp: Path, say: Callable[[str], None]
+) -> dict[str, Any]:
+    """The same run without faults. Raises GaveUp where even that fails."""
+    say("first, the same run without faults")
+    begun = time.monotonic()
+    run = Run(config, overrides, work / "baseline", temp, disk=None)
+    try:
+        run.start()
+        while run.status() is None:
+            run.look()
+            time.sleep(1)
+        if not run.is_done():
+            raise GaveUp(f"the run without faults ended with status {run.status()}: {run.last_words()}")
+        orphans = run.clean_up()
+    finally:
+        run.close()
+    sizes = [sum(f.stat().st_size for f in p.iterdir()) for p in run.newest_checkpoints()]
+    calm = {
+        "pass_at_1": read_json(run.dir / "summary.json")["pass_at_1_end"],
+        "checkpoint_bytes": max(sizes),
+        "model": str(run.dir / "model"),
+        "seconds": round(time.monotonic() - begun, 1),
+        "orphans": orphans,
+    }
+    (work / "baseline.json").write_text(json.dumps(calm))
+    say(f"without faults: pass@1 {calm['pass_at_1']:.3f} in {calm['seconds']:.0f} s")
+    return calm
+
+
+def _one_run(run: Run, schedule: Schedule, config: Config, result: Result) -> None:
+    """To its end, and audited; what is left of it is found, and removed."""
+    segments = shared_memory()
+    orphans: list[str] = []
+    try:
+        schedule.play(run, len(result.runs), config.run.num_steps - _CALM_END_STEPS)
+        orphans = run.clean_up()
+    except GaveUp as error:
+        result.gave_up = str(error)
+    finally:
+        left = describe(run.family.alive())
+        run.close()
+        if run.disk is not None:
+            shutil.rmtree(run.checkpoints, ignore_errors=True)  # room for those of the next run
+        leaks = sorted((run.family.shm & shared_memory()) - segments)
+        remove_shared_memory(leaks)
+    books = Books(
+        ledger=read_ledger(run.dir / "ledger.sqlite"),
+        metrics=read_lines(run.dir / "metrics.jsonl"),
+        rollouts=[{k: r[k] for k in ("step", "group_id")} for r in read_lines(run.dir / "rollouts.jsonl")],
+        events=run.events,
+        summary=read_json(run.dir / "summary.json"),
+        snapshots=run.snapshots,
+        num_steps=config.run.num_steps,
+        groups_per_step=config.replay.groups_per_step,
+        max_staleness=config.replay.max_staleness,
+    )
+    found = audit(books) | {"processes": orphans or left, "shared_memory": leaks}
+    result.runs.append({"dir": str(run.dir), "audit": found, "starts": run.num_starts, **_accuracy(books, result)})
+
+
+def _accuracy(books: Books, result: Result) -> dict[str, Any]:
+    """Reported; sampling alone makes two runs differ by some hundredths."""
+    if not books.summary:
+        return {}
+    accuracy, calm = books.summary["pass_at_1_end"], result.baseline["pass_at_1"]
+    return {
+        "pass_at_1": accuracy,
+        "accuracy_missed": accuracy < calm - _ACCURACY_WITHIN,
+        "recovery": books.summary["recovery"],
+    }
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--minutes", type=float, default=60)
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--config", type=Path, default=CONFIG)
+    parser.add_argument("--work", type=Path, default=None, help="default: runs/chaos_SEED_TIME")
+    parser.add_argument("--kinds", nargs="+", default=None, help=", ".join(k.name for k in KINDS))
+    parser.add_argument("--max-faults", type=int, default=10**6)
+    parser.add_argument("--baseline", type=Path, default=None, help="baseline.json of an earlier call")
+    parser.add_argument("--set", nargs="+", default=[], help="section.field=value …")
+    given = parser.parse_args()
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit("told to end (SIGTERM)"))  # by way of all `finally`
+    work = given.work or Path("runs") / f"chaos_{given.seed}_{int(time.time())}"
+    result = run_chaos(
+        work, given.kinds, given.max_faults, minutes=given.minutes, seed=given.seed, config=given.config,
+        overrides=given.set, baseline=given.baseline, say=lambda text: print(text, flush=True),
+    )  # fmt: skip
+    print(table(figures(result.outcomes, result.kinds)))
+    for failure in result.failures():
+        print(f"failed: {failure}")
+    print(json.dumps(result.record()))
+    (work / "result.json").write_text(json.dumps(result.record(), indent=2))
+    return 1 if result.failures() else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

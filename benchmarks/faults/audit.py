@@ -1,0 +1,279 @@
+"""What must hold of a run's books when it is done, whatever happened to it. Pure functions: each returns what is wrong.
+
+Legend: B groups a step, N steps.
+"""
+
+from __future__ import annotations
+
+from collections import Counter, defaultdict
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from quatro_ray.types import DropReason
+
+_FINAL = {"trained", "dropped"}
+
+
+@dataclass(frozen=True)
+class Group:
+    """A row of the ledger's table `groups`; `step`: the version that it was trained from."""
+
+    group_id: int
+    state: str
+    reason: str | None
+    step: int | None
+    oldest_version: int | None
+    newest_version: int | None
+    num_tokens: int | None
+
+
+@dataclass(frozen=True)
+class Version:
+    """A row of `versions`: one step from `parent`, or, where it fell back, the parent's weights under a new number."""
+
+    version: int
+    parent: int | None
+    step: int
+    fell_back: bool
+
+
+@dataclass(frozen=True)
+class Ledger:
+    """Groups by id, versions by number."""
+
+    groups: tuple[Group, ...]
+    versions: tuple[Version, ...]
+
+    def line(self) -> list[Version]:
+        """From the starting policy to the newest version; the abandoned branches are not in it."""
+        by_number = {v.version: v for v in self.versions}
+        line: list[Version] = []
+        at = max(by_number, default=None)
+        while at is not None and at in by_number and len(line) <= len(by_number):
+            line.append(by_number[at])
+            at = by_number[at].parent
+        return line[::-1]
+
+    def committed(self) -> dict[int, int]:
+        """By version from which a step of the line was made: the number of that step, from 1."""
+        return {v.parent: v.step for v in self.line() if not v.fell_back and v.parent is not None}
+
+    def trained(self) -> dict[int, int]:
+        """By group that is trained: the version from which."""
+        return {g.group_id: g.step for g in self.groups if g.state == "trained" and g.step is not None}
+
+
+@dataclass(frozen=True)
+class Books:
+    """Everything that a finished run has written.
+
+    Attributes:
+        metrics, rollouts: of metrics.jsonl and rollouts.jsonl, the latter without their texts.
+        snapshots: the ledger as it was on the way.
+    """
+
+    ledger: Ledger
+    metrics: Sequence[Mapping[str, Any]]
+    rollouts: Sequence[Mapping[str, Any]]
+    events: Sequence[Mapping[str, Any]]
+    summary: Mapping[str, Any]
+    snapshots: Sequence[Ledger]
+    num_steps: int
+    groups_per_step: int
+    max_staleness: int
+
+
+def audit(books: Books) -> dict[str, list[str]]:
+    """By check, what it found; all are there, also those that found nothing."""
+    ledger = books.ledger
+    lost, duplicated = against_all(books.snapshots, ledger)
+    return {
+        "final_states": final_states(ledger),
+        "ids": ids(ledger),
+        "drops": drops(ledger),
+        "versions": versions(ledger, books.events),
+        "trained": trained(ledger, books.num_steps, books.groups_per_step),
+        "staleness": staleness(ledger, books.max_staleness),
+        "lost": [f"group {i} was trained on the way, and is not at the end, though its step is" for i in sorted(lost)],
+        "duplicated": [f"group {i} was trained in two steps" for i in sorted(duplicated)],
+        "metrics": metrics(books.metrics, books.num_steps),
+        "rollouts": rollouts(ledger, books.rollouts, books.groups_per_step),
+        "summary": summary(ledger, books.summary, books.num_steps, books.max_staleness),
+    }
+
+
+def final_states(ledger: Ledger) -> list[str]:
+    """Every admitted group is trained or dropped, and nothing in between."""
+    return [f"group {g.group_id} is {g.state}" for g in ledger.groups if g.state not in _FINAL]
+
+
+def ids(ledger: Ledger) -> list[str]:
+    """1, 2, 3, … without gaps: no group was forgotten."""
+    found = Counter(g.group_id for g in ledger.groups)
+    missing = sorted(set(range(1, max(found, default=0) + 1)) - set(found))
+    twice = sorted(i for i, n in found.items() if n > 1)
+    return [f"no group has id {i}" for i in missing] + [f"id {i} is there twice" for i in twice]
+
+
+def drops(ledger: Ledger) -> list[str]:
+    """A dropped group, and only that, has a reason, one of DropReason."""
+    wrong = []
+    for group in ledger.groups:
+        if group.state == "dropped" and group.reason not in set(DropReason):
+            wrong.append(f"group {group.group_id} was dropped for {group.reason!r}")
+        if group.state != "dropped" and group.reason is not None:
+            wrong.append(f"group {group.group_id} is {group.state} and has a reason to be dropped, {group.reason!r}")
+    return wrong
+
+
+def versions(ledger: Ledger, events: Sequence[Mapping[str, Any]]) -> list[str]:
+    """Numbers are 0, 1, 2, …, each issued once and from an earlier one; steps count along; every one that fell back was
+    told, and no two of those that were told have one number."""
+    wrong = []
+    by_number: dict[int, Version] = {}
+    for expected, version in enumerate(ledger.versions):
+        if version.version != expected:
+            wrong.append(f"version {version.version} stands where {expected} should")
+        if version.version in by_number:
+            wrong.append(f"version {version.version} was issued twice")
+        wrong += _ancestry(version, by_number)
+        by_number[version.version] = version
+    told = Counter(e["version"] for e in events if e["event"] == "fell_back")
+    wrong += [f"version {v} was told {n} times as one that fell back" for v, n in told.items() if n > 1]
+    fell_back = {v.version for v in ledger.versions if v.fell_back}
+    return wrong + [f"version {v} was told as one that fell back, and is not" for v in sorted(set(told) - fell_back)]
+
+
+def _ancestry(version: Version, earlier: Mapping[int, Version]) -> list[str]:
+    if version.version == 0:
+        return [] if (version.parent, version.step) == (None, 0) else ["version 0 is not the starting policy"]
+    parent = earlier.get(-1 if version.parent is None else version.parent)
+    if parent is None:
+        return [f"version {version.version} comes from {version.parent}, which was not there before"]
+    if not version.fell_back and parent.version != version.version - 1:
+        return [f"version {version.version} is a step from {parent.version}, which was not the newest"]
+    if (expected := parent.step + (not version.fell_back)) != version.step:
+        return [f"version {version.version} counts {version.step} steps instead of {expected}"]
+    return []
+
+
+def trained(ledger: Ledger, num_steps: int, groups_per_step: int) -> list[str]:
+    """Each of the N steps of the line was trained by exactly B groups, and no group by an abandoned step."""
+    committed = ledger.committed()
+    wrong = []
+    if (made := sorted(committed.values())) != list(range(1, num_steps + 1)):
+        wrong.append(f"the line has {len(made)} steps, up to {max(made, default=0)}, instead of {num_steps}")
+    by_step: defaultdict[int, list[int]] = defaultdict(list)
+    for group_id, step in ledger.trained().items():
+        by_step[step].append(group_id)
+    for version, step in committed.items():
+        if (num := len(by_step[version])) != groups_per_step:
+            wrong.append(f"step {step}, from version {version}, was trained by {num} groups, not {groups_per_step}")
+    for version in sorted(by_step.keys() - committed.keys()):
+        wrong.append(f"groups {by_step[version]} count as trained from version {version}, which is not of the line")
+    no_step = [g.group_id for g in ledger.groups if g.state == "trained" and g.step is None]
+    return wrong + [f"group {i} is trained, by no step" for i in no_step]
+
+
+def staleness(ledger: Ledger, max_staleness: int) -> list[str]:
+    """All tokens that were trained are of the line, at most so many steps older than the step, and not newer."""
+    line = {v.version: v.step for v in ledger.line()}
+    wrong = []
+    for group in ledger.groups:
+        if group.state != "trained" or group.step is None:
+            continue
+        if group.oldest_version not in line or group.newest_version not in line:
+            wrong.append(
+                f"group {group.group_id} holds tokens of versions {group.oldest_version} to {group.newest_version}, "
+                "which are not of the line"
+            )
+        elif group.newest_version > group.step:
+            wrong.append(f"group {group.group_id} holds tokens that are newer than its step")
+        elif (age := line.get(group.step, 0) - line[group.oldest_version]) > max_staleness:
+            wrong.append(f"group {group.group_id} was trained {age} steps old; the cap is {max_staleness}")
+    return wrong
+
+
+def compare(before: Ledger, after: Ledger) -> tuple[set[int], set[int]]:
+    """Groups that were lost and that were duplicated between two looks.
+
+    Lost: it is not there any more; or a step that still counts was trained by it, and it is not trained. Duplicated: a
+    step that still counts was trained by it, and it is trained by another one too.
+    """
+    now, there, counts = after.trained(), {g.group_id for g in after.groups}, after.committed()
+    lost = {g.group_id for g in before.groups} - there
+    duplicated: set[int] = set()
+    for group_id, step in before.trained().items():
+        if step in counts and now.get(group_id) != step:
+            (duplicated if group_id in now else lost).add(group_id)
+    return lost, duplicated
+
+
+def against_all(snapshots: Iterable[Ledger], after: Ledger) -> tuple[set[int], set[int]]:
+    lost: set[int] = set()
+    duplicated: set[int] = set()
+    for before in snapshots:
+        more = compare(before, after)
+        lost, duplicated = lost | more[0], duplicated | more[1]
+    return lost, duplicated
+
+
+def metrics(lines: Sequence[Mapping[str, Any]], num_steps: int) -> list[str]:
+    """Each of the N steps once, in order."""
+    steps = [line["step"] for line in lines]
+    if steps == list(range(1, num_steps + 1)):
+        return []
+    twice = sorted(s for s, n in Counter(steps).items() if n > 1)
+    missing = sorted(set(range(1, num_steps + 1)) - set(steps))
+    return [f"metrics.jsonl: {len(steps)} lines for {num_steps} steps; twice: {twice}; missing: {missing}"]
+
+
+def rollouts(ledger: Ledger, lines: Sequence[Mapping[str, Any]], groups_per_step: int) -> list[str]:
+    """What the controller recorded of each step is what the ledger says. Nothing where not all groups are recorded."""
+    recorded: defaultdict[int, list[int]] = defaultdict(list)
+    for line in lines:
+        recorded[line["step"]].append(line["group_id"])
+    committed = ledger.committed()
+    said: defaultdict[int, list[int]] = defaultdict(list)
+    for group_id, version in ledger.trained().items():
+        if version in committed:
+            said[committed[version]].append(group_id)
+    if max(map(len, recorded.values()), default=0) < groups_per_step:
+        return []
+    return [
+        f"step {step}: rollouts.jsonl has groups {sorted(recorded[step])}, the ledger {sorted(said[step])}"
+        for step in sorted(recorded.keys() | said.keys())
+        if sorted(recorded[step]) != sorted(said[step])
+    ]
+
+
+def summary(ledger: Ledger, told: Mapping[str, Any], num_steps: int, max_staleness: int) -> list[str]:
+    """summary.json adds up, and agrees with the ledger."""
+    if not told:
+        return ["there is no summary.json"]
+    states = Counter(g.state for g in ledger.groups)
+    reasons = Counter(g.reason for g in ledger.groups if g.state == "dropped")
+    tokens = sum(g.num_tokens or 0 for g in ledger.groups if g.state == "trained")
+    ages = told["staleness_tokens"]
+    equal = {
+        "groups": (_without_zeros(told["groups"]), dict(states)),
+        "drops": (_without_zeros(told["drops"]), dict(reasons)),
+        "groups_admitted": (told["groups_admitted"], len(ledger.groups)),
+        "learner_steps": (told["learner_steps"], num_steps),
+        "weight_updates": (told["weight_updates"], num_steps),
+        "trained_tokens": (told["trained_tokens"], tokens),
+        "staleness_tokens": (sum(ages.values()), told["trained_tokens"]),
+    }
+    wrong = [f"summary.json: {name} is {have}, expected {want}" for name, (have, want) in equal.items() if have != want]
+    if told["generated_tokens"] < told["trained_tokens"]:
+        wrong.append(
+            f"summary.json: {told['generated_tokens']:,} tokens generated, and {told['trained_tokens']:,} trained"
+        )
+    if max(map(int, ages), default=0) > max_staleness:
+        wrong.append(f"summary.json: tokens were trained {max(map(int, ages))} steps old; the cap is {max_staleness}")
+    return wrong
+
+
+def _without_zeros(counts: Mapping[str, int]) -> dict[str, int]:
+    return {k: n for k, n in counts.items() if n}

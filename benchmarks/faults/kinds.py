@@ -1,0 +1,242 @@
+"""The kinds of faults: whom each strikes and how, what shows that it was noticed, and what must follow."""
+
+from __future__ import annotations
+
+import resource
+import signal
+import statistics
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from random import Random
+from typing import Any
+
+import psutil
+
+from benchmarks.faults.processes import Role, describe, strike
+from benchmarks.faults.records import Lines, read_lines
+from benchmarks.faults.run import Run
+
+_SIGKILL, _SIGSTOP, _SIGTERM = signal.SIGKILL, signal.SIGSTOP, signal.SIGTERM
+_LOADING_BYTES = 2**30
+PREEMPTED = 128 + signal.SIGTERM
+
+
+@dataclass
+class Blow:
+    """A fault that was injected. `at`: seconds since the epoch; `peers`: ids of all of the victim's role then."""
+
+    victim: psutil.Process
+    name: str
+    peers: set[int]
+    at: float = field(default_factory=time.time)
+    detail: str = ""
+    undo: Callable[[], None] | None = None
+    """Called when the fault was noticed, or when nobody noticed it in time."""
+
+
+@dataclass(frozen=True)
+class Sign:
+    """An event of events.jsonl; `part`: how its name begins; `why`: what its reason holds."""
+
+    event: str
+    part: str
+    why: str = ""
+
+    def is_in(self, event: dict[str, Any]) -> bool:
+        named = event["event"] == self.event and event["part"].startswith(self.part)
+        return named and self.why in str(event.get("why", ""))
+
+
+@dataclass(frozen=True)
+class Kind:
+    """
+    Attributes:
+        strike: injects it; None where the moment did not come.
+        signs: any of them shows that it was noticed. None: the victim is gone and has a successor.
+        statuses: the driver is to end with one of these, which is what shows it; "error": any but 0.
+        then: events that must all follow before the run counts as recovered.
+        is_ready: whether it can be injected now.
+        check: what was wrong with how the driver ended.
+    """
+
+    name: str
+    role: Role
+    strike: Callable[[Run, Blow, Random], bool]
+    signs: tuple[Sign, ...] = ()
+    statuses: tuple[int, ...] | str = ()
+    then: tuple[Sign, ...] = ()
+    is_ready: Callable[[Run], bool] = lambda run: True
+    check: Callable[[Run, Blow], str] = lambda run, blow: ""
+
+    def inject(self, run: Run, rng: Random) -> Blow | None:
+        """None where there is no victim, or it got away."""
+        peers = run.process(self.role)
+        if not peers or not self.is_ready(run):
+            return None
+        victim = rng.choice(peers)
+        blow = Blow(victim, describe([victim])[0], {p.pid for p in peers})
+        return blow if self.strike(run, blow, rng) else None
+
+
+def _signal(number: signal.Signals) -> Callable[[Run, Blow, Random], bool]:
+    def send(run: Run, blow: Blow, rng: Random) -> bool:
+        blow.at = time.time()
+        return strike(blow.victim, number)
+
+    return send
+
+
+def _out_of_memory(run: Run, blow: Blow, rng: Random) -> bool:
+    return _limit(blow)
+
+
+def _out_of_memory_at_start(run: Run, blow: Blow, rng: Random) -> bool:
+    """An engine core is killed, and its successor gets no more address space than it has while it loads. (One that runs
+    asks for none any more: it went on for minutes under such a limit.)"""
+    strike(blow.victim, _SIGKILL)
+    deadline = time.monotonic() + 90
+    while time.monotonic() < deadline and run.status() is None:
+        for process in run.process(Role.ENGINE):
+            if process.pid not in blow.peers and _used(process) > _LOADING_BYTES:
+                blow.victim, blow.name = process, describe([process])[0]
+                return _limit(blow)
+        time.sleep(0.05)
+    return False
+
+
+def _used(process: psutil.Process) -> int:
+    try:
+        return process.memory_info().vms
+    except psutil.Error:
+        return 0
+
+
+def _limit(blow: Blow) -> bool:
+    """From now on whatever asks for address space fails, also where some was given back before."""
+    victim = blow.victim
+    try:
+        before, used = victim.rlimit(resource.RLIMIT_AS), victim.memory_info().vms
+        victim.rlimit(resource.RLIMIT_AS, (used // 2, before[1]))
+    except psutil.Error:
+        return False
+    blow.at, blow.detail = time.time(), f"{used / 2**20:.0f} MiB in use"
+    blow.undo = lambda: _limit_again(victim, before)
+    return True
+
+
+def _limit_again(victim: psutil.Process, limit: tuple[int, int]) -> None:
+    try:
+        victim.rlimit(resource.RLIMIT_AS, limit)
+    except psutil.Error:
+        return  # it died of it
+
+
+def _within_update(run: Run, blow: Blow, rng: Random) -> bool:
+    """Within the next weight update, which follows the training phase of each step."""
+    phases = [p for p in read_lines(run.dir / "timeline.jsonl") if p.get("phase") == "sync"][-20:]
+    length = statistics.median([p["end"] - p["start"] for p in phases] or [0.3])
+    timeline = Lines(run.dir / "timeline.jsonl")
+    timeline.new()
+    pair, into = rng.random() < 0.5, rng.uniform(0, length)
+    deadline = time.monotonic() + 60
+    while not any(line.get("phase") == "train" for line in timeline.new()):
+        if time.monotonic() > deadline or run.status() is not None:
+            return False
+        time.sleep(0.005)
+    time.sleep(into)
+    blow.at, blow.detail = time.time(), f"{into:.2f} s after training, updates last {length:.2f} s"
+    if pair and strike(blow.victim, _SIGSTOP):
+        blow.detail += ", stopped for 2 s, then killed"
+        time.sleep(2)
+    return strike(blow.victim, _SIGKILL)
+
+
+def _damage(how: Callable[[Path, Random], str]) -> Callable[[Run, Blow, Random], bool]:
+    """The newest checkpoint first, then its reader: who starts again must find out."""
+
+    def send(run: Run, blow: Blow, rng: Random) -> bool:
+        newest, *_ = run.newest_checkpoints()
+        file = rng.choice(sorted(newest.glob("*.pt")))
+        blow.detail = f"{newest.name}/{file.name}: {how(file, rng)}"
+        blow.at = time.time()
+        return strike(blow.victim, _SIGKILL)
+
+    return send
+
+
+def _truncate(file: Path, rng: Random) -> str:
+    size = rng.randrange(file.stat().st_size)
+    with file.open("r+b") as opened:
+        opened.truncate(size)
+    return f"cut to {size:,} bytes"
+
+
+def _flip(file: Path, rng: Random) -> str:
+    position, bit = rng.randrange(file.stat().st_size), rng.randrange(8)
+    with file.open("r+b") as opened:
+        opened.seek(position)
+        byte = opened.read(1)[0]
+        opened.seek(position)
+        opened.write(bytes([byte ^ 1 << bit]))
+    return f"bit {bit} of byte {position:,} flipped"
+
+
+def _fill_disk(run: Run, blow: Blow, rng: Random) -> bool:
+    assert run.disk is not None
+    size = sum(p.stat().st_size for p in run.newest_checkpoints()[0].iterdir())
+    blow.at = time.time()
+    free = run.disk.fill(leave_bytes=rng.choice([0, size // 2]))
+    blow.detail, blow.undo = f"{free:,} bytes left, a checkpoint takes {size:,}", run.disk.free
+    return True
+
+
+def _has_checkpoints(number: int) -> Callable[[Run], bool]:
+    return lambda run: len(run.newest_checkpoints()) >= number
+
+
+def _check_preempted(run: Run, blow: Blow) -> str:
+    step, took = run.steps.step, time.time() - blow.at
+    is_there = (run.checkpoints / f"step_{step}").is_dir()
+    return "" if is_there else f"step {step} has no checkpoint ({took:.0f} s after SIGTERM)"
+
+
+_NOT_STARTED = (Sign("lost", "generator", "did not start"),)
+_ENGINE = (Sign("lost", "generator"),)
+_LEARNER = (Sign("lost", "learner"),)
+_DAMAGED = (Sign("damaged", "checkpoint"),)
+_FAILED, _WRITTEN = (Sign("failed", "checkpoint"),), (Sign("written", "checkpoint"),)
+
+KINDS: tuple[Kind, ...] = (
+    Kind("generator actor killed", Role.GENERATOR, _signal(_SIGKILL), _ENGINE),
+    Kind("generator actor stopped", Role.GENERATOR, _signal(_SIGSTOP), _ENGINE),
+    Kind("engine core killed", Role.ENGINE, _signal(_SIGKILL), _ENGINE),
+    Kind("engine core stopped", Role.ENGINE, _signal(_SIGSTOP), _ENGINE),
+    Kind("generator actor out of memory", Role.GENERATOR, _out_of_memory, _ENGINE),
+    Kind("engine core out of memory", Role.ENGINE, _out_of_memory_at_start, _NOT_STARTED),
+    Kind("learner rank killed", Role.LEARNER, _signal(_SIGKILL), _LEARNER),
+    Kind("learner rank stopped", Role.LEARNER, _signal(_SIGSTOP), _LEARNER),
+    Kind("replay killed", Role.REPLAY, _signal(_SIGKILL)),
+    Kind("replay stopped", Role.REPLAY, _signal(_SIGSTOP)),
+    Kind("verifier actor killed", Role.VERIFIER, _signal(_SIGKILL)),
+    Kind("verifier worker killed", Role.WORKER, _signal(_SIGKILL)),
+    Kind("verifier worker stopped", Role.WORKER, _signal(_SIGSTOP)),
+    Kind("controller killed", Role.DRIVER, _signal(_SIGKILL), statuses=(-_SIGKILL,)),
+    Kind("preempted", Role.DRIVER, _signal(_SIGTERM), statuses=(PREEMPTED,), check=_check_preempted),
+    Kind("node killed", Role.RAYLET, _signal(_SIGKILL), statuses="error"),
+    Kind("weight update, engine killed", Role.ENGINE, _within_update, _ENGINE),
+    Kind("weight update, learner killed", Role.LEARNER, _within_update, _LEARNER),
+    Kind(
+        "checkpoint truncated, learner killed", Role.LEARNER, _damage(_truncate), _DAMAGED,
+        is_ready=_has_checkpoints(2),
+    ),
+    Kind(
+        "checkpoint flipped, controller killed", Role.DRIVER, _damage(_flip), statuses=(-_SIGKILL,), then=_DAMAGED,
+        is_ready=_has_checkpoints(2),
+    ),
+    Kind("disk full", Role.DRIVER, _fill_disk, _FAILED, then=_WRITTEN, is_ready=_has_checkpoints(1)),
+)  # fmt: skip
+"""By name; "disk full" needs a disk of its own."""
+
+DISK_FULL = KINDS[-1].name

@@ -1,0 +1,151 @@
+"""The processes of one run, and of nothing else: found by descent, kept by id and time of birth."""
+
+from __future__ import annotations
+
+import os
+import signal
+import time
+from collections.abc import Iterable
+from contextlib import suppress
+from enum import StrEnum
+from pathlib import Path
+
+import psutil
+
+MARKER = "QUATRO_CHAOS"
+_SHM = "/dev/shm/"
+
+
+class Role(StrEnum):
+    """Values are what a process's command line says."""
+
+    GENERATOR = "ray::GeneratorActor"
+    ENGINE = "VLLM::EngineCore"
+    LEARNER = "ray::LearnerActor"
+    REPLAY = "ray::ReplayActor"
+    VERIFIER = "ray::VerifierActor"
+    WORKER = "quatro_ray.rewards.worker"
+    RAYLET = "/raylet/raylet"
+    DRIVER = "quatro-ray train"
+
+
+class Family:
+    """All processes that come from a driver, also those whose parents are gone.
+
+    A process belongs to it if its parent does, or if its environment holds the marker. Ids are kept with the time of
+    birth, so that one that the system gives out again is another process.
+
+    Args:
+        marker: value of the variable MARKER in the driver's environment, unlike any other's.
+    """
+
+    def __init__(self, marker: str) -> None:
+        self._marker = f"{MARKER}={marker}".encode()
+        self._known: dict[tuple[int, float], psutil.Process] = {}
+        self._strangers: set[tuple[int, float]] = set()
+        self.shm: set[str] = set()
+        """Names under /dev/shm that a member had mapped when `look_at_memory` was called."""
+
+    def add(self, pid: int) -> None:
+        process = psutil.Process(pid)
+        self._known[_key(process)] = process
+
+    def look(self) -> list[psutil.Process]:
+        """Those that live, the newly found included; oldest first."""
+        pids = {p.pid for p in self.alive()}
+        for process in sorted(psutil.process_iter(), key=lambda p: p.pid):
+            with suppress(psutil.Error, OSError):
+                key = _key(process)
+                if key in self._known:
+                    continue
+                if process.ppid() in pids or self._is_marked(key):
+                    self._known[key] = process
+                    pids.add(process.pid)
+        return self.alive()
+
+    def _is_marked(self, key: tuple[int, float]) -> bool:
+        if key in self._strangers:
+            return False
+        marked = self._marker in Path(f"/proc/{key[0]}/environ").read_bytes().split(b"\0")
+        if not marked:
+            self._strangers.add(key)
+        return marked
+
+    def alive(self) -> list[psutil.Process]:
+        return sorted((p for p in self._known.values() if is_alive(p)), key=lambda p: p.create_time())
+
+    def of(self, role: Role) -> list[psutil.Process]:
+        return [p for p in self.look() if role in command_of(p)]
+
+    def look_at_memory(self) -> None:
+        """Notes which shared memory they use."""
+        self.shm |= _mapped(self.alive())
+
+    def wait_gone(self, seconds: float) -> list[psutil.Process]:
+        """Those that still live after so long; the driver has ended."""
+        deadline = time.monotonic() + seconds
+        while (left := self.look()) and time.monotonic() < deadline:
+            time.sleep(0.25)
+        return left
+
+    def kill(self) -> None:
+        """All that live, until none is left; with the shared memory that they could have removed themselves."""
+        deadline, cut_off = time.monotonic() + 30, set[str]()
+        while (left := self.look()) and time.monotonic() < deadline:
+            cut_off |= _mapped(left)
+            for process in left:
+                strike(process, signal.SIGKILL)
+            time.sleep(0.1)
+        remove_shared_memory(cut_off)
+
+
+def _mapped(processes: Iterable[psutil.Process]) -> set[str]:
+    """Names of shared memory. By inode: who made a semaphore has it mapped under the name that it had before."""
+    inodes: set[int] = set()
+    for process in processes:
+        with suppress(OSError):
+            lines = Path(f"/proc/{process.pid}/maps").read_text().splitlines()
+            inodes.update(int(line.split()[4]) for line in lines if _SHM in line)
+    return {file.name for file in os.scandir(_SHM) if file.inode() in inodes}
+
+
+def _key(process: psutil.Process) -> tuple[int, float]:
+    return process.pid, process.create_time()
+
+
+def is_alive(process: psutil.Process) -> bool:
+    """A zombie holds nothing and is not."""
+    try:
+        return process.is_running() and process.status() != psutil.STATUS_ZOMBIE
+    except psutil.Error:
+        return False
+
+
+def command_of(process: psutil.Process) -> str:
+    try:
+        return " ".join(process.cmdline())
+    except psutil.Error:
+        return ""
+
+
+def strike(process: psutil.Process, number: signal.Signals) -> bool:
+    """False where it is gone already. psutil compares the time of birth before it signals."""
+    try:
+        process.send_signal(number)
+    except psutil.Error:
+        return False
+    return True
+
+
+def shared_memory() -> set[str]:
+    """Names of all segments there are on this machine."""
+    return set(os.listdir(_SHM))
+
+
+def remove_shared_memory(names: Iterable[str]) -> None:
+    for name in names:
+        (Path(_SHM) / name).unlink(missing_ok=True)
+
+
+def describe(processes: Iterable[psutil.Process]) -> list[str]:
+    return [f"{p.pid} {command_of(p)[:120].strip()}" for p in processes]

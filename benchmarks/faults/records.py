@@ -1,0 +1,101 @@
+"""What a run writes, read from beside it: events, steps, phases, the ledger."""
+
+from __future__ import annotations
+
+import json
+import sqlite3
+from collections.abc import Mapping
+from contextlib import closing
+from pathlib import Path
+from typing import Any
+
+from benchmarks.faults.audit import Group, Ledger, Version
+
+_TAIL_BYTES = 2**19
+
+
+class Lines:
+    """JSON lines of a file that grows: each call gives those that are new. What was cut off is in `broken`."""
+
+    def __init__(self, path: Path) -> None:
+        self._path = path
+        self._offset = 0
+        self.broken: list[str] = []
+
+    def new(self) -> list[dict[str, Any]]:
+        if not self._path.is_file():
+            return []
+        with self._path.open("rb") as file:
+            file.seek(self._offset)
+            whole, newline, _ = file.read().rpartition(b"\n")
+        self._offset += len(whole) + len(newline)
+        return [r for line in whole.decode().splitlines() if (r := self._read(line)) is not None]
+
+    def _read(self, line: str) -> dict[str, Any] | None:
+        try:
+            return json.loads(line)
+        except ValueError:
+            self.broken.append(line)
+            return None
+
+
+class Steps:
+    """The newest optimiser step that was recorded, and the highest time of any so far: lines are taken back when the
+    learner falls back, and the time of those that are new goes on."""
+
+    def __init__(self, run_dir: Path) -> None:
+        self._path = run_dir / "metrics.jsonl"
+        self._seen: tuple[int, int] | None = None
+        self.step = 0
+        self.newest_s = 0.0
+        """Since the run began."""
+
+    def look(self) -> None:
+        try:
+            stat = self._path.stat()
+        except FileNotFoundError:
+            return
+        if (seen := (stat.st_mtime_ns, stat.st_size)) == self._seen:
+            return
+        self._seen = seen
+        if (line := _last_line(self._path)) is None:
+            self.step = 0
+            return
+        self.step = line["step"]
+        self.newest_s = max(self.newest_s, line["time_s"])
+
+
+def _last_line(path: Path) -> dict[str, Any] | None:
+    """The last whole one."""
+    with path.open("rb") as file:
+        size = file.seek(0, 2)
+        file.seek(max(0, size - _TAIL_BYTES))
+        lines = file.read().rpartition(b"\n")[0].splitlines()
+    return json.loads(lines[-1]) if lines else None
+
+
+def read_lines(path: Path) -> list[dict[str, Any]]:
+    return Lines(path).new()
+
+
+def read_ledger(path: Path) -> Ledger:
+    """As it is now. Read only: a run that owns it goes on. Empty where there is none yet."""
+    if not path.is_file():
+        return Ledger((), ())
+    with closing(sqlite3.connect(f"{path.absolute().as_uri()}?mode=ro", uri=True, timeout=10)) as db:
+        try:
+            db.execute("BEGIN")  # both tables as of one moment
+            groups = db.execute(
+                "SELECT group_id, state, reason, step, oldest_version, newest_version, num_tokens FROM groups "
+                "ORDER BY group_id"
+            ).fetchall()
+            versions = db.execute("SELECT version, parent, step, fell_back FROM versions ORDER BY version").fetchall()
+        except sqlite3.OperationalError as error:
+            if "no such table" in str(error):
+                return Ledger((), ())
+            raise
+    return Ledger(tuple(Group(*g) for g in groups), tuple(Version(v, p, s, bool(f)) for v, p, s, f in versions))
+
+
+def read_json(path: Path) -> Mapping[str, Any]:
+    return json.loads(path.read_text()) if path.is_file() else {}

@@ -1,0 +1,141 @@
+"""One training run over as many driver processes as it takes, seen from outside."""
+
+from __future__ import annotations
+
+import ctypes
+import os
+import secrets
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import psutil
+
+from benchmarks.faults.audit import Ledger
+from benchmarks.faults.disk import Disk
+from benchmarks.faults.processes import MARKER, Family, Role, describe
+from benchmarks.faults.records import Lines, Steps, read_ledger
+
+_LIBC = ctypes.CDLL(None)
+_PR_SET_PDEATHSIG = 1
+_ORPHAN_S = 30.0
+_MEMORY_EVERY_S = 5.0
+
+
+class Run:
+    """
+    Args:
+        folder: for the run's directory and the drivers' output.
+        temp: where Ray keeps its sessions; a short path, for sockets live under it.
+        disk: where the checkpoints are, if not in the run's directory.
+    """
+
+    def __init__(self, config: Path, overrides: Sequence[str], folder: Path, temp: Path, disk: Disk | None) -> None:
+        self.folder = folder
+        self.dir = folder / "run"
+        self.disk = disk
+        self.checkpoints = disk.path / folder.name if disk else self.dir / "checkpoints"
+        folder.mkdir(parents=True)
+        given = [f"run.dir={self.dir}", "run.resume=auto", "run.overwrite=false", f"checkpoint.dir={self.checkpoints}"]
+        self._command = [str(Path(sys.executable).parent / "quatro-ray"), "train", str(config), *given, *overrides]
+        self.family = Family(marker := secrets.token_hex(8))
+        kept = {k: v for k, v in os.environ.items() if k != "RAY_ADDRESS"}
+        self._environment = kept | {MARKER: marker, "RAY_TMPDIR": str(temp)}
+        self._looked_at_memory = 0.0
+        self._lines = Lines(self.dir / "events.jsonl")
+        self.driver: subprocess.Popen[bytes] | None = None
+        self.num_starts = 0
+        self.steps = Steps(self.dir)
+        self.events: list[dict[str, Any]] = []
+        self.down: set[str] = set()
+        """Parts that were lost and have not recovered."""
+        self.snapshots: list[Ledger] = []
+        self._start_mark = 0.0
+
+    def start(self) -> None:
+        """The same command again and again: run.resume=auto does the rest."""
+        self.num_starts += 1
+        self.look()  # the last driver's last words
+        self.down.clear()
+        self._start_mark = self.steps.newest_s
+        with self._log().open("wb") as log:
+            self.driver = subprocess.Popen(
+                self._command, env=self._environment, stdin=subprocess.DEVNULL, stdout=log, stderr=subprocess.STDOUT,
+                start_new_session=True, preexec_fn=_die_with_parent,
+            )  # fmt: skip
+        self.family.add(self.driver.pid)
+
+    def _log(self) -> Path:
+        return self.folder / f"driver_{self.num_starts}.log"
+
+    def look(self) -> list[dict[str, Any]]:
+        """Takes note of what happened since the last look; returns the new events."""
+        self.family.look()
+        if time.monotonic() - self._looked_at_memory > _MEMORY_EVERY_S:
+            self._looked_at_memory = time.monotonic()
+            self.family.look_at_memory()
+        new = self._lines.new()
+        for event in new:
+            if event["event"] == "lost":
+                self.down.add(event["part"])
+            elif event["event"] in ("recovered", "given_up"):
+                self.down.discard(event["part"])
+        self.events += new
+        self.steps.look()
+        return new
+
+    def status(self) -> int | None:
+        """Of the driver's end; None while it runs."""
+        assert self.driver is not None
+        return self.driver.poll()
+
+    def is_done(self) -> bool:
+        return self.status() == 0 and (self.dir / "summary.json").is_file()
+
+    def is_steady(self) -> bool:
+        """All parts are there, and this driver has made a step."""
+        return self.status() is None and not self.down and self.steps.newest_s > self._start_mark
+
+    def process(self, role: Role) -> list[psutil.Process]:
+        """Of that role; the driver is only ever our own child."""
+        if role is Role.DRIVER:
+            assert self.driver is not None
+            return [psutil.Process(self.driver.pid)] if self.status() is None else []
+        return self.family.of(role)
+
+    def snapshot(self) -> Ledger:
+        ledger = read_ledger(self.dir / "ledger.sqlite")
+        self.snapshots.append(ledger)
+        return ledger
+
+    def newest_checkpoints(self) -> list[Path]:
+        """Complete ones, newest first; none while one is being written."""
+        if not self.checkpoints.is_dir() or any(self.checkpoints.glob("step_*.writing")):
+            return []
+        found = [p for p in self.checkpoints.glob("step_*") if p.name.removeprefix("step_").isdigit()]
+        return sorted(found, key=lambda p: int(p.name.removeprefix("step_")), reverse=True)
+
+    def clean_up(self) -> list[str]:
+        """The driver has ended: whoever of its processes outlives it by 30 s is an orphan, named and killed."""
+        orphans = describe(self.family.wait_gone(_ORPHAN_S))
+        self.family.kill()
+        return orphans
+
+    def last_words(self) -> str:
+        """What the driver printed last."""
+        lines = self._log().read_text(errors="replace").splitlines()
+        return lines[-1][:500] if lines else ""
+
+    def close(self) -> None:
+        """Whatever is left of it ends."""
+        self.family.kill()
+        if self.driver is not None:
+            self.driver.wait(timeout=30)
+
+
+def _die_with_parent() -> None:
+    _LIBC.prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
