@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -17,10 +16,11 @@ from quatro_ray.telemetry.recorder import Recorder
 @pytest.fixture
 def disk(tmp_path: Path) -> Iterator[Disk]:
     """A tmpfs of one MiB."""
-    if os.geteuid() != 0:
-        pytest.skip("mounting needs root")
     made = Disk(tmp_path / "disk", 2**20)
-    made.mount()
+    try:
+        made.mount()
+    except OSError as error:  # who is not root, or is in a container, may not
+        pytest.skip(f"no disk to fill: {error}")
     yield made
     made.free()
     made.unmount()

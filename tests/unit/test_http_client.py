@@ -144,11 +144,11 @@ def test_how_long_it_can_ask_for_is_bounded(header: str, seconds: float) -> None
 
 
 def test_while_one_server_wants_peace_the_other_is_asked() -> None:
-    busy = Answer(status=429, headers={"Retry-After": "20"})
+    busy = Answer(status=429, headers={"Retry-After": "30"})
     with serving(in_turn(busy)) as first, serving(in_turn(FINE)) as second:
         start = time.monotonic()
         post(first, second, times=4)
-    assert time.monotonic() - start < 3
+    assert time.monotonic() - start < 15
     assert (len(first.requests), len(second.requests)) == (1, 4)
 
 
@@ -181,12 +181,12 @@ def test_health_on_a_clock_of_its_own() -> None:
     assert {ends.pick().url for _ in range(3)} == {"b", "c"}
 
 
-@pytest.mark.parametrize("slow", [Answer(delay_s=2), Answer(b"{" + b" " * 60, trickle_s=0.05)])
+@pytest.mark.parametrize("slow", [Answer(delay_s=30), Answer(b"{" + b" " * 600, trickle_s=0.05)])
 def test_the_deadline_holds_for_silent_and_for_trickling_servers(slow: Answer) -> None:
     start = time.monotonic()
     with serving(in_turn(slow)) as server, unavailable(r"no answer within timeout_s=0.3 s \(try 2 of 2\)"):
         post(server, timeout_s=0.3, max_tries=2)
-    assert time.monotonic() - start < 1.9
+    assert time.monotonic() - start < 15
 
 
 @pytest.mark.parametrize(
