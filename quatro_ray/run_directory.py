@@ -26,8 +26,6 @@ def prepare_run_dir(config: Config) -> bool:
             run to be gone on with was another one, has more steps already, or is under way; or nothing can be written.
     """
     try:
-        if config.checkpoint.dir is not None:
-            config.checkpoint.dir.mkdir(parents=True, exist_ok=True)
         return _prepare(config)
     except OSError as error:
         raise ConfigError(
@@ -54,9 +52,9 @@ def _prepare(config: Config) -> bool:
                 f"run.dir={path}: has no {_OURS}, so it is no earlier run, and is not replaced; choose another"
             )
         with only_writer(config):
-            _check_nobodys_checkpoints(config)
+            _check_checkpoint_dir(config)
             _empty(path)
-    _check_nobodys_checkpoints(config)
+    _check_checkpoint_dir(config)
     path.mkdir(parents=True, exist_ok=True)
     (path / _OURS).write_text(dump_config(config))
     return False
@@ -71,14 +69,16 @@ def _empty(path: Path) -> None:
             child.unlink()
 
 
-def _check_nobodys_checkpoints(config: Config) -> None:
-    """Those in run.dir go with the run that is replaced; others are not ours to take or to remove."""
-    if config.checkpoint.dir is None:
+def _check_checkpoint_dir(config: Config) -> None:
+    """Checkpoints in run.dir go with the run that is replaced; others are not ours to take or to remove."""
+    folder = config.checkpoint.dir
+    if folder is None or folder.is_relative_to(config.run.dir):
         return
+    folder.mkdir(parents=True, exist_ok=True)
     if (step := checkpoint_store(config).newest_step()) is not None:
         raise ConfigError(
-            f"checkpoint.dir={config.checkpoint.dir}: has a checkpoint of another run (step_{step}); choose another "
-            "folder, or remove it"
+            f"checkpoint.dir={folder}: has a checkpoint of another run (step_{step}); choose another folder, "
+            "or remove it"
         )
 
 

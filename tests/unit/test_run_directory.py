@@ -97,6 +97,17 @@ def test_checkpoints_of_two_runs_never_meet(tmp_path: Path) -> None:
         only_writer(run(tmp_path / "b", **kept)).__enter__()
 
 
+def test_checkpoints_within_the_run_are_the_runs(tmp_path: Path) -> None:
+    path = tmp_path / "run"
+    within: dict[str, Any] = {"checkpoint": {"dir": str(path / "kept")}}
+    assert not prepare_run_dir(run(path, **within))
+    (path / "ledger.sqlite").touch()
+    (path / "kept" / "step_10").mkdir(parents=True)
+    assert prepare_run_dir(run(path, **within))
+    assert not prepare_run_dir(run(path, run={"resume": "never", "overwrite": True}, **within))
+    assert sorted(p.name for p in path.iterdir()) == ["config.yaml"]
+
+
 def test_what_cannot_be_written_is_told(tmp_path: Path) -> None:
     (tmp_path / "file").touch()
     for path, over in (
