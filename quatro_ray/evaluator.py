@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable, Mapping, Sequence
-from contextlib import suppress
+from collections.abc import AsyncIterator, Callable, Mapping, Sequence
+from contextlib import asynccontextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -87,27 +87,26 @@ class Evaluator:
         Raises:
             PoolLost: one was lost again; and what `evaluate_set` raises.
         """
+
+        async def once() -> list[EvaluationResult]:
+            async with self._sampler(model_path, note) as sampler:
+                return [await evaluate_set(self._config, sampler, *item, version, step) for item in held_out.items()]
+
         try:
-            return await self._evaluate(model_path, version, step, held_out, note)
+            return await once()
         except PoolLost as lost:
             note(f"evaluation of version {version}, again with new engines: {lost}")
-            return await self._evaluate(model_path, version, step, held_out, note)
+            return await once()
 
-    async def _evaluate(
-        self,
-        model_path: Path | str,
-        version: int,
-        step: int,
-        held_out: Mapping[str, Sequence[Query]],
-        note: Callable[[str], None],
-    ) -> list[EvaluationResult]:
+    @asynccontextmanager
+    async def _sampler(self, model_path: Path | str, note: Callable[[str], None]) -> AsyncIterator[Sampler]:
+        """On engines of its own, which end with it."""
         engines = [self._spawn(str(model_path), i) for i in range(max(1, self._config.evaluation.num_engines))]
         try:
             await self._start(engines)
             clients = [GeneratorClient(e, self._environments) for e in engines]
             pool = FixedPool(clients, self._config.generator.max_groups_in_flight)
-            sampler = Sampler(pool, self._verifiers, self._config.generator, note)
-            return [await evaluate_set(self._config, sampler, *item, version, step) for item in held_out.items()]
+            yield Sampler(pool, self._verifiers, self._config.generator, note)
         finally:
             await _end(engines)
 

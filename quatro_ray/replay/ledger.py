@@ -222,12 +222,6 @@ class Ledger:
         """Ids of the groups whose rollouts are kept."""
         return {row[0] for row in self._db.execute("SELECT group_id FROM groups WHERE payload IS NOT NULL")}
 
-    def query(self, group_id: int) -> Query:
-        row = self._db.execute("SELECT query FROM groups WHERE group_id = ?", (group_id,)).fetchone()
-        if row is None:
-            raise LedgerError(f"group {group_id} does not exist")
-        return Query(**json.loads(row[0]))
-
     def counts(self) -> dict[GroupState, int]:
         """Groups by state; every state is there."""
         found = dict(self._db.execute("SELECT state, COUNT(*) FROM groups GROUP BY state"))

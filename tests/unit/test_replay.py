@@ -332,7 +332,7 @@ def test_a_drop_needs_a_reason_and_nothing_else_has_one() -> None:
         ledger.move([a], S.DROPPED)
     with pytest.raises(LedgerError, match="reason"):
         ledger.move([a], S.GENERATING, reason=DropReason.STALE)
-    assert ledger.query(a) == Query("a", "p", "a")
+    assert ledger.queries(S.PENDING) == [(a, Query("a", "p", "a"))]
 
 
 def test_unscored_groups_are_not_ready() -> None:
