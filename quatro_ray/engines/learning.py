@@ -5,8 +5,9 @@ from __future__ import annotations
 import os
 import random
 from datetime import timedelta
+from functools import cached_property
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 import torch
@@ -24,7 +25,9 @@ from quatro_ray.ops import losses
 from quatro_ray.ops.aggregation import BatchSize, aggregate
 from quatro_ray.ops.step_control import StepControl, StepLimits
 from quatro_ray.types import LearnerBatch, MicroBatch
-from quatro_ray.weight_sync.source import ZeroWeightSource
+
+if TYPE_CHECKING:
+    from quatro_ray.weight_sync.source import ZeroWeightSource
 
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
@@ -95,7 +98,14 @@ class LearningEngine:
             dist_init_required=False,
         )
         self._reference = self._load_reference() if self._config.reference_kl_coef > 0 else None
-        self.weights = ZeroWeightSource(self._policy.checkpoint_names())
+
+    @cached_property
+    def weights(self) -> ZeroWeightSource:
+        """The policy's parameters as a vLLM weight source; iterating over it is a collective."""
+        # imported here, because training alone, as benchmarks.gpu.learner does it, does not need vLLM
+        from quatro_ray.weight_sync.source import ZeroWeightSource
+
+        return ZeroWeightSource(self._policy.checkpoint_names())
 
     def _load_policy(self) -> PolicyModel:
         return PolicyModel(
