@@ -19,8 +19,8 @@ from pathlib import Path
 from typing import Any
 
 from quatro_ray.config import Config, load_config
+from quatro_ray.jobs.train import train
 from quatro_ray.replay.buffer import ReplayBuffer
-from quatro_ray.training import train
 from quatro_ray.types import Query
 from tests.make import group, rollout
 

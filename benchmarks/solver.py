@@ -18,7 +18,7 @@ import torch
 from scipy.optimize import brentq
 from torch import Tensor
 
-from quatro_ray.ops.trust_region import solve
+from quatro_ray.algorithms.trust_region import solve
 
 _QUERIES, _GROUP = 62_500, 16
 _ROUNDS = 15

@@ -22,7 +22,7 @@ from quatro_ray.actors.learner import LearnerActor
 from quatro_ray.config import LearnerConfig, QuatroConfig, StepControlConfig, TinyModelConfig
 from quatro_ray.engines.tiny_model import make_model, save_pretrained
 from quatro_ray.engines.tiny_tokenizer import make_tokenizer
-from quatro_ray.replay.staleness import Line
+from quatro_ray.replay.staleness import Lineage
 from quatro_ray.types import Outcome, Query, Rollout, RolloutGroup, Score, VersionSpan
 
 TARGET = 0.10
@@ -75,7 +75,9 @@ def make_groups(version: int) -> tuple[RolloutGroup, ...]:
 
 def timed_step(actors: list[Any], groups: Any, version: int) -> tuple[float, dict[str, Any]]:
     begun = time.perf_counter()
-    metrics = ray.get([a.train_step.remote((groups, Line.unbroken(version)), version) for a in actors], timeout=300)[0]
+    metrics = ray.get([a.train_step.remote((groups, Lineage.unbroken(version)), version) for a in actors], timeout=300)[
+        0
+    ]
     return time.perf_counter() - begun, metrics
 
 

@@ -23,7 +23,7 @@ from typing import Any
 
 from quatro_ray.config import MathRewardConfig, VerifierConfig
 from quatro_ray.rewards.math import MathReward
-from quatro_ray.rewards.worker_pool import RewardWorkers
+from quatro_ray.rewards.workers import RewardProcesses
 from quatro_ray.types import Query, Response
 
 TARGET = 0.9
@@ -89,7 +89,7 @@ def _bare(items: list[tuple[Query, Response]], pool: ProcessPoolExecutor, score:
     return scores, time.perf_counter() - begun
 
 
-async def _isolated(items: list[tuple[Query, Response]], pool: RewardWorkers) -> tuple[list[float], float]:
+async def _isolated(items: list[tuple[Query, Response]], pool: RewardProcesses) -> tuple[list[float], float]:
     begun = time.perf_counter()
     judged = await asyncio.gather(*(pool.judge(query, response, ["answer"]) for query, response in items))
     return [j.parts["answer"] if j.parts else -1.0 for j in judged], time.perf_counter() - begun
@@ -97,7 +97,7 @@ async def _isolated(items: list[tuple[Query, Response]], pool: RewardWorkers) ->
 
 async def measure() -> dict[str, float]:
     items = answers()
-    pool = RewardWorkers(VerifierConfig(num_workers=_WORKERS, deadline_s=30), {"answer": _CONFIG})
+    pool = RewardProcesses(VerifierConfig(num_workers=_WORKERS, deadline_s=30), {"answer": _CONFIG})
     await pool.start()
     with ProcessPoolExecutor(_BARE, mp_context=get_context("spawn")) as bare:
         _bare(items, bare, _by_library), await _isolated(items, pool)  # imports

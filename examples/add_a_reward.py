@@ -21,7 +21,7 @@ if __name__ == "__main__":
     from pathlib import Path
 
     from quatro_ray.config import load_config
-    from quatro_ray.training import train
+    from quatro_ray.jobs.train import train
 
     overrides = [
         "rewards={early: {kind: python, function: 'examples/add_a_reward.py:early'}}",

@@ -22,7 +22,7 @@ Overrides = Annotated[list[str] | None, typer.Argument(help="section.field=value
 def train(config: ConfigPath, overrides: Overrides = None) -> None:
     """Train, then print where the report is."""
     loaded = load_config(config, overrides)
-    from quatro_ray.training import train as run
+    from quatro_ray.jobs.train import train as run
 
     print(f"report: {run(loaded)}")
 
@@ -37,7 +37,7 @@ def evaluate(
 ) -> None:
     """Evaluate a model on every set of data.eval; needs no learner."""
     loaded = load_config(config, overrides)
-    from quatro_ray.evaluating import evaluate_model
+    from quatro_ray.jobs.evaluate import evaluate_model
 
     folder = out or loaded.run.dir / "evaluation"
     for result in evaluate_model(loaded, model, checkpoint, folder):
@@ -61,7 +61,7 @@ def validate(config: ConfigPath, overrides: Overrides = None) -> None:
 @app.command()
 def plan(config: ConfigPath, overrides: Overrides = None) -> None:
     """Print actors, resources, batch arithmetic and a memory estimate. Starts nothing."""
-    from quatro_ray.plan import describe
+    from quatro_ray.orchestrator.resources import describe
 
     print(describe(load_config(config, overrides)))
 
@@ -69,7 +69,7 @@ def plan(config: ConfigPath, overrides: Overrides = None) -> None:
 @app.command()
 def fields(section: Annotated[str | None, typer.Argument(help="Only this section.")] = None) -> None:
     """List every field of the configuration with type, default and meaning."""
-    from quatro_ray.reference import describe_fields
+    from quatro_ray.config.field_reference import describe_fields
 
     try:
         print(describe_fields(section))

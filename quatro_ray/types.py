@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from enum import StrEnum
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -260,3 +261,62 @@ class LearnerBatch:
     valid: NDArray[np.bool_]
     num_tokens: int
     num_rollouts: int
+
+
+@dataclass(frozen=True)
+class EvaluationResult:
+    """One held-out set under one policy version.
+
+    Attributes:
+        pass_at: by k, unbiased. pass_at[1] is avg@n: the share of right responses.
+        rollouts: of the first questions, as rollouts.jsonl has them.
+        pass_at_1_error: standard error of pass@1 over questions, those being a sample of what could be asked.
+        majority: maj@n, share of questions whose most frequent answer is right.
+        num_unique_correct: distinct right answers (text of the answer, white space aside), summed over questions.
+    """
+
+    name: str
+    version: int
+    step: int
+    num_queries: int
+    samples_per_query: int
+    pass_at: dict[int, float]
+    pass_at_1_error: float
+    majority: float
+    num_unique_correct: int
+    mean_reward: float
+    truncated_share: float
+    num_tokens: int
+    rollouts: tuple[dict[str, Any], ...] = ()
+
+    def line(self) -> str:
+        """For people."""
+        error = f" ± {self.pass_at_1_error:.3f}"
+        rates = "  ".join(f"pass@{k} {v:.3f}{error if k == 1 else ''}" for k, v in self.pass_at.items())
+        n = self.samples_per_query
+        return f"{rates}  maj@{n} {self.majority:.3f}  ({self.name}, {self.num_queries} held-out questions)"
+
+    def to_dict(self) -> dict[str, Any]:
+        """Without the rollouts."""
+        return vars(self) | {"pass_at": {str(k): v for k, v in self.pass_at.items()}, "rollouts": ()}
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> EvaluationResult:
+        return cls(**{**values, "pass_at": {int(k): v for k, v in values["pass_at"].items()}, "rollouts": ()})
+
+    def record(self) -> dict[str, Any]:
+        """Flat, for evaluations.jsonl."""
+        rates = {f"pass_at_{k}": v for k, v in self.pass_at.items()}
+        return {
+            "set": self.name,
+            "version": self.version,
+            "step": self.step,
+            "num_queries": self.num_queries,
+            "n": self.samples_per_query,
+            **rates,
+            "pass_at_1_error": self.pass_at_1_error,
+            "majority": self.majority,
+            "num_unique_correct": self.num_unique_correct,
+            "mean_reward": self.mean_reward,
+            "truncated_share": self.truncated_share,
+        }

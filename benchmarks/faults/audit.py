@@ -17,12 +17,12 @@ _FINAL = {"trained", "dropped"}
 
 @dataclass(frozen=True)
 class Group:
-    """A row of the ledger's table `groups`; `step`: the version that it was trained from."""
+    """A row of the ledger's table `groups`."""
 
     group_id: int
     state: str
     reason: str | None
-    step: int | None
+    learner_version: int | None
     oldest_version: int | None
     newest_version: int | None
     num_tokens: int | None
@@ -45,23 +45,25 @@ class Ledger:
     groups: tuple[Group, ...]
     versions: tuple[Version, ...]
 
-    def line(self) -> list[Version]:
+    def lineage(self) -> list[Version]:
         """From the starting policy to the newest version; the abandoned branches are not in it."""
         by_number = {v.version: v for v in self.versions}
-        line: list[Version] = []
+        lineage: list[Version] = []
         at = max(by_number, default=None)
-        while at is not None and at in by_number and len(line) <= len(by_number):
-            line.append(by_number[at])
+        while at is not None and at in by_number and len(lineage) <= len(by_number):
+            lineage.append(by_number[at])
             at = by_number[at].parent
-        return line[::-1]
+        return lineage[::-1]
 
     def committed(self) -> dict[int, int]:
-        """By version from which a step of the line was made: the number of that step, from 1."""
-        return {v.parent: v.step for v in self.line() if not v.fell_back and v.parent is not None}
+        """By version from which a step of the lineage was made: the number of that step, from 1."""
+        return {v.parent: v.step for v in self.lineage() if not v.fell_back and v.parent is not None}
 
     def trained(self) -> dict[int, int]:
         """By group that is trained: the version from which."""
-        return {g.group_id: g.step for g in self.groups if g.state == "trained" and g.step is not None}
+        return {
+            g.group_id: g.learner_version for g in self.groups if g.state == "trained" and g.learner_version is not None
+        }
 
 
 @dataclass(frozen=True)
@@ -159,7 +161,7 @@ def _ancestry(version: Version, earlier: Mapping[int, Version]) -> list[str]:
 
 
 def trained(ledger: Ledger, num_steps: int, groups_per_step: int) -> list[str]:
-    """Each of the N steps of the line was trained by exactly B groups, and no group by an abandoned step."""
+    """Each of the N steps of the lineageage was trained by exactly B groups, and no group by an abandoned step."""
     committed = ledger.committed()
     wrong = []
     if (made := sorted(committed.values())) != list(range(1, num_steps + 1)):
@@ -172,25 +174,25 @@ def trained(ledger: Ledger, num_steps: int, groups_per_step: int) -> list[str]:
             wrong.append(f"step {step}, from version {version}, was trained by {num} groups, not {groups_per_step}")
     for version in sorted(by_step.keys() - committed.keys()):
         wrong.append(f"groups {by_step[version]} count as trained from version {version}, which is not of the line")
-    no_step = [g.group_id for g in ledger.groups if g.state == "trained" and g.step is None]
+    no_step = [g.group_id for g in ledger.groups if g.state == "trained" and g.learner_version is None]
     return wrong + [f"group {i} is trained, by no step" for i in no_step]
 
 
 def staleness(ledger: Ledger, max_staleness: int) -> list[str]:
     """All tokens that were trained are of the line, at most so many steps older than the step, and not newer."""
-    line = {v.version: v.step for v in ledger.line()}
+    lineage = {v.version: v.step for v in ledger.lineage()}
     wrong = []
     for group in ledger.groups:
-        if group.state != "trained" or group.step is None:
+        if group.state != "trained" or group.learner_version is None:
             continue
-        if group.oldest_version not in line or group.newest_version not in line:
+        if group.oldest_version not in lineage or group.newest_version not in lineage:
             wrong.append(
                 f"group {group.group_id} holds tokens of versions {group.oldest_version} to {group.newest_version}, "
                 "which are not of the line"
             )
-        elif group.newest_version > group.step:
+        elif group.newest_version > group.learner_version:
             wrong.append(f"group {group.group_id} holds tokens that are newer than its step")
-        elif (age := line.get(group.step, 0) - line[group.oldest_version]) > max_staleness:
+        elif (age := lineage.get(group.learner_version, 0) - lineage[group.oldest_version]) > max_staleness:
             wrong.append(f"group {group.group_id} was trained {age} steps old; the cap is {max_staleness}")
     return wrong
 

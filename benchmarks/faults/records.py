@@ -86,8 +86,8 @@ def read_ledger(path: Path) -> Ledger:
         try:
             db.execute("BEGIN")  # both tables as of one moment
             groups = db.execute(
-                "SELECT group_id, state, reason, step, oldest_version, newest_version, num_tokens FROM groups "
-                "ORDER BY group_id"
+                "SELECT group_id, state, reason, learner_version, oldest_version, newest_version, num_tokens "
+                "FROM groups ORDER BY group_id"
             ).fetchall()
             versions = db.execute("SELECT version, parent, step, fell_back FROM versions ORDER BY version").fetchall()
         except sqlite3.OperationalError as error:

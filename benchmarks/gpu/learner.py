@@ -26,7 +26,7 @@ import torch
 from quatro_ray.config import LearnerConfig, QuatroConfig, StepControlConfig
 from quatro_ray.engines.learning import LearningEngine
 from quatro_ray.replay.packing import pack
-from quatro_ray.replay.staleness import Line
+from quatro_ray.replay.staleness import Lineage
 from quatro_ray.types import LearnerBatch, Query, Rollout, RolloutGroup, Score, VersionSpan
 
 _H100_BF16_FLOPS = 989e12
@@ -164,7 +164,7 @@ def random_batch(case: Case, version: int, rng: np.random.Generator) -> LearnerB
         RolloutGroup(i, Query(str(i), "", ""), tokens(prompt), tuple(rollout() for _ in range(case.group_size)))
         for i in range(case.groups)
     ]
-    return pack(groups, Line.unbroken(version), num_ranks=1, tokens_per_micro_batch=case.micro_tokens)
+    return pack(groups, Lineage.unbroken(version), num_ranks=1, tokens_per_micro_batch=case.micro_tokens)
 
 
 def run_step(case: Case, engine: LearningEngine, rng: np.random.Generator, num_parameters: int) -> dict[str, Any]:

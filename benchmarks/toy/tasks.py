@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from quatro_ray.config import ChainSumSourceConfig
-from quatro_ray.data.generated import chain_sum
+from quatro_ray.data.reasoning_gym import chain_sum
 
 NUM_HELD_OUT = 128
 _PALINDROME = 6

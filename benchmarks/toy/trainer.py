@@ -15,12 +15,12 @@ from torch import Tensor
 
 from benchmarks.toy.model import ToyModel
 from benchmarks.toy.tasks import Task
+from quatro_ray.algorithms.aggregation import BatchSize, aggregate
+from quatro_ray.algorithms.step_control import ProbeKl, StepControl, StepLimits, StepReport, rollout_kl
 from quatro_ray.config import LearnerConfig, ObjectiveConfig
 from quatro_ray.engines.batches import StepBatch, TokenBatch
 from quatro_ray.engines.objectives import make_objective
-from quatro_ray.evaluation import pass_at_k
-from quatro_ray.ops.aggregation import BatchSize, aggregate
-from quatro_ray.ops.step_control import ProbeKl, StepControl, StepLimits, StepReport, rollout_kl
+from quatro_ray.evaluation.metrics import pass_at_k
 
 NUM_QUERIES, GROUP_SIZE = 12, 16
 EVALUATION_SAMPLES = 16

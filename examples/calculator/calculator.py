@@ -52,7 +52,7 @@ if __name__ == "__main__":
 
     from quatro_ray.config import load_config
     from quatro_ray.data.registry import make_dataset
-    from quatro_ray.training import train
+    from quatro_ray.jobs.train import train
 
     config = load_config(Path("examples/calculator/config.yaml"), sys.argv[1:])
     dataset = make_dataset(config.data, config.rewards)

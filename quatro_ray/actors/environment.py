@@ -10,14 +10,14 @@ from typing import Any, TypeVar
 import numpy as np
 import ray
 
-from quatro_ray.actors.clients import value_or_cancel
-from quatro_ray.actors.host import WATCHED, HostMixin
+from quatro_ray.actors.base import WATCHED, HostMixin
+from quatro_ray.actors.calls import value_or_cancel
 from quatro_ray.config import EnvironmentConfig
-from quatro_ray.data.prompts import encode_prompt
-from quatro_ray.environments.play import Episode
+from quatro_ray.data.chat_template import encode_prompt
+from quatro_ray.environments.episode import Episode
 from quatro_ray.environments.registry import episode_workers
-from quatro_ray.rewards.sandbox_check import self_test
-from quatro_ray.seeds import seed_of
+from quatro_ray.isolation.self_test import self_test
+from quatro_ray.seeding import seed_of
 from quatro_ray.types import Query, Rollout, RolloutGroup, SamplingParams
 
 T = TypeVar("T")
@@ -63,7 +63,7 @@ class EnvironmentActor(HostMixin):
 
 
 class _RemoteEngine:
-    """A generator actor as environments/play.py sees it."""
+    """A generator actor as environments/episode.py sees it."""
 
     def __init__(self, actor: Any) -> None:
         self._actor = actor

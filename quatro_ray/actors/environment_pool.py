@@ -7,11 +7,11 @@ from typing import Any
 
 from ray.exceptions import RayActorError, RayTaskError
 
-from quatro_ray.actors.actor_pool import ActorPool
-from quatro_ray.actors.clients import GenerationFailed, value_or_cancel
+from quatro_ray.actors.calls import value_or_cancel
+from quatro_ray.actors.pool import ActorPool
 from quatro_ray.config import EnvironmentConfig
-from quatro_ray.environments.base import EnvironmentFailed
 from quatro_ray.errors import last_line
+from quatro_ray.failures import EnvironmentFailed, GenerationFailed
 from quatro_ray.types import DropReason, Query, SamplingParams
 
 

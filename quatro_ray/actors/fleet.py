@@ -1,6 +1,6 @@
 """The engines that sample: who is healthy, who gets the next group, and how one that is lost comes back.
 
-Nothing here knows Ray: an engine is what actors/clients.py: GeneratorClient is, or a fake of that.
+Nothing here knows Ray: an engine is what actors/generator_client.py:GeneratorClient is, or a fake of that.
 """
 
 from __future__ import annotations
@@ -11,17 +11,17 @@ from collections.abc import AsyncIterator, Callable, Coroutine
 from contextlib import asynccontextmanager
 from typing import Any, Protocol
 
-from quatro_ray.actors.clients import EngineLost
+from quatro_ray.actors.restart_policy import Health, Progress, Record, RestartPolicy
 from quatro_ray.config import GeneratorConfig
-from quatro_ray.deadlines import within
 from quatro_ray.errors import ClusterError, last_line
-from quatro_ray.health import Health, Progress, Record, RestartPolicy
+from quatro_ray.failures import EngineLost
+from quatro_ray.timeouts import within
 
 _LOOK_EVERY_S = 0.5
 _LAST_WORDS_S = 1.0
 
 
-class Watcher(Protocol):
+class EventSink(Protocol):
     """Where the fleet tells what happens; telemetry/recorder.py is one."""
 
     def event(self, event: str, part: str, **detail: Any) -> None: ...
@@ -29,7 +29,7 @@ class Watcher(Protocol):
     def engine_load(self, index: int, load: Any) -> None: ...
 
 
-class Member:
+class EngineSlot:
     """One life of an engine; its successor is another member with the same index."""
 
     def __init__(self, index: int, client: Any, record: Record, lost_at: float | None = None) -> None:
@@ -66,12 +66,12 @@ class Fleet:
         self._running: set[asyncio.Task[None]] = set()
         self._closed = False
         self._changed = asyncio.Condition()
-        self._watcher: Watcher | None = None
+        self._watcher: EventSink | None = None
         self.joining = asyncio.Event()
         """Set when an engine waits for weights; who brings them clears it."""
         self.num_lost = 0
         self.members = [
-            Member(i, spawn(i), Record(Health.STARTING, clock(), incarnation=1)) for i in range(config.num_engines)
+            EngineSlot(i, spawn(i), Record(Health.STARTING, clock(), incarnation=1)) for i in range(config.num_engines)
         ]
 
     def started(self, *, synced: bool) -> None:
@@ -81,7 +81,7 @@ class Fleet:
             if synced:
                 self._to(member, Health.HEALTHY)
 
-    def supervise(self, tasks: asyncio.TaskGroup, watcher: Watcher) -> None:
+    def supervise(self, tasks: asyncio.TaskGroup, watcher: EventSink) -> None:
         """From now on the members are looked at, and replaced when they are lost."""
         self._tasks, self._watcher = tasks, watcher
         for member in self.members:
@@ -107,7 +107,7 @@ class Fleet:
         for task in self._running:
             task.cancel()
 
-    def to_sync(self) -> list[Member]:
+    def to_sync(self) -> list[EngineSlot]:
         """Those that can take weights."""
         return [m for m in self.members if m.record.state in (Health.SYNCING, Health.HEALTHY)]
 
@@ -118,13 +118,13 @@ class Fleet:
     def num_healthy(self) -> int:
         return sum(m.record.state is Health.HEALTHY for m in self.members)
 
-    async def some_to_sync(self) -> list[Member]:
+    async def some_to_sync(self) -> list[EngineSlot]:
         """Waits until there is one; whoever calls holds the deadline."""
         async with self._changed:
             await self._changed.wait_for(self.to_sync)
         return self.to_sync()
 
-    async def synced(self, member: Member) -> None:
+    async def synced(self, member: EngineSlot) -> None:
         """It holds the current weights, verified: it gets work."""
         if member.record.state is Health.SYNCING:
             since = member.record.since if member.lost_at is None else member.lost_at
@@ -154,11 +154,11 @@ class Fleet:
             member.num_groups -= 1
             await self._notify()
 
-    def _free(self) -> list[Member]:
+    def _free(self) -> list[EngineSlot]:
         limit = self._config.max_groups_in_flight
         return [m for m in self.members if m.record.state is Health.HEALTHY and m.num_groups < limit]
 
-    def lost(self, member: Member, why: str, *, core_died: bool = False) -> None:
+    def lost(self, member: EngineSlot, why: str, *, core_died: bool = False) -> None:
         """Ends it, whatever is left of it, and starts its successor. Says so once for each life."""
         if member.record.state is Health.DEAD:
             return
@@ -171,19 +171,19 @@ class Fleet:
         if not (is_replaced and core_died and self._run(self._kill_after_last_words(member))):
             member.client.kill()
 
-    async def _kill_after_last_words(self, member: Member) -> None:
+    async def _kill_after_last_words(self, member: EngineSlot) -> None:
         """Its actor still tells of each group how far it came; nothing new comes from it."""
         try:
             await asyncio.sleep(_LAST_WORDS_S)
         finally:
             member.client.kill()
 
-    async def _revive(self, dead: Member, why: str) -> None:
+    async def _revive(self, dead: EngineSlot, why: str) -> None:
         """Raises ClusterError where too few engines are left to go on."""
         if dead.record.is_given_up(self._policy):
             return self._give_up(dead, why)
         await asyncio.sleep(self._policy.delay_s(dead.record.failures))
-        member = Member(dead.index, self._spawn(dead.index), dead.record, dead.lost_at)
+        member = EngineSlot(dead.index, self._spawn(dead.index), dead.record, dead.lost_at)
         self._to(member, Health.STARTING)
         self.members[dead.index] = member
         try:
@@ -199,7 +199,7 @@ class Fleet:
         self.joining.set()
         await self._notify()
 
-    def _give_up(self, dead: Member, why: str) -> None:
+    def _give_up(self, dead: EngineSlot, why: str) -> None:
         self._tell("given_up", dead, why=why)
         left = sum(not m.record.is_given_up(self._policy) for m in self.members)
         if left < self._config.min_engines:
@@ -208,7 +208,7 @@ class Fleet:
                 f"{left} engines are left, and generator.min_engines={self._config.min_engines}"
             )
 
-    async def _watch(self, member: Member) -> None:
+    async def _watch(self, member: EngineSlot) -> None:
         """Looks at it until it is lost; a look holds up nothing but itself."""
         member.progress = Progress(-1, self._clock())
         while member.record.state is not Health.DEAD:
@@ -226,7 +226,7 @@ class Fleet:
                 self._watcher.engine_load(member.index, load)
             await asyncio.sleep(_LOOK_EVERY_S)
 
-    def _what_is_wrong(self, member: Member, load: dict[str, Any]) -> str | None:
+    def _what_is_wrong(self, member: EngineSlot, load: dict[str, Any]) -> str | None:
         now, deadline = self._clock(), self._config.progress_deadline_s
         num_running = 0 if member.paused else load["num_running"]
         member.progress = member.progress.after(num_running, load["num_sampled_tokens"], now)
@@ -234,38 +234,13 @@ class Fleet:
             return f"has {num_running} requests and sampled no token for {deadline:g} s"
         return None
 
-    def _to(self, member: Member, state: Health) -> None:
+    def _to(self, member: EngineSlot, state: Health) -> None:
         member.record = member.record.to(state, self._clock(), self._policy)
 
     async def _notify(self) -> None:
         async with self._changed:
             self._changed.notify_all()
 
-    def _tell(self, event: str, member: Member, **detail: Any) -> None:
+    def _tell(self, event: str, member: EngineSlot, **detail: Any) -> None:
         if self._watcher is not None:
             self._watcher.event(event, f"generator {member.index}", **detail)
-
-
-class PoolLost(ClusterError):
-    """An engine that nobody replaces is gone."""
-
-
-class FixedPool:
-    """Engines that nobody replaces: those of one evaluation. One that is lost ends it, as PoolLost."""
-
-    def __init__(self, clients: list[Any], max_groups_in_flight: int) -> None:
-        self._clients = clients
-        self._loads = [0] * len(clients)
-        self._slots = asyncio.Semaphore(len(clients) * max_groups_in_flight)
-
-    @asynccontextmanager
-    async def slot(self) -> AsyncIterator[Any]:
-        async with self._slots:
-            index = self._loads.index(min(self._loads))
-            self._loads[index] += 1
-            try:
-                yield self._clients[index]
-            except EngineLost as error:
-                raise PoolLost(f"an evaluation engine was lost: {error}") from error
-            finally:
-                self._loads[index] -= 1

@@ -7,10 +7,10 @@ from typing import Any
 
 import ray
 
-from quatro_ray.actors.host import WATCHED, HostMixin, interface_of
+from quatro_ray.actors.base import WATCHED, HostMixin, interface_of
+from quatro_ray.actors.shared_memory import detach_resource_tracker
 from quatro_ray.config import GeneratorConfig
 from quatro_ray.engines.generation import GenerationEngine
-from quatro_ray.processes.shared_memory import detach_resource_tracker
 from quatro_ray.types import Query, Rollout, RolloutGroup, SamplingParams
 
 

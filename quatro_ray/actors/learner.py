@@ -9,13 +9,13 @@ from typing import Any
 import numpy as np
 import ray
 
-from quatro_ray.actors.host import WATCHED, HostMixin, interface_of
-from quatro_ray.checkpoints import Digests, digest_files
+from quatro_ray.actors.base import WATCHED, HostMixin, interface_of
 from quatro_ray.config import LearnerConfig, ObjectiveConfig, WeightSyncConfig
+from quatro_ray.engines.checkpoint_store import Digests, digest_files
 from quatro_ray.replay.packing import pack
-from quatro_ray.replay.staleness import Line
+from quatro_ray.replay.staleness import Lineage
 from quatro_ray.types import RolloutGroup
-from quatro_ray.weight_sync.client import EngineClient
+from quatro_ray.weight_sync.engine_client import EngineClient
 
 
 @ray.remote(concurrency_groups=WATCHED)
@@ -57,16 +57,16 @@ class LearnerActor(HostMixin):
     def start(self, master_address: str, master_port: int) -> None:
         self._engine.start(master_address, master_port)
 
-    def train_step(self, leased: tuple[tuple[RolloutGroup, ...], Line], version: int) -> dict[str, Any]:
+    def train_step(self, leased: tuple[tuple[RolloutGroup, ...], Lineage], version: int) -> dict[str, Any]:
         """Each rank packs the same plan from the same groups and trains its own part of it."""
         return self._engine.train_step(self._pack(*leased), version)
 
     def logprobs(self, groups: tuple[RolloutGroup, ...]) -> list[np.ndarray]:
-        return self._engine.logprobs(self._pack(groups, Line.unbroken(self._engine.version)))
+        return self._engine.logprobs(self._pack(groups, Lineage.unbroken(self._engine.version)))
 
-    def _pack(self, groups: tuple[RolloutGroup, ...], line: Line) -> Any:
+    def _pack(self, groups: tuple[RolloutGroup, ...], lineage: Lineage) -> Any:
         tokens = self._config.tokens_per_micro_batch
-        return pack(groups, line, num_ranks=self._config.num_ranks, tokens_per_micro_batch=tokens)
+        return pack(groups, lineage, num_ranks=self._config.num_ranks, tokens_per_micro_batch=tokens)
 
     def open_weight_transfer(
         self,
@@ -77,7 +77,7 @@ class LearnerActor(HostMixin):
         master_port: int,
         config: WeightSyncConfig,
     ) -> None:
-        from quatro_ray.weight_sync.trainer import open_transfer
+        from quatro_ray.weight_sync.sender import open_transfer
 
         self._client = EngineClient(
             generators,

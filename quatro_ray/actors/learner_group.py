@@ -10,12 +10,12 @@ from typing import Any
 import ray
 from ray.exceptions import RayError, RayTaskError
 
-from quatro_ray.actors.clients import ACTOR_DIED, value_of
-from quatro_ray.checkpoints import Digests
+from quatro_ray.actors.calls import ACTOR_DIED, value_of
 from quatro_ray.config import LearnerConfig, WeightSyncConfig
-from quatro_ray.deadlines import within
+from quatro_ray.engines.checkpoint_store import Digests
 from quatro_ray.errors import QuatroError, last_line
-from quatro_ray.weight_sync.update import LearnerLost, TransferFailed
+from quatro_ray.failures import LearnerLost, TransferFailed
+from quatro_ray.timeouts import within
 
 _LOOK_EVERY_S = 1.0
 

@@ -7,11 +7,11 @@ from typing import Any
 
 import ray
 
-from quatro_ray.actors.host import WATCHED, HostMixin
+from quatro_ray.actors.base import WATCHED, HostMixin
 from quatro_ray.config import ReplayConfig
 from quatro_ray.replay.buffer import FallBack, ReplayBuffer
-from quatro_ray.replay.serial import readable
-from quatro_ray.replay.staleness import Line
+from quatro_ray.replay.serialization import readable
+from quatro_ray.replay.staleness import Lineage
 from quatro_ray.types import DropReason, Query, RolloutGroup
 
 
@@ -52,14 +52,14 @@ class ReplayActor(HostMixin):
     @ray.method(num_returns=2)
     def lease(
         self, version: int, num_samples: int
-    ) -> tuple[dict[str, Any] | None, tuple[tuple[RolloutGroup, ...], Line] | None]:
+    ) -> tuple[dict[str, Any] | None, tuple[tuple[RolloutGroup, ...], Lineage] | None]:
         """Age metrics and a few groups in readable form (None while there are too few groups); and what the learner
-        needs: the groups, and the line of its version."""
+        needs: the groups, and the lineage of its version."""
         lease = self._buffer.lease(version)
         if lease is None:
             return None, None
         samples = [readable(g) for g in lease.groups[:num_samples]]
-        return {"metrics": lease.metrics, "samples": samples}, (lease.groups, lease.line)
+        return {"metrics": lease.metrics, "samples": samples}, (lease.groups, lease.lineage)
 
     def commit(self, version: int) -> int:
         return self._buffer.commit(version)

@@ -6,10 +6,10 @@ import os
 
 import ray
 
-from quatro_ray.actors.host import WATCHED, HostMixin, interface_of
+from quatro_ray.actors.base import WATCHED, HostMixin, interface_of
+from quatro_ray.actors.shared_memory import detach_resource_tracker
 from quatro_ray.config import ModelRewardConfig
 from quatro_ray.engines.reward_model import RewardModelEngine
-from quatro_ray.processes.shared_memory import detach_resource_tracker
 
 
 @ray.remote(concurrency_groups=WATCHED)

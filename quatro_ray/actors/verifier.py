@@ -10,11 +10,11 @@ from typing import Any
 
 import ray
 
-from quatro_ray.actors.host import WATCHED, HostMixin
+from quatro_ray.actors.base import WATCHED, HostMixin
 from quatro_ray.config import Extraction, RewardConfig, VerifierConfig
 from quatro_ray.rewards.extract import extract
-from quatro_ray.rewards.judge import Judge
 from quatro_ray.rewards.registry import applies, make_remote
+from quatro_ray.rewards.scorer import Scorer
 from quatro_ray.types import Outcome, RolloutGroup, Score
 
 
@@ -33,14 +33,14 @@ class VerifierActor(HostMixin):
         self._config = config
         self._models = models
         self._sandboxed = sandboxed
-        self._judge: Judge | None = None
+        self._judge: Scorer | None = None
 
     async def start(self) -> None:
         """Starts nothing again when it already runs."""
         if self._judge is not None:
             return
         remote = make_remote(self._rewards, self._models)
-        judge = Judge(self._rewards, self._config, remote, self._sandboxed)
+        judge = Scorer(self._rewards, self._config, remote, self._sandboxed)
         await judge.start()
         self._judge = judge
 

@@ -7,24 +7,17 @@ from typing import Any
 
 from ray.exceptions import RayError
 
-from quatro_ray.actors.actor_pool import ActorPool
-from quatro_ray.actors.clients import value_of
+from quatro_ray.actors.calls import value_of
+from quatro_ray.actors.pool import ActorPool
 from quatro_ray.config import VerifierConfig
-from quatro_ray.deadlines import within
 from quatro_ray.errors import last_line
+from quatro_ray.failures import VerifierFailed
+from quatro_ray.timeouts import within
 from quatro_ray.types import DropReason
 
 
-class VerifierFailed(Exception):
-    """The machinery failed, retries included; the group is to be dropped for `reason`."""
-
-    def __init__(self, reason: DropReason, detail: str) -> None:
-        super().__init__(f"{reason}: {detail}")
-        self.reason = reason
-
-
 class VerifierPool(ActorPool):
-    """Deadlines of single responses are the actors' (processes/pool.py); this one holds those of groups.
+    """Deadlines of single responses are the actors' (isolation/worker_pool.py); this one holds those of groups.
 
     Args:
         spawn: makes a new actor (a handle).

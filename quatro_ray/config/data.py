@@ -125,7 +125,7 @@ class VerifiersSourceConfig(_Source):
         if self.environment is None:
             raise ValueError(
                 "environment is missing: name one of `environments` whose function is "
-                "quatro_ray.environments.verifiers:episode, since the data is made for it"
+                "quatro_ray.environments.verifiers_library:episode, since the data is made for it"
             )
         return self
 

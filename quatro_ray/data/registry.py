@@ -15,12 +15,12 @@ from quatro_ray.config import (
     SourceConfig,
     VerifiersSourceConfig,
 )
-from quatro_ray.data.base import Dataset, Rows
-from quatro_ray.data.generated import chain_sum, reasoning_gym_task
+from quatro_ray.data.dataset import Dataset, Rows
+from quatro_ray.data.reasoning_gym import chain_sum, reasoning_gym_task
 from quatro_ray.data.rows import read_rows
-from quatro_ray.data.verifiers import verifiers_rows
+from quatro_ray.data.verifiers_library import verifiers_rows
 from quatro_ray.errors import DataError
-from quatro_ray.rewards.cases import check_cases
+from quatro_ray.rewards.program_cases import check_cases
 from quatro_ray.rewards.registry import REMOTE, applies, make_reward
 from quatro_ray.types import Query
 

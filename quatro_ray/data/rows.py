@@ -8,8 +8,8 @@ from pathlib import Path
 from typing import Any
 
 from quatro_ray.config import HuggingFaceSourceConfig, JsonLinesSourceConfig, ParquetSourceConfig
-from quatro_ray.data.base import Rows
-from quatro_ray.data.prompts import as_messages, chat_prompt, is_chat
+from quatro_ray.data.chat_template import as_messages, chat_prompt, is_chat
+from quatro_ray.data.dataset import Rows
 from quatro_ray.errors import DataError
 from quatro_ray.rewards.extract import extract
 from quatro_ray.types import Query

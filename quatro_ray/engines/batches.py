@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from quatro_ray.ops import importance
+from quatro_ray.algorithms import importance
 from quatro_ray.types import LearnerBatch
 
 

@@ -12,29 +12,16 @@ from typing import TYPE_CHECKING, Any, Literal
 import numpy as np
 
 from quatro_ray.config import GeneratorConfig
-from quatro_ray.data.prompts import encode_prompt
-from quatro_ray.engines.completions import joined, sampled_so_far, to_rollout
-from quatro_ray.seeds import seed_of
+from quatro_ray.data.chat_template import encode_prompt
+from quatro_ray.engines.vllm_outputs import joined, sampled_so_far, to_rollout
+from quatro_ray.failures import EngineDied
+from quatro_ray.seeding import seed_of
 from quatro_ray.types import Query, Rollout, RolloutGroup, SamplingParams
 
 if TYPE_CHECKING:
     from vllm.v1.engine.async_llm import AsyncLLM
 
-    from quatro_ray.engines.progress import TokenCounter
-
-
-class EngineDied(Exception):
-    """The engine's own process is gone, or failed for good; only a new one helps.
-
-    `begun`: the rollouts of the group under way, as far as they came, for `generate` of another engine.
-    """
-
-    def __init__(self, message: str, begun: tuple[Rollout, ...] = ()) -> None:
-        super().__init__(message, begun)
-        self.begun = begun
-
-    def __str__(self) -> str:
-        return str(self.args[0])
+    from quatro_ray.engines.token_counter import TokenCounter
 
 
 class GenerationEngine:
@@ -65,7 +52,7 @@ class GenerationEngine:
         from vllm.engine.arg_utils import AsyncEngineArgs
         from vllm.v1.engine.async_llm import AsyncLLM
 
-        from quatro_ray.engines.progress import TokenCounter
+        from quatro_ray.engines.token_counter import TokenCounter
 
         self._counter = TokenCounter()
         args = AsyncEngineArgs(**self._engine_args())

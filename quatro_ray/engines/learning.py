@@ -14,20 +14,20 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from quatro_ray.algorithms import losses
+from quatro_ray.algorithms.aggregation import BatchSize, aggregate
+from quatro_ray.algorithms.step_control import StepControl, StepLimits
 from quatro_ray.config import LearnerConfig, ObjectiveConfig, StepControlConfig
-from quatro_ray.engines import checkpointing, step_metrics
+from quatro_ray.engines import step_metrics, zero_checkpoint
 from quatro_ray.engines.batches import StepBatch, make_step_batch, make_token_batch
+from quatro_ray.engines.kl_probe import Probe
 from quatro_ray.engines.objectives import Prepared, make_objective
 from quatro_ray.engines.policy import PolicyModel, export
-from quatro_ray.engines.probe import Probe
-from quatro_ray.engines.zero_shards import ZeroStep
-from quatro_ray.ops import losses
-from quatro_ray.ops.aggregation import BatchSize, aggregate
-from quatro_ray.ops.step_control import StepControl, StepLimits
+from quatro_ray.engines.zero_step import ZeroStep
 from quatro_ray.types import LearnerBatch, MicroBatch
 
 if TYPE_CHECKING:
-    from quatro_ray.weight_sync.source import ZeroWeightSource
+    from quatro_ray.weight_sync.zero_source import ZeroWeightSource
 
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
@@ -103,7 +103,7 @@ class LearningEngine:
     def weights(self) -> ZeroWeightSource:
         """The policy's parameters as a vLLM weight source; iterating over it is a collective."""
         # imported here, because training alone, as benchmarks.gpu.learner does it, does not need vLLM
-        from quatro_ray.weight_sync.source import ZeroWeightSource
+        from quatro_ray.weight_sync.zero_source import ZeroWeightSource
 
         return ZeroWeightSource(self._policy.checkpoint_names())
 
@@ -248,7 +248,7 @@ class LearningEngine:
         state = {
             "version": self.version,
             "step_control_kept": self._step_control.kept if self._step_control else 1.0,
-            "random_states": checkpointing.random_states(self._device),
+            "random_states": zero_checkpoint.random_states(self._device),
         }
         self._engine.save_checkpoint(str(folder.parent), tag=folder.name, client_state=state, save_latest=False)
 
@@ -265,11 +265,11 @@ class LearningEngine:
         Raises:
             CheckpointError: the checkpoint is not there, is incomplete, or is of another model or dtype.
         """
-        state = checkpointing.load(self._engine, folder)
+        state = zero_checkpoint.load(self._engine, folder)
         self.version = state["version"] if version is None else version
         if self._step_control:
             self._step_control.kept = state["step_control_kept"]
-        checkpointing.restore_random_states(state["random_states"], self._device)
+        zero_checkpoint.restore_random_states(state["random_states"], self._device)
 
     def export(self, path: Path) -> None:
         """Hugging Face format, written by rank 0; the gather is a collective."""

@@ -11,12 +11,12 @@ from typing import Any
 from torch import Tensor
 
 from quatro_ray import config as c
+from quatro_ray.algorithms import advantages, losses
+from quatro_ray.algorithms.aggregation import AggregationMode
+from quatro_ray.algorithms.kl_budget import kl_budget
+from quatro_ray.algorithms.losses import TokenLoss
+from quatro_ray.algorithms.trust_region import Status
 from quatro_ray.engines.batches import StepBatch, TokenBatch
-from quatro_ray.ops import advantages, losses
-from quatro_ray.ops.aggregation import AggregationMode
-from quatro_ray.ops.kl_budget import kl_budget
-from quatro_ray.ops.losses import TokenLoss
-from quatro_ray.ops.trust_region import Status
 
 
 @dataclass(frozen=True)

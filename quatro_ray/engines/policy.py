@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
-from quatro_ray.ops.logprobs import LogprobHead
+from quatro_ray.engines.logprob_head import LogprobHead
 
 _PREFIX = "causal_lm."
 """Of parameter names inside DeepSpeed and its checkpoints."""

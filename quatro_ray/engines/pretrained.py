@@ -37,7 +37,7 @@ def check_can_be_trained(config: Config) -> None:
     """
     Raises:
         ConfigError: prompt and response together exceed the model's positions; or its logits are scaled or capped after
-            the head, whose log-probs the learner computes itself (ops/logprobs.py).
+            the head, whose log-probs the learner computes itself (engines/logprob_head.py).
     """
     if isinstance(config.model, TinyModelConfig):
         return _check_positions(config, MAX_POSITIONS)

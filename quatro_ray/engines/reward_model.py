@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, Literal
 from transformers import AutoConfig
 
 from quatro_ray.config import ModelRewardConfig
-from quatro_ray.data.prompts import encode_conversation
+from quatro_ray.data.chat_template import encode_conversation
 from quatro_ray.errors import ConfigError
 
 if TYPE_CHECKING:

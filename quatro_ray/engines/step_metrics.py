@@ -8,9 +8,9 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from quatro_ray.algorithms.advantages import group_mean, realised_kl
+from quatro_ray.algorithms.importance import effective_sample_share, sequence_sums
 from quatro_ray.engines.batches import TokenBatch
-from quatro_ray.ops.advantages import group_mean, realised_kl
-from quatro_ray.ops.importance import effective_sample_share, sequence_sums
 
 _SUMS = ("tokens", "loss", "entropy", "limited", "on_version_tokens", "on_version_error", "reference_kl")
 _MAX_STALENESS_BIN = 256

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any, Protocol
 
-from quatro_ray.types import DropReason, Query, Turn
+from quatro_ray.types import Query, Turn
 
 
 class Policy(Protocol):
@@ -45,15 +45,3 @@ class Environment(Protocol):
     """
 
     def __call__(self, query: Query, policy: Policy, **params: Any) -> Mapping[str, float] | float | None: ...
-
-
-class EnvironmentFailed(Exception):
-    """The machinery failed, not the policy; the group is to be generated again or dropped for `reason`."""
-
-    def __init__(self, reason: DropReason, detail: str) -> None:
-        super().__init__(reason, detail)  # both, for it travels between processes
-        self.reason = reason
-        self.detail = detail
-
-    def __str__(self) -> str:
-        return f"{self.reason}: {self.detail}"

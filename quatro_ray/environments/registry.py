@@ -9,9 +9,9 @@ from typing import Any
 
 from quatro_ray.config import Config, EnvironmentConfig
 from quatro_ray.errors import ConfigError
-from quatro_ray.processes.pool import WorkerPool, in_the_open
-from quatro_ray.rewards.function import load_function
-from quatro_ray.rewards.sandbox import in_the_sandbox
+from quatro_ray.isolation.bubblewrap import in_the_sandbox
+from quatro_ray.isolation.user_function import load_function
+from quatro_ray.isolation.worker_pool import ProcessPool, in_the_open
 
 _PROGRAM = "quatro_ray.environments.worker"
 
@@ -38,13 +38,13 @@ def check_environments(environments: Mapping[str, EnvironmentConfig]) -> None:
             raise ConfigError(f"environments.{name}: {error}") from error
 
 
-def episode_workers(config: EnvironmentConfig) -> WorkerPool:
+def episode_workers(config: EnvironmentConfig) -> ProcessPool:
     """Not started yet."""
     if config.sandbox:
         launch = in_the_sandbox(_PROGRAM, config.memory_mib, read_only=_file_of(config.function))
     else:
         launch = in_the_open(_PROGRAM)
-    return WorkerPool(
+    return ProcessPool(
         launch,
         {"function": config.function, "params": config.params},
         num_workers=config.num_workers,

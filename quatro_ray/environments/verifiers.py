@@ -1,112 +1,16 @@
-"""Environments of the `verifiers` library (0.1), several turns and single ones, as episodes.
-
-The library asks an OpenAI client for completions, with all messages so far; the client here passes on what is new since
-the turn before, so that what the policy has said stays the tokens that it sampled.
-"""
+"""Deprecated name of quatro_ray.environments.verifiers_library, kept for configurations that name it."""
 
 from __future__ import annotations
 
-import json
-import time
-from collections.abc import Mapping, Sequence
-from functools import lru_cache
-from types import SimpleNamespace
-from typing import Any
+import warnings
 
-from quatro_ray.data.verifiers import METADATA_KEY, load
-from quatro_ray.environments.base import Policy
-from quatro_ray.types import Query
+from quatro_ray.environments.verifiers_library import episode
 
+__all__ = ["episode"]
 
-def episode(query: Query, policy: Policy, *, env: str, args: Mapping[str, Any] | None = None) -> Any:
-    """A coroutine for one rollout, scored by the environment's own rubric: `reward`, and its metrics by name.
-
-    Args:
-        env, args: as verifiers.load_environment takes them.
-    """
-    return _rollout(_loaded(env, json.dumps(dict(args or {}), sort_keys=True)), query, policy)
-
-
-@lru_cache(maxsize=1)
-def _loaded(env: str, args: str) -> Any:
-    return load(env, json.loads(args))
-
-
-async def _rollout(environment: Any, query: Query, policy: Policy) -> dict[str, float]:
-    row = json.loads(query.metadata[METADATA_KEY])
-    client = _Client(policy, row["prompt"])
-    state = await environment.rollout(row, client, "policy", {})
-    if (error := state["error"]) is not None:
-        raise RuntimeError(f"the environment failed: {error.__cause__ or error!r}") from error
-    await environment.rubric.score_rollout(state)
-    return {"reward": float(state["reward"])} | {k: float(v) for k, v in (state["metrics"] or {}).items()}
-
-
-class _Client:
-    """As much of openai.AsyncOpenAI as the library uses. `prompt`: what the policy has in front of it already."""
-
-    def __init__(self, policy: Policy, prompt: Any) -> None:
-        self._policy = policy
-        self._seen: Any = [_plain(m) for m in prompt] if isinstance(prompt, list) else prompt
-        self.chat = SimpleNamespace(completions=SimpleNamespace(create=self._chat))
-        self.completions = SimpleNamespace(create=self._completion)
-
-    async def _chat(self, *, messages: Sequence[Mapping[str, Any]], **settings: Any) -> Any:
-        from openai.types.chat import ChatCompletion
-
-        plain = [_plain(m) for m in messages]
-        for message in self._new(plain):
-            self._policy.give(message["content"], message["role"])
-        text, reason = self._generate(settings)
-        answer = {"role": "assistant", "content": text}
-        self._seen = [*plain, answer]
-        choice = {"index": 0, "message": answer, "finish_reason": reason}
-        return ChatCompletion.model_validate(_envelope("chat.completion", choice))
-
-    async def _completion(self, *, prompt: str, **settings: Any) -> Any:
-        from openai.types import Completion
-
-        if new := self._new(prompt):
-            self._policy.give(new)
-        text, reason = self._generate(settings)
-        self._seen = prompt + text
-        return Completion.model_validate(
-            _envelope("text_completion", {"index": 0, "text": text, "finish_reason": reason, "logprobs": None})
-        )
-
-    def _new(self, conversation: Any) -> Any:
-        """Raises ValueError where the environment changed what was said before: those are tokens that were sampled."""
-        if conversation[: len(self._seen)] != self._seen:
-            raise ValueError("the environment rewrote earlier turns; a rollout is one line of tokens")
-        return conversation[len(self._seen) :]
-
-    def _generate(self, settings: Mapping[str, Any]) -> tuple[str, str]:
-        stop = settings.get("stop") or []
-        turn = self._policy.generate(
-            stop=[stop] if isinstance(stop, str) else stop,
-            max_tokens=settings.get("max_completion_tokens") or settings.get("max_tokens"),
-        )
-        if turn is None:
-            raise _overlong()
-        # the library takes an empty answer for a failure of the server; it is one of the policy's
-        return turn.text or " ", "length" if turn.truncated else "stop"
-
-
-def _plain(message: Mapping[str, Any]) -> dict[str, str]:
-    if not isinstance(message["content"], str):
-        raise ValueError(f"a message of role {message['role']!r} is no plain text; only text is supported")
-    return {"role": message["role"], "content": message["content"]}
-
-
-def _envelope(kind: str, choice: dict[str, Any]) -> dict[str, Any]:
-    return {"id": "", "created": int(time.time()), "model": "policy", "object": kind, "choices": [choice]}
-
-
-def _overlong() -> Exception:
-    """What a server says where there is no room left: the library ends the rollout as truncated."""
-    import httpx
-    from openai import BadRequestError
-
-    request = httpx.Request("POST", "http://localhost/chat/completions")
-    response = httpx.Response(400, request=request, text="the maximum context length is reached")
-    return BadRequestError("no room left", response=response, body=None)
+warnings.warn(
+    "quatro_ray.environments.verifiers is now quatro_ray.environments.verifiers_library; change `function` in the "
+    "configuration",
+    DeprecationWarning,
+    stacklevel=2,
+)

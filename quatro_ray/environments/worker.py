@@ -1,7 +1,7 @@
 """The program of an episode's process: `python -m quatro_ray.environments.worker`. One episode at a time.
 
 A request starts an episode or brings the policy's turn; the answer asks for a turn or says what the episode returned,
-with all that was given to the policy since the answer before (processes/child.py).
+with all that was given to the policy since the answer before (isolation/protocol.py).
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from quatro_ray.environments.registry import load_environment
-from quatro_ray.processes.child import Pipes, serve
+from quatro_ray.isolation.protocol import Pipes, serve
 from quatro_ray.types import Query, Turn
 
 

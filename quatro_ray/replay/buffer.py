@@ -12,9 +12,9 @@ import numpy as np
 
 from quatro_ray.config import ReplayConfig
 from quatro_ray.errors import LedgerError
-from quatro_ray.replay import serial, staleness
+from quatro_ray.replay import serialization, staleness
 from quatro_ray.replay.ledger import Entry, Ledger
-from quatro_ray.replay.staleness import Line
+from quatro_ray.replay.staleness import Lineage
 from quatro_ray.types import DropReason, GroupState, Query, RolloutGroup
 
 S = GroupState
@@ -22,9 +22,9 @@ S = GroupState
 
 @dataclass(frozen=True)
 class Lease:
-    """B groups for the step that starts from the version of `line`; `metrics` are about their age."""
+    """B groups for the step that starts from the version of `lineage`; `metrics` are about their age."""
 
-    line: Line
+    lineage: Lineage
     groups: tuple[RolloutGroup, ...]
     metrics: dict[str, float]
 
@@ -98,13 +98,13 @@ class ReplayBuffer:
             LedgerError: a token is of a version that the learner has abandoned: it cannot be trained on.
             ValueError: a rollout has no score.
         """
-        line = self.ledger.versions.line(self.ledger.versions.newest())
+        lineage = self.ledger.versions.lineage(self.ledger.versions.newest())
         for version in {span.version for rollout in group.rollouts for span in rollout.spans}:
-            if not line.holds(version):
+            if not lineage.holds(version):
                 raise LedgerError(f"group {group.group_id} has tokens of version {version}, which is abandoned")
         self.ledger.store(
             group.group_id,
-            serial.to_bytes(group),
+            serialization.to_bytes(group),
             oldest_version=group.oldest_version,
             newest_version=group.newest_version,
             num_tokens=group.num_tokens,
@@ -114,14 +114,14 @@ class ReplayBuffer:
     def drop(self, group_id: int, reason: DropReason) -> None:
         self.ledger.move([group_id], S.DROPPED, reason=reason)
 
-    def expire(self, line: Line) -> list[Entry]:
+    def expire(self, lineage: Lineage) -> list[Entry]:
         """Drops what could no longer be trained within the cap; returns it, lengths and rewards included."""
         if self._config.on_stale == "train":
             return []
         stale = [
             entry
             for entry in self.ledger.entries(S.READY)
-            if entry.oldest_version is not None and line.is_expired(entry.oldest_version, self._config.max_staleness)
+            if entry.oldest_version is not None and lineage.is_expired(entry.oldest_version, self._config.max_staleness)
         ]
         self.ledger.move([e.group_id for e in stale], S.DROPPED, reason=DropReason.STALE)
         return stale
@@ -133,20 +133,20 @@ class ReplayBuffer:
         Not by admission: a group that is generated again would come before others that have waited longer, and those
         would expire.
         """
-        line = self.ledger.versions.line(version)
-        batch = [e for e in self.ledger.entries(S.LEASED) if e.step == version]
+        lineage = self.ledger.versions.lineage(version)
+        batch = [e for e in self.ledger.entries(S.LEASED) if e.learner_version == version]
         if not batch:
-            self.expire(line)
+            self.expire(lineage)
             batch = self.ledger.entries(S.READY, limit=self._config.groups_per_step)
             if len(batch) < self._config.groups_per_step:
                 return None
-        groups = tuple(serial.from_bytes(self.ledger.payload(e.group_id)) for e in batch)
-        self.ledger.move([e.group_id for e in batch], S.LEASED, step=version)
-        return Lease(line, groups, self._age_metrics(batch, line))
+        groups = tuple(serialization.from_bytes(self.ledger.payload(e.group_id)) for e in batch)
+        self.ledger.move([e.group_id for e in batch], S.LEASED, learner_version=version)
+        return Lease(lineage, groups, self._age_metrics(batch, lineage))
 
-    def _age_metrics(self, batch: Sequence[Entry], line: Line) -> dict[str, float]:
+    def _age_metrics(self, batch: Sequence[Entry], lineage: Lineage) -> dict[str, float]:
         now = self._clock()
-        ages = line.staleness(np.array([e.oldest_version for e in batch]))
+        ages = lineage.staleness(np.array([e.oldest_version for e in batch]))
         waited = [now - e.ready_at for e in batch if e.ready_at is not None]
         return {
             "buffer/group_staleness_mean": float(np.mean(ages)),
@@ -165,20 +165,20 @@ class ReplayBuffer:
         Raises:
             LedgerError: there is no such lease.
         """
-        leased = [e.group_id for e in self.ledger.entries(S.LEASED) if e.step == version]
+        leased = [e.group_id for e in self.ledger.entries(S.LEASED) if e.learner_version == version]
         if leased:
             with self.ledger.transaction():
                 self.ledger.move(leased, S.TRAINED)
                 self.ledger.versions.add_step(version)
-        elif not any(e.step == version for e in self.ledger.entries(S.TRAINED)):
+        elif not any(e.learner_version == version for e in self.ledger.entries(S.TRAINED)):
             raise LedgerError(f"no group is leased to the step from version {version}")
         return version + 1
 
     def fall_back(self, version: int, known: int) -> FallBack:
         """The learner continues from the weights of `version`, under a new number.
 
-        Groups that it was trained on since, or had leased, are ready again where all their tokens are of the line that
-        goes on and their rollouts are kept; the others, and what waits with tokens of abandoned versions, is pending.
+        Groups that it was trained on since, or had leased, become ready again if their rollouts are kept and all their
+        tokens belong to the lineage that continues. All other groups with tokens of abandoned versions become pending.
 
         Args:
             known: the newest version that the caller knows of: where there is a newer one, the call is a repetition.
@@ -188,20 +188,24 @@ class ReplayBuffer:
             if versions.newest() > known:
                 return FallBack(versions.newest(), versions.step_of(version), 0, 0)
             again = [*self.ledger.entries(S.READY), *self.ledger.entries(S.LEASED)]
-            trained = [e for e in self.ledger.entries(S.TRAINED) if e.step is not None and e.step >= version]
+            trained = [
+                e
+                for e in self.ledger.entries(S.TRAINED)
+                if e.learner_version is not None and e.learner_version >= version
+            ]
             stored = self.ledger.with_payload()
-            line = versions.line(version)
-            lost = [e.group_id for e in [*again, *trained] if not self._can_be_trained(e, line, stored)]
+            lineage = versions.lineage(version)
+            lost = [e.group_id for e in [*again, *trained] if not self._can_be_trained(e, lineage, stored)]
             kept = {e.group_id for e in trained} - set(lost)
             self.ledger.move(lost, S.PENDING)
             self.ledger.move([e.group_id for e in [*again, *trained] if e.group_id not in set(lost)], S.READY)
             number = versions.add_fall_back(version)
         return FallBack(number, versions.step_of(version), len(kept), len(lost))
 
-    def _can_be_trained(self, entry: Entry, line: Line, stored: set[int]) -> bool:
-        """The newest token tells: all were of the learner's line when the group was stored, and `line` is a part of
-        that."""
-        return entry.group_id in stored and entry.newest_version is not None and line.holds(entry.newest_version)
+    def _can_be_trained(self, entry: Entry, lineage: Lineage, stored: set[int]) -> bool:
+        """Checks only the newest token: when the group was stored, all its tokens belonged to the learner's lineage, of
+        which `lineage` is a part."""
+        return entry.group_id in stored and entry.newest_version is not None and lineage.holds(entry.newest_version)
 
     def recover(self) -> dict[str, Any]:
         """After the controller was lost: what was under way for it is pending. For the new one: `next_id` of a group,

@@ -33,7 +33,7 @@ CREATE TABLE IF NOT EXISTS groups (
     query TEXT NOT NULL,             -- JSON
     state TEXT NOT NULL,
     reason TEXT,                     -- of a drop
-    step INTEGER,                    -- of a lease: the learner version it is trained from
+    learner_version INTEGER,         -- of a lease: the version that the step trains from
     admitted_version INTEGER NOT NULL,
     oldest_version INTEGER,          -- of its tokens, once generated
     newest_version INTEGER,
@@ -41,7 +41,7 @@ CREATE TABLE IF NOT EXISTS groups (
     mean_reward REAL,                -- once verified
     admitted_at REAL NOT NULL,       -- seconds since the epoch
     ready_at REAL,
-    payload BLOB                     -- replay/serial.py, from ready on
+    payload BLOB                     -- replay/serialization.py, from ready on
 );
 CREATE INDEX IF NOT EXISTS by_state ON groups (state, group_id);
 CREATE TABLE IF NOT EXISTS owner (epoch INTEGER NOT NULL);
@@ -55,7 +55,7 @@ class Entry:
     group_id: int
     state: GroupState
     reason: DropReason | None
-    step: int | None
+    learner_version: int | None
     admitted_version: int
     oldest_version: int | None
     newest_version: int | None
@@ -66,8 +66,8 @@ class Entry:
 
 
 _ENTRY = (
-    "group_id, state, reason, step, admitted_version, oldest_version, newest_version, num_tokens, mean_reward, "
-    "admitted_at, ready_at"
+    "group_id, state, reason, learner_version, admitted_version, oldest_version, newest_version, num_tokens, "
+    "mean_reward, admitted_at, ready_at"
 )
 
 
@@ -83,9 +83,16 @@ class Ledger:
         self._db.execute("PRAGMA journal_mode=WAL")
         self._db.execute("PRAGMA synchronous=NORMAL")
         self._db.executescript(_SCHEMA + VERSIONS_SCHEMA)
+        self._migrate()
         self._clock = clock
         self.versions = Versions(self._db)
         self._epoch = self._take_over()
+
+    def _migrate(self) -> None:
+        """Renames the column `step` of older ledgers, which held the learner's version, not its optimiser step."""
+        columns = {row[1] for row in self._db.execute("PRAGMA table_info(groups)")}
+        if "step" in columns:
+            self._db.execute("ALTER TABLE groups RENAME COLUMN step TO learner_version")
 
     def _take_over(self) -> int:
         self._db.execute("BEGIN IMMEDIATE")
@@ -151,7 +158,12 @@ class Ledger:
         return dict(rows.fetchall())
 
     def move(
-        self, group_ids: Iterable[int], to: GroupState, *, reason: DropReason | None = None, step: int | None = None
+        self,
+        group_ids: Iterable[int],
+        to: GroupState,
+        *,
+        reason: DropReason | None = None,
+        learner_version: int | None = None,
     ) -> None:
         """All of the groups, or none.
 
@@ -164,8 +176,9 @@ class Ledger:
             for group_id in group_ids:
                 if self._is_new(group_id, to):
                     self._db.execute(
-                        "UPDATE groups SET state = ?, reason = ?, step = COALESCE(?, step) WHERE group_id = ?",
-                        (to, reason, step, group_id),
+                        "UPDATE groups SET state = ?, reason = ?, learner_version = COALESCE(?, learner_version) "
+                        "WHERE group_id = ?",
+                        (to, reason, learner_version, group_id),
                     )
 
     def store(
@@ -243,7 +256,7 @@ class Ledger:
         generates them again."""
         with self.transaction():
             cursor = self._db.execute(
-                "UPDATE groups SET payload = NULL WHERE state = ? AND step < ? AND payload IS NOT NULL",
+                "UPDATE groups SET payload = NULL WHERE state = ? AND learner_version < ? AND payload IS NOT NULL",
                 (S.TRAINED, version),
             )
             return cursor.rowcount

@@ -6,12 +6,14 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from quatro_ray.replay.staleness import Line
+from quatro_ray.replay.staleness import Lineage
 from quatro_ray.types import LearnerBatch, MicroBatch, Rollout, RolloutGroup
 
 
-def pack(groups: Sequence[RolloutGroup], line: Line, *, num_ranks: int, tokens_per_micro_batch: int) -> LearnerBatch:
-    """A function of the arguments alone, so that every rank computes the same plan. `line`: of the learner.
+def pack(
+    groups: Sequence[RolloutGroup], lineage: Lineage, *, num_ranks: int, tokens_per_micro_batch: int
+) -> LearnerBatch:
+    """A function of the arguments alone, so that every rank computes the same plan. `lineage`: of the learner.
 
     Rollouts go, longest first, to the row with the fewest tokens among `num_ranks · m` rows, with the
     smallest m for which all rows fit. ZeRO-3 deadlocks when ranks run different numbers of micro-batches;
@@ -31,7 +33,7 @@ def pack(groups: Sequence[RolloutGroup], line: Line, *, num_ranks: int, tokens_p
     # flat index → cell of [Q, G]
     size = max(len(g.rollouts) for g in groups)
     cells = [q * size + i for q, g in enumerate(groups) for i in range(len(g.rollouts))]
-    micro = [_micro_batch([(cells[i], *flat[i]) for i in row], width, line) for row in rows]
+    micro = [_micro_batch([(cells[i], *flat[i]) for i in row], width, lineage) for row in rows]
     per_rank = len(rows) // num_ranks
     rewards = np.zeros((len(groups), size))
     valid = np.zeros((len(groups), size), dtype=bool)
@@ -71,7 +73,7 @@ def _one_per_row(count: int, num_ranks: int) -> list[list[int]]:
     return rows + [[] for _ in range(-count % num_ranks)]
 
 
-def _micro_batch(members: Sequence[tuple[int, RolloutGroup, Rollout]], width: int, line: Line) -> MicroBatch:
+def _micro_batch(members: Sequence[tuple[int, RolloutGroup, Rollout]], width: int, lineage: Lineage) -> MicroBatch:
     """Inputs are prompt + response without the last token; targets are the same, one later."""
     ids, positions, targets, response, index, logprobs, staleness = ([] for _ in range(7))
     for cell, group, rollout in members:
@@ -84,7 +86,7 @@ def _micro_batch(members: Sequence[tuple[int, RolloutGroup, Rollout]], width: in
         targets.append(np.where(is_response, tokens[1:], 0))
         index.append(np.full(n, cell))
         logprobs.append(np.concatenate([np.zeros(p - 1), rollout.behavior_logprobs]))
-        age = np.where(rollout.is_sampled(), line.staleness(rollout.versions()), 0)
+        age = np.where(rollout.is_sampled(), lineage.staleness(rollout.versions()), 0)
         staleness.append(np.concatenate([np.zeros(p - 1), age]))
     pad = width - sum(len(x) for x in ids)
     # each padding token is a sequence of its own: position 0 keeps attention inside it

@@ -1,9 +1,9 @@
 """The only place that compares policy versions.
 
-Version numbers are never reused: where the learner falls back to a checkpoint, its policy gets a new number, and the
-versions since that checkpoint are abandoned. So age is not counted in versions but in optimiser steps, along the line
-of versions that the learner's policy has come through. Staleness of a token = steps of the learner − steps of the
-policy that sampled it.
+Version numbers are never reused: if the learner falls back to a checkpoint, its policy gets a new number, and the
+versions since that checkpoint are abandoned. Age is therefore counted in optimiser steps, not in versions, along the
+lineage of versions from which the learner's policy came. The staleness of a token is the learner's number of steps
+minus that of the policy that sampled the token.
 """
 
 from __future__ import annotations
@@ -24,13 +24,13 @@ class Stretch:
 
 
 @dataclass(frozen=True)
-class Line:
+class Lineage:
     """What the policy of version `version` has come through, oldest stretch first."""
 
     stretches: tuple[Stretch, ...]
 
     @classmethod
-    def unbroken(cls, version: int) -> Line:
+    def unbroken(cls, version: int) -> Lineage:
         """A learner that never fell back: versions are steps."""
         return cls((Stretch(0, version, 0),))
 
@@ -48,7 +48,7 @@ class Line:
         return any(s.first <= version <= s.last for s in self.stretches)
 
     def staleness(self, versions: NDArray[np.int64]) -> NDArray[np.int64]:
-        """int64 [N] → int64 [N], optimiser steps; only for versions that the line holds."""
+        """int64 [N] → int64 [N], optimiser steps; only for versions that the lineage holds."""
         firsts = np.array([s.first for s in self.stretches])
         offsets = np.array([s.step - s.first for s in self.stretches])
         which = np.maximum(np.searchsorted(firsts, versions, side="right") - 1, 0)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import sqlite3
 
 from quatro_ray.errors import LedgerError
-from quatro_ray.replay.staleness import Line, Stretch
+from quatro_ray.replay.staleness import Lineage, Stretch
 
 SCHEMA = """
 CREATE TABLE IF NOT EXISTS versions (
@@ -50,7 +50,7 @@ class Versions:
     def _add(self, version: int, parent: int, step: int, *, fell_back: bool) -> None:
         self._db.execute("INSERT INTO versions VALUES (?, ?, ?, ?)", (version, parent, step, fell_back))
 
-    def line(self, version: int) -> Line:
+    def lineage(self, version: int) -> Lineage:
         """Raises LedgerError where the version was never issued."""
         stretches: list[Stretch] = []
         last: int | None = version
@@ -63,4 +63,4 @@ class Versions:
             ).fetchone()
             stretches.append(Stretch(first, last, step))
             last = parent
-        return Line(tuple(reversed(stretches)))
+        return Lineage(tuple(reversed(stretches)))

@@ -27,7 +27,3 @@ class RemoteReward(Protocol):
     async def __call__(self, query: Query, response: Response) -> float: ...
 
     async def close(self) -> None: ...
-
-
-class RewardUnavailable(Exception):
-    """The machinery failed, not the answer: never a reward."""

@@ -5,9 +5,9 @@ from __future__ import annotations
 import sys
 
 from quatro_ray.config.rewards import CodeRewardConfig
-from quatro_ray.rewards.cases import Case, check_cases, extract_program, parse_cases, same_output, share, trial
-from quatro_ray.rewards.sandbox import FILES
-from quatro_ray.rewards.sandbox_run import run
+from quatro_ray.isolation.bubblewrap import FILES
+from quatro_ray.isolation.run_program import run
+from quatro_ray.rewards.program_cases import Case, check_cases, extract_program, parse_cases, same_output, share, trial
 from quatro_ray.types import Query, Response
 
 

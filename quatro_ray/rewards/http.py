@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from quatro_ray.config import HttpRewardConfig
-from quatro_ray.rewards.base import RewardUnavailable
+from quatro_ray.failures import RewardUnavailable
 from quatro_ray.rewards.http_client import JsonClient
 from quatro_ray.types import Query, Response
 

@@ -19,7 +19,7 @@ import httpx
 from tenacity import AsyncRetrying, retry_if_exception_type, stop_after_attempt, wait_exponential_jitter
 
 from quatro_ray.errors import ConfigError
-from quatro_ray.rewards.base import RewardUnavailable
+from quatro_ray.failures import RewardUnavailable
 from quatro_ray.rewards.endpoints import Endpoints
 
 MAX_ANSWER_BYTES = 16 * 2**20

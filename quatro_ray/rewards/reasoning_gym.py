@@ -15,7 +15,7 @@ from quatro_ray.types import Query, Response
 METADATA_KEY = "reasoning_gym"
 """In Query.metadata: JSON of task, params, seed, size, index."""
 SANDBOX_VARIABLE = "QUATRO_RAY_SANDBOX"
-"""Set by whoever starts a worker inside the sandbox (rewards/worker_pool.py)."""
+"""Set by whoever starts a worker inside the sandbox (rewards/workers.py)."""
 EXECUTING_TASKS = frozenset(
     {
         "binary_matrix",

@@ -37,7 +37,7 @@ def make_reward(config: RewardConfig) -> Reward:
     Raises:
         ConfigError: a function of the user's is not there.
     """
-    from quatro_ray.rewards import code, function, math, reasoning_gym, text
+    from quatro_ray.rewards import code, math, python_function, reasoning_gym, text
 
     classes: Mapping[type, Any] = {
         IntegerRewardConfig: text.IntegerReward,
@@ -48,7 +48,7 @@ def make_reward(config: RewardConfig) -> Reward:
         MathRewardConfig: math.MathReward,
         ReasoningGymRewardConfig: reasoning_gym.ReasoningGymReward,
         CodeRewardConfig: code.CodeReward,
-        PythonRewardConfig: function.PythonReward,
+        PythonRewardConfig: python_function.PythonReward,
         EnvironmentRewardConfig: text.EnvironmentReward,
     }
     return classes[type(config)](config)
@@ -83,7 +83,7 @@ def make_remote(rewards: Mapping[str, RewardConfig], models: Mapping[str, list[A
 
             made[name] = SandboxFusionReward(part)
         elif isinstance(part, ModelRewardConfig):
-            from quatro_ray.rewards.model import ModelReward
+            from quatro_ray.rewards.reward_model_client import ModelReward
 
             made[name] = ModelReward(part, models[name])
     return made

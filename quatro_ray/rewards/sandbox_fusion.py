@@ -9,9 +9,9 @@ from __future__ import annotations
 from typing import Any
 
 from quatro_ray.config.rewards import SandboxFusionRewardConfig
-from quatro_ray.rewards.base import RewardUnavailable
-from quatro_ray.rewards.cases import Case, extract_program, parse_cases, same_output, trial
+from quatro_ray.failures import RewardUnavailable
 from quatro_ray.rewards.http_client import JsonClient
+from quatro_ray.rewards.program_cases import Case, extract_program, parse_cases, same_output, trial
 from quatro_ray.types import Query, Response
 
 _ENDED = {"Finished", "Error", "TimeLimitExceeded"}

@@ -1,6 +1,6 @@
 """The program of a worker process: `python -m quatro_ray.rewards.worker`. Reads responses, writes parts of rewards.
 
-The first frame says which rewards there are; each request names those to judge by (processes/child.py).
+The first frame says which rewards there are; each request names those to judge by (isolation/protocol.py).
 """
 
 from __future__ import annotations
@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-from quatro_ray.processes.child import Pipes, serve
+from quatro_ray.isolation.protocol import Pipes, serve
 
 
 def _make_judge(hello: dict[str, Any]) -> Callable[[Pipes, dict[str, Any]], dict[str, Any]]:

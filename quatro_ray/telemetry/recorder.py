@@ -10,9 +10,9 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from quatro_ray.evaluation import EvaluationResult
-from quatro_ray.telemetry.appending import Appending
-from quatro_ray.telemetry.progress import Progress
+from quatro_ray.telemetry.append_log import AppendLog
+from quatro_ray.telemetry.console import Progress
+from quatro_ray.types import EvaluationResult
 
 
 class Recorder:
@@ -21,10 +21,10 @@ class Recorder:
     def __init__(self, run_dir: Path, *, num_steps: int, tensorboard: bool, progress: Progress) -> None:
         self._num_steps = num_steps
         self._progress = progress
-        self._by_step = {name: Appending(run_dir / f"{name}.jsonl") for name in _BY_STEP}
-        self._timeline = Appending(run_dir / "timeline.jsonl")
-        self._events = Appending(run_dir / "events.jsonl")
-        self._notes = Appending(run_dir / "notes.log")
+        self._by_step = {name: AppendLog(run_dir / f"{name}.jsonl") for name in _BY_STEP}
+        self._timeline = AppendLog(run_dir / "timeline.jsonl")
+        self._events = AppendLog(run_dir / "events.jsonl")
+        self._notes = AppendLog(run_dir / "notes.log")
         self._is_full = False
         self._start = time.monotonic() - _last_time(run_dir / "timeline.jsonl")
         self._board = _tensorboard(run_dir / "tensorboard", self.say) if tensorboard else None
@@ -139,7 +139,7 @@ def _rounded(values: list[Any]) -> list[Any]:
     return [float(f"{v:.6g}") if isinstance(v, float) else v for v in values]
 
 
-def _write(file: Appending, record: Mapping[str, Any]) -> None:
+def _write(file: AppendLog, record: Mapping[str, Any]) -> None:
     file.write(json.dumps(record))
 
 

@@ -10,14 +10,15 @@ from typing import Any
 import pytest
 import ray
 
-from quatro_ray.actors.clients import GeneratorClient
-from quatro_ray.cluster import Cluster, connect, spawn
+from quatro_ray.actors.generator_client import GeneratorClient
 from quatro_ray.config import Config, TinyModelConfig
-from quatro_ray.controller import Parts
 from quatro_ray.data.registry import make_dataset
 from quatro_ray.engines.tiny_model import make_model, save_pretrained
 from quatro_ray.engines.tiny_tokenizer import make_tokenizer
-from quatro_ray.engines.warmup import warm_up
+from quatro_ray.engines.tiny_warmup import warm_up
+from quatro_ray.orchestrator.cluster import Cluster, spawn
+from quatro_ray.orchestrator.connection import connect
+from quatro_ray.orchestrator.controller import Components
 from tests.make import config
 
 
@@ -58,7 +59,7 @@ def local_ray() -> Iterator[None]:
 @dataclass
 class Ring:
     cluster: Cluster
-    parts: Parts
+    parts: Components
     config: Config
     loop: asyncio.AbstractEventLoop
 

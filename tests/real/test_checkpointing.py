@@ -19,11 +19,11 @@ import torch
 from pydantic import TypeAdapter
 from ray.exceptions import RayTaskError
 
-from quatro_ray.actors.host import interface_of
+from quatro_ray.actors.base import interface_of
 from quatro_ray.config import LearnerConfig, ObjectiveConfig
 from quatro_ray.errors import CheckpointError
 from quatro_ray.replay.packing import pack
-from quatro_ray.replay.staleness import Line
+from quatro_ray.replay.staleness import Lineage
 from quatro_ray.types import Outcome, Query, Rollout, RolloutGroup, Score, VersionSpan
 
 pytestmark = pytest.mark.slow
@@ -78,7 +78,9 @@ class RankActor:
 
     def _batch(self, step: int) -> Any:
         limit = self._config.tokens_per_micro_batch
-        return pack(groups(step), Line.unbroken(step), num_ranks=self._config.num_ranks, tokens_per_micro_batch=limit)
+        return pack(
+            groups(step), Lineage.unbroken(step), num_ranks=self._config.num_ranks, tokens_per_micro_batch=limit
+        )
 
     def save(self, folder: Path) -> None:
         self._engine.save_checkpoint(folder)

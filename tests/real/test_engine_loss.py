@@ -12,7 +12,8 @@ import psutil
 import pytest
 from transformers import AutoTokenizer
 
-from quatro_ray.actors.clients import EngineLost, GeneratorClient
+from quatro_ray.actors.generator_client import GeneratorClient
+from quatro_ray.failures import EngineLost
 from quatro_ray.types import Query, Rollout, RolloutGroup, SamplingParams, Score
 from tests.make import config
 from tests.real.conftest import start_ring

@@ -11,11 +11,12 @@ from typing import Any
 import pytest
 import ray
 
-from quatro_ray.actors.clients import GenerationFailed, GeneratorClient
 from quatro_ray.actors.environment import EnvironmentActor
 from quatro_ray.actors.environment_pool import EnvironmentPool
-from quatro_ray.actors.sampler import try_generate
+from quatro_ray.actors.generator_client import GeneratorClient
 from quatro_ray.config import EnvironmentConfig
+from quatro_ray.evaluation.sampler import try_generate
+from quatro_ray.failures import GenerationFailed
 from quatro_ray.types import DropReason, Query, RolloutGroup, SamplingParams
 from tests.real.conftest import Ring
 from tests.real.test_ring import disagreement, train, version

@@ -15,7 +15,7 @@ from pydantic import TypeAdapter
 from quatro_ray.actors.learner import LearnerActor
 from quatro_ray.config import LearnerConfig, ObjectiveConfig
 from quatro_ray.replay.packing import pack
-from quatro_ray.replay.staleness import Line
+from quatro_ray.replay.staleness import Lineage
 from quatro_ray.types import Outcome, Query, Rollout, RolloutGroup, Score, VersionSpan
 
 pytestmark = pytest.mark.slow
@@ -31,7 +31,9 @@ class Learners:
 
     def logprobs(self, groups: tuple[RolloutGroup, ...]) -> dict[int, np.ndarray]:
         """By cell of [Q·G]: float32 [T]."""
-        batch = pack(groups, Line.unbroken(0), num_ranks=2, tokens_per_micro_batch=self.config.tokens_per_micro_batch)
+        batch = pack(
+            groups, Lineage.unbroken(0), num_ranks=2, tokens_per_micro_batch=self.config.tokens_per_micro_batch
+        )
         found: dict[int, np.ndarray] = {}
         for rank, per_rank in zip(batch.micro_batches, self.call("logprobs", groups), strict=True):
             for micro, values in zip(rank, per_rank, strict=True):
@@ -40,7 +42,7 @@ class Learners:
         return found
 
     def train(self, groups: tuple[RolloutGroup, ...], version: int = 0) -> dict[str, Any]:
-        first, second = self.call("train_step", (groups, Line.unbroken(version)), version)
+        first, second = self.call("train_step", (groups, Lineage.unbroken(version)), version)
         assert first == second  # what a step says is the same on every rank
         return first
 

@@ -104,7 +104,7 @@ def test_killed_and_resumed_is_bit_for_bit_the_run_that_was_not(warm_model_path:
 def check_ledger(run: Path) -> None:
     """Each step of the line that was kept has its groups, none twice; versions went on where the killed run was."""
     db = sqlite3.connect(f"file:{run / 'ledger.sqlite'}?mode=ro", uri=True)
-    trained_from = Counter(step for (step,) in db.execute("SELECT step FROM groups WHERE state = 'trained'"))
+    trained_from = Counter(v for (v,) in db.execute("SELECT learner_version FROM groups WHERE state = 'trained'"))
     assert set(trained_from.values()) == {3} and len(trained_from) == STEPS
     versions = db.execute("SELECT version, parent, step, fell_back FROM versions ORDER BY version").fetchall()
     (fallen,) = [v for v in versions if v[3]]

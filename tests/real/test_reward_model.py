@@ -14,12 +14,12 @@ from transformers import AutoModelForSequenceClassification, AutoTokenizer, Qwen
 
 from quatro_ray.actors.reward_model import RewardModelActor
 from quatro_ray.config import ModelRewardConfig
-from quatro_ray.data.prompts import chat_prompt
+from quatro_ray.data.chat_template import chat_prompt
 from quatro_ray.engines.reward_model import RewardModelEngine
 from quatro_ray.engines.tiny_tokenizer import make_tokenizer
 from quatro_ray.errors import ConfigError
-from quatro_ray.rewards.base import RewardUnavailable
-from quatro_ray.rewards.model import ModelReward
+from quatro_ray.failures import RewardUnavailable
+from quatro_ray.rewards.reward_model_client import ModelReward
 from quatro_ray.types import Query, Response
 
 pytestmark = pytest.mark.slow

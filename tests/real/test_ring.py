@@ -14,10 +14,10 @@ import ray
 import torch
 from transformers import AutoModelForCausalLM
 
-from quatro_ray.checkpoints import digest_files
+from quatro_ray.engines.checkpoint_store import digest_files
+from quatro_ray.orchestrator.stall_report import stall_report
 from quatro_ray.replay.packing import pack
-from quatro_ray.replay.staleness import Line
-from quatro_ray.stall import stall_report
+from quatro_ray.replay.staleness import Lineage
 from quatro_ray.types import Query, RolloutGroup, SamplingParams
 from tests.real.conftest import Ring
 
@@ -51,7 +51,7 @@ def disagreement(ring: Ring, groups: tuple[RolloutGroup, ...]) -> float:
     """Mean |behaviour − recomputed| log-prob over all response tokens."""
     batch = pack(
         groups,
-        Line.unbroken(version(ring)),
+        Lineage.unbroken(version(ring)),
         num_ranks=2,
         tokens_per_micro_batch=ring.config.learner.tokens_per_micro_batch,
     )
@@ -69,7 +69,7 @@ def version(ring: Ring) -> int:
 
 
 def train(ring: Ring, groups: tuple[RolloutGroup, ...]) -> dict:
-    leased = groups, Line.unbroken(version(ring))
+    leased = groups, Lineage.unbroken(version(ring))
     return ring.run(ring.parts.learner.train_step(leased, version(ring)))
 
 

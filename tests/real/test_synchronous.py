@@ -9,11 +9,11 @@ from typing import Any
 import pytest
 
 from quatro_ray.config import Config
-from quatro_ray.controller import Controller
-from quatro_ray.data.base import QueryStream
+from quatro_ray.data.dataset import QueryStream
 from quatro_ray.data.registry import make_dataset
-from quatro_ray.replay.staleness import Line
-from quatro_ray.telemetry.progress import Progress
+from quatro_ray.orchestrator.controller import Controller
+from quatro_ray.replay.staleness import Lineage
+from quatro_ray.telemetry.console import Progress
 from quatro_ray.telemetry.recorder import Recorder
 from tests.make import config
 from tests.real.conftest import Ring, start_ring
@@ -64,7 +64,7 @@ def plain_loop(ring: Ring, made: Config) -> list[dict[str, Any]]:
         for step in range(made.run.num_steps):
             batch = [(next(group_ids), next(queries)) for _ in range(3)]
             groups = tuple([await one(i, q) for i, q in batch])
-            history.append(await ring.parts.learner.train_step((groups, Line.unbroken(step)), step))
+            history.append(await ring.parts.learner.train_step((groups, Lineage.unbroken(step)), step))
             await ring.parts.weight_sync.update(step + 1)
         return history
 

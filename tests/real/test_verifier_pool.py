@@ -9,8 +9,9 @@ import pytest
 import ray
 
 from quatro_ray.actors.verifier import VerifierActor
-from quatro_ray.actors.verifier_pool import VerifierFailed, VerifierPool
+from quatro_ray.actors.verifier_pool import VerifierPool
 from quatro_ray.config import VerifierConfig
+from quatro_ray.failures import VerifierFailed
 from quatro_ray.types import DropReason, Query, RolloutGroup
 from tests.make import group, rollout
 from tests.unit.test_worker_pool import AWKWARD, parts

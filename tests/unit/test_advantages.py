@@ -5,8 +5,8 @@ import math
 import pytest
 import torch
 
-from quatro_ray.ops import advantages, importance
-from quatro_ray.ops.kl_budget import headroom, kl_budget
+from quatro_ray.algorithms import advantages, importance
+from quatro_ray.algorithms.kl_budget import headroom, kl_budget
 
 
 def test_group_normalised_golden() -> None:

@@ -8,8 +8,8 @@ from pathlib import Path
 import pytest
 
 from benchmarks.faults.disk import Disk
-from quatro_ray.telemetry.appending import Appending
-from quatro_ray.telemetry.progress import Progress
+from quatro_ray.telemetry.append_log import AppendLog
+from quatro_ray.telemetry.console import Progress
 from quatro_ray.telemetry.recorder import Recorder
 
 
@@ -27,7 +27,7 @@ def disk(tmp_path: Path) -> Iterator[Disk]:
 
 
 def test_lines_wait_for_room_and_none_is_cut(disk: Disk) -> None:
-    file = Appending(disk.path / "lines")
+    file = AppendLog(disk.path / "lines")
     file.write("first")
     disk.fill(leave_bytes=0)
     lines = [f"{i} " + "x" * 1000 for i in range(100)]
@@ -42,7 +42,7 @@ def test_lines_wait_for_room_and_none_is_cut(disk: Disk) -> None:
 
 
 def test_what_waits_has_a_bound(disk: Disk) -> None:
-    file = Appending(disk.path / "lines")
+    file = AppendLog(disk.path / "lines")
     disk.fill(leave_bytes=0)
     for _ in range(20):
         file.write("x" * 2**20)
@@ -51,14 +51,14 @@ def test_what_waits_has_a_bound(disk: Disk) -> None:
 
 def test_a_line_that_was_cut_off_goes_when_the_file_is_opened(tmp_path: Path) -> None:
     (tmp_path / "lines").write_text('{"a": 1}\n{"a": ')
-    file = Appending(tmp_path / "lines")
+    file = AppendLog(tmp_path / "lines")
     file.write('{"a": 2}')
     file.close()
     assert (tmp_path / "lines").read_text() == '{"a": 1}\n{"a": 2}\n'
 
 
 def test_lines_are_taken_back_without_room_for_others(disk: Disk) -> None:
-    file = Appending(disk.path / "lines")
+    file = AppendLog(disk.path / "lines")
     for i in range(1000):
         file.write(f"{i} " + "x" * 100)
     disk.fill(leave_bytes=0)

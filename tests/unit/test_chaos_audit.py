@@ -26,8 +26,8 @@ VERSIONS = (
 )
 
 
-def trained(group_id: int, step: int, oldest: int, newest: int) -> Group:
-    return Group(group_id, "trained", None, step, oldest, newest, 10)
+def trained(group_id: int, learner_version: int, oldest: int, newest: int) -> Group:
+    return Group(group_id, "trained", None, learner_version, oldest, newest, 10)
 
 
 GROUPS = (
@@ -89,7 +89,7 @@ def test_good_books_pass() -> None:
 
 def test_the_line_leaves_out_what_was_abandoned() -> None:
     ledger = books().ledger
-    assert [v.version for v in ledger.line()] == [0, 1, 3, 4, 5]
+    assert [v.version for v in ledger.lineage()] == [0, 1, 3, 4, 5]
     assert ledger.committed() == {0: 1, 3: 2, 4: 3}
 
 
@@ -118,7 +118,7 @@ BAD: dict[str, tuple[str, Callable[[], Books]]] = {
         "trained",
         lambda: with_group(trained(7, 5, 4, 4)),
     ),
-    "a group was trained by no step": ("trained", lambda: with_group(replace(GROUPS[0], step=None))),
+    "a group was trained by no step": ("trained", lambda: with_group(replace(GROUPS[0], learner_version=None))),
     "tokens of an abandoned version were trained": ("staleness", lambda: with_group(trained(6, 4, 2, 4))),
     "tokens were trained that are too old": ("staleness", lambda: with_group(trained(6, 4, 0, 4))),
     "tokens were trained that are newer than the step": ("staleness", lambda: with_group(trained(3, 3, 1, 4))),

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from quatro_ray.checkpoints import CheckpointStore, digest_files, replace_folder
+from quatro_ray.engines.checkpoint_store import CheckpointStore, digest_files, replace_folder
 from quatro_ray.errors import CheckpointError
 
 

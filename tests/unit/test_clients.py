@@ -7,10 +7,13 @@ import pytest
 import ray
 from ray.exceptions import ActorDiedError, OutOfMemoryError
 
-from quatro_ray.actors.clients import EngineLost, GeneratorClient, ReplayClient
-from quatro_ray.actors.fleet import FixedPool, Fleet, PoolLost
+from quatro_ray.actors.fleet import Fleet
+from quatro_ray.actors.generator_client import GeneratorClient
+from quatro_ray.actors.replay_client import ReplayClient
 from quatro_ray.config import GeneratorConfig
 from quatro_ray.errors import StallError
+from quatro_ray.evaluation.engine_pool import FixedPool, PoolLost
+from quatro_ray.failures import EngineLost
 
 
 def test_a_silent_replay_buffer_is_started_again_and_ends_in_a_stall_error(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -4,8 +4,8 @@ import socket
 
 import pytest
 
-from quatro_ray.cluster import connect
 from quatro_ray.errors import ClusterError
+from quatro_ray.orchestrator.connection import connect
 from tests.make import config
 
 

@@ -7,9 +7,9 @@ import pytest
 
 from quatro_ray.config.rewards import CodeRewardConfig, SandboxLimits
 from quatro_ray.errors import SandboxError
-from quatro_ray.rewards import sandbox
-from quatro_ray.rewards.cases import extract_program, parse_cases, same_output
+from quatro_ray.isolation import bubblewrap
 from quatro_ray.rewards.code import CodeReward
+from quatro_ray.rewards.program_cases import extract_program, parse_cases, same_output
 from quatro_ray.types import Query, Response
 from tests.make import needs_sandbox
 
@@ -168,6 +168,6 @@ def test_stops_at_the_first_failure() -> None:
 
 @needs_sandbox
 def test_a_broken_sandbox_is_no_wrong_answer(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(sandbox, "_NOBODY", "no number")
+    monkeypatch.setattr(bubblewrap, "_NOBODY", "no number")
     with pytest.raises(SandboxError):
         reward("print(3)", ADDS)

@@ -8,8 +8,8 @@ import pytest
 import yaml
 
 from quatro_ray.config import Config, dump_config, load_config
+from quatro_ray.config.field_reference import describe_fields
 from quatro_ray.errors import ConfigError
-from quatro_ray.reference import describe_fields
 from tests.make import config, config_tree
 
 ROOT = Path(__file__).parents[2]
@@ -140,7 +140,7 @@ def test_unusable_files(tmp_path: Path, text: str | None, expected: str) -> None
 
 def test_import_is_light() -> None:
     heavy = "[m for m in ('torch', 'ray', 'vllm') if m in sys.modules]"
-    code = f"import sys, quatro_ray.config, quatro_ray.plan; print({heavy})"
+    code = f"import sys, quatro_ray.config, quatro_ray.orchestrator.resources; print({heavy})"
     out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, timeout=60)
     assert out.stdout.strip() == "[]"
 

@@ -1,4 +1,4 @@
-"""The loops, on fakes with the interfaces of actors/clients.py, over the real replay buffer."""
+"""The loops, on fakes with the interfaces of actors/generator_client.py, over the real replay buffer."""
 
 import asyncio
 import json
@@ -11,8 +11,8 @@ import pytest
 from ray.exceptions import RayTaskError
 
 from quatro_ray.errors import ClusterError, StallError, WeightSyncError
-from quatro_ray.evaluation import EvaluationResult
-from quatro_ray.weight_sync.update import TransferFailed
+from quatro_ray.failures import TransferFailed
+from quatro_ray.types import EvaluationResult
 from tests.unit.world import FakeEvaluator, FakeGenerator, World
 
 

@@ -12,13 +12,13 @@ import pytest
 import yaml
 
 from quatro_ray.config import Config, DataConfig, FilterConfig, RewardConfig
-from quatro_ray.data.base import Dataset, QueryStream
-from quatro_ray.data.filters import why_not
-from quatro_ray.data.lengths import fit_prompts
-from quatro_ray.data.prompts import encode_prompt
+from quatro_ray.data.chat_template import encode_prompt
+from quatro_ray.data.dataset import Dataset, QueryStream
+from quatro_ray.data.prompt_lengths import fit_prompts
 from quatro_ray.data.registry import describe, make_dataset
 from quatro_ray.engines.tiny_tokenizer import make_tokenizer
 from quatro_ray.errors import ConfigError, DataError
+from quatro_ray.orchestrator.group_filters import why_not
 from quatro_ray.rewards.registry import make_reward
 from quatro_ray.types import DropReason, Query, Response
 from tests.make import config

@@ -4,7 +4,7 @@ import asyncio
 
 import pytest
 
-from quatro_ray.deadlines import Overtaken, unless, within
+from quatro_ray.timeouts import Overtaken, unless, within
 
 
 def test_work_that_takes_too_long() -> None:

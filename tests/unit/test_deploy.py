@@ -7,7 +7,7 @@ from typing import Any
 import yaml
 
 from quatro_ray.config import load_config
-from quatro_ray.plan import bundles
+from quatro_ray.orchestrator.resources import bundles
 
 ROOT = Path(__file__).parents[2]
 JOB = yaml.safe_load((ROOT / "deploy/kuberay/rayjob.yaml").read_text())

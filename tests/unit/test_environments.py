@@ -15,11 +15,11 @@ from pydantic import ValidationError
 
 from quatro_ray.config import EnvironmentConfig
 from quatro_ray.engines.tiny_tokenizer import make_tokenizer
-from quatro_ray.environments.base import EnvironmentFailed
-from quatro_ray.environments.play import Episode
+from quatro_ray.environments.episode import Episode
 from quatro_ray.environments.registry import check_environments, episode_workers
 from quatro_ray.errors import ConfigError
-from quatro_ray.processes.pool import WorkerPool
+from quatro_ray.failures import EnvironmentFailed
+from quatro_ray.isolation.worker_pool import ProcessPool
 from quatro_ray.types import DropReason, Query, Rollout, SamplingParams, VersionSpan
 from tests.children import none_left, workers
 from tests.make import config as run_config
@@ -118,7 +118,7 @@ def episode(settings: EnvironmentConfig, engine: Script, *, max_tokens: int = 40
     return Episode(settings, TOKENIZER, engine, query, TOKENIZER.encode(query.prompt), sampling)
 
 
-def with_pool(settings: EnvironmentConfig, work: Callable[[WorkerPool], Awaitable[Any]]) -> Any:
+def with_pool(settings: EnvironmentConfig, work: Callable[[ProcessPool], Awaitable[Any]]) -> Any:
     async def run() -> Any:
         pool = episode_workers(settings)
         await pool.start(1)
@@ -177,7 +177,7 @@ def test_out_of_turns_and_out_of_tokens(functions: Path) -> None:
 def test_limits_used_up_twice_end_the_episode_and_no_turn_is_sampled_twice(functions: Path, text: str) -> None:
     settings = config(functions, "obey", num_workers=1)
 
-    async def work(pool: WorkerPool) -> None:
+    async def work(pool: ProcessPool) -> None:
         engine = Script(text)
         rollout = await episode(settings, engine).play(pool)
         assert (rollout.finish_reason, rollout.text, rollout.environment) == ("exhausted", text, {})
@@ -217,7 +217,7 @@ def test_what_is_given_before_the_first_turn_is_context(functions: Path) -> None
 def test_an_episode_has_a_deadline_and_leaves_nothing_behind(functions: Path) -> None:
     settings = config(functions, "calculator", episode_deadline_s=1, num_workers=1)
 
-    async def work(pool: WorkerPool) -> None:
+    async def work(pool: ProcessPool) -> None:
         with pytest.raises(EnvironmentFailed, match="missed episode_deadline_s=1") as raised:
             await episode(settings, Script("[1+1]", hang_at=1)).play(pool)
         assert raised.value.reason is DropReason.ENVIRONMENT_TIMEOUT
@@ -228,7 +228,7 @@ def test_an_episode_has_a_deadline_and_leaves_nothing_behind(functions: Path) ->
 def test_a_process_killed_from_outside_is_not_the_policys_fault(functions: Path) -> None:
     settings = config(functions, "obey", num_workers=1, turn_deadline_s=60)
 
-    async def work(pool: WorkerPool) -> None:
+    async def work(pool: ProcessPool) -> None:
         playing = asyncio.create_task(episode(settings, Script("hang")).play(pool))
         await asyncio.sleep(0.5)
         (busy,) = workers("quatro_ray.environments.worker")
@@ -249,7 +249,7 @@ def test_an_environment_that_does_otherwise_when_played_again_is_told(functions:
 def test_processes_serve_many_episodes_and_are_recycled(functions: Path) -> None:
     settings = config(functions, "obey", num_workers=1, recycle_after=2)
 
-    async def work(pool: WorkerPool) -> list[float]:
+    async def work(pool: ProcessPool) -> list[float]:
         return [(await episode(settings, Script("pid")).play(pool)).environment["reward"] for _ in range(3)]
 
     first, second, third = with_pool(settings, work)

@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from quatro_ray.evaluation import evaluate, majority_is_right, pass_at_k, standard_error
+from quatro_ray.evaluation.metrics import evaluate, majority_is_right, pass_at_k, standard_error
 from quatro_ray.types import Query, SamplingParams
 
 

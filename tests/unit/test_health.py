@@ -3,7 +3,7 @@
 from hypothesis import given
 from hypothesis import strategies as st
 
-from quatro_ray.health import TRANSITIONS, Health, Progress, Record, RestartPolicy
+from quatro_ray.actors.restart_policy import TRANSITIONS, Health, Progress, Record, RestartPolicy
 
 POLICY = RestartPolicy(max_restarts=3, first_delay_s=1, max_delay_s=8, stable_s=60)
 

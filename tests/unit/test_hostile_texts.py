@@ -18,9 +18,9 @@ import pytest
 import reasoning_gym
 
 from quatro_ray.config import VerifierConfig
-from quatro_ray.rewards.base import RewardUnavailable
-from quatro_ray.rewards.judge import Judge
+from quatro_ray.failures import RewardUnavailable
 from quatro_ray.rewards.reasoning_gym import EXECUTING_TASKS, METADATA_KEY
+from quatro_ray.rewards.scorer import Scorer
 from quatro_ray.types import Outcome, Query, Response
 from tests.make import needs_sandbox
 from tests.unit.hostile_programs import ATTACKS
@@ -65,7 +65,7 @@ def judge_all(
     """Outcomes; a reward that raised counts as its exception."""
     config = VerifierConfig(num_workers=3, deadline_s=deadline_s, memory_mib=MEMORY_MIB)
 
-    async def one(judge: Judge, slots: asyncio.Semaphore, query: Query, text: str) -> Any:
+    async def one(judge: Scorer, slots: asyncio.Semaphore, query: Query, text: str) -> Any:
         async with slots:  # so that time is counted from where a worker is free
             begun = time.monotonic()
             try:
@@ -76,7 +76,7 @@ def judge_all(
                 assert time.monotonic() - begun < 2 * (deadline_s + 1) + START_S, text[:80]
 
     async def run() -> list[Any]:
-        judge = Judge(rewards, config, {}, sandboxed)
+        judge = Scorer(rewards, config, {}, sandboxed)
         await judge.start()
         try:
             slots = asyncio.Semaphore(config.num_workers)

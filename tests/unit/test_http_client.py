@@ -15,8 +15,8 @@ import pytest
 
 from quatro_ray.config import HttpRewardConfig
 from quatro_ray.errors import ConfigError
+from quatro_ray.failures import RewardUnavailable
 from quatro_ray.rewards import http_client
-from quatro_ray.rewards.base import RewardUnavailable
 from quatro_ray.rewards.endpoints import REST_S, Endpoints
 from quatro_ray.rewards.http_client import JsonClient
 from tests.unit.http_server import Answer, FakeServer, Request, in_turn, serving

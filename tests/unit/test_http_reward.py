@@ -16,8 +16,8 @@ import pytest
 
 import quatro_ray
 from quatro_ray.config import HttpRewardConfig
+from quatro_ray.failures import RewardUnavailable
 from quatro_ray.rewards import http_client
-from quatro_ray.rewards.base import RewardUnavailable
 from quatro_ray.rewards.http import HttpReward
 from quatro_ray.types import Query, Response
 from tests.unit.http_server import Answer, FakeServer, Request, in_turn, serving

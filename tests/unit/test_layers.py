@@ -7,21 +7,16 @@ import quatro_ray
 
 ROOT = Path(quatro_ray.__file__).parent
 LAYERS = [
-    {"types", "errors", "deadlines", "seeds", "health"},
-    {"config"},
-    {"ops", "plan", "reference", "processes", "checkpoints"},
-    {"rewards", "run_directory"},
-    {"replay", "data"},
-    {"environments", "weight_sync"},
-    {"engines"},
-    {"evaluation"},
-    {"telemetry", "tally"},
+    {"types", "errors", "timeouts", "seeding"},
+    {"failures", "config", "telemetry", "algorithms"},
+    {"replay", "weight_sync", "isolation"},
+    {"rewards"},
+    {"data"},
+    {"engines", "environments"},
     {"actors"},
-    {"evaluator", "evaluations", "keeper", "stall", "making"},
-    {"controller"},
-    {"cluster"},
-    {"training"},
-    {"evaluating"},
+    {"evaluation"},
+    {"orchestrator"},
+    {"jobs"},
     {"cli"},
 ]
 """Lower first; a module may import its own layer's package and everything below."""
@@ -29,8 +24,8 @@ THIRD_PARTY = {
     "types": {"numpy"},
     "errors": set(),
     "config": {"pydantic", "yaml"},
-    "plan": set(),
-    "ops": {"torch"},
+    "failures": set(),
+    "algorithms": {"torch"},
     "replay": {"numpy", "safetensors"},
 }
 HEAVY = {"torch", "ray", "vllm", "deepspeed", "transformers", "numpy", "pydantic", "yaml", "safetensors", "psutil"}
@@ -80,7 +75,7 @@ def test_low_layers_load_only_what_they_may() -> None:
 
 
 def test_only_the_actors_and_what_is_above_know_ray() -> None:
-    above = {"actors", "evaluator", "making", "controller", "cluster", "training", "evaluating", "cli"}
+    above = {"actors", "evaluation", "orchestrator", "jobs", "cli"}
     for path in modules():
         if part_of(path) not in above:
             assert "ray" not in {name.split(".")[0] for name in imports(path)}, path

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from quatro_ray.ops.logprobs import chunked_logprobs
+from quatro_ray.engines.logprob_head import chunked_logprobs
 
 
 @pytest.mark.parametrize("chunk", [1, 3, 7, 100])

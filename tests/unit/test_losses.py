@@ -8,8 +8,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from quatro_ray.ops import losses
-from quatro_ray.ops.losses import TokenLoss
+from quatro_ray.algorithms import losses
+from quatro_ray.algorithms.losses import TokenLoss
 
 
 def logs(*ratios: float) -> Tensor:

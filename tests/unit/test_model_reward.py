@@ -9,8 +9,8 @@ from typing import Any
 import pytest
 
 from quatro_ray.config import ModelRewardConfig
-from quatro_ray.rewards.base import RewardUnavailable
-from quatro_ray.rewards.model import ModelReward
+from quatro_ray.failures import RewardUnavailable
+from quatro_ray.rewards.reward_model_client import ModelReward
 from quatro_ray.types import Query, Response
 
 QUERY, RESPONSE = Query("q", "1+1=", "2"), Response("2", 1, False)

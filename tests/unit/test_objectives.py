@@ -8,13 +8,13 @@ import torch
 from pydantic import TypeAdapter, ValidationError
 from torch import Tensor
 
+from quatro_ray.algorithms.aggregation import BatchSize, aggregate
+from quatro_ray.algorithms.kl_budget import headroom
 from quatro_ray.config import ObjectiveConfig
 from quatro_ray.engines.batches import make_step_batch, make_token_batch
 from quatro_ray.engines.objectives import OBJECTIVES, make_objective
-from quatro_ray.ops.aggregation import BatchSize, aggregate
-from quatro_ray.ops.kl_budget import headroom
 from quatro_ray.replay.packing import pack
-from quatro_ray.replay.staleness import Line
+from quatro_ray.replay.staleness import Lineage
 from quatro_ray.types import LearnerBatch, Outcome, Rollout, RolloutGroup, Score, VersionSpan
 from tests.make import group
 
@@ -75,7 +75,7 @@ def test_one_two_or_eight_micro_batches_give_equal_gradients(kind: str) -> None:
     for mode in (None, *MODES):
         gradients = {}
         for limit in (500, 100, 26):
-            batch = pack(groups, Line.unbroken(VERSION), num_ranks=1, tokens_per_micro_batch=limit)
+            batch = pack(groups, Lineage.unbroken(VERSION), num_ranks=1, tokens_per_micro_batch=limit)
             gradients[len(batch.micro_batches[0])] = gradient(kind, batch, theta, mode)
         assert sorted(gradients) == [1, 2, 8]
         whole = gradients.pop(1)
@@ -87,7 +87,7 @@ def test_one_two_or_eight_micro_batches_give_equal_gradients(kind: str) -> None:
 def test_ranks_do_not_matter_either() -> None:
     groups = make_groups()
     theta = torch.zeros(12, 10, dtype=torch.float64, requires_grad=True)
-    one, two = (pack(groups, Line.unbroken(VERSION), num_ranks=n, tokens_per_micro_batch=60) for n in (1, 2))
+    one, two = (pack(groups, Lineage.unbroken(VERSION), num_ranks=n, tokens_per_micro_batch=60) for n in (1, 2))
     torch.testing.assert_close(gradient("quatro", one, theta, None), gradient("quatro", two, theta, None))
 
 
@@ -104,7 +104,7 @@ def test_on_policy_every_objective_makes_the_rewarded_rollout_likelier(kind: str
     good, bad = one(3, 1.0), one(4, 0.0)
     batch = pack(
         [group(0, good, bad, good, bad) for _ in range(NUM_QUERIES)],
-        Line.unbroken(VERSION),
+        Lineage.unbroken(VERSION),
         num_ranks=1,
         tokens_per_micro_batch=99,
     )
@@ -140,7 +140,7 @@ def test_every_objective_says_where_it_comes_from(kind: str) -> None:
 
 
 def test_quatro_reports_per_query() -> None:
-    batch = pack(make_groups(), Line.unbroken(VERSION), num_ranks=1, tokens_per_micro_batch=500)
+    batch = pack(make_groups(), Lineage.unbroken(VERSION), num_ranks=1, tokens_per_micro_batch=500)
     step_batch = make_step_batch(batch, torch.zeros(batch.num_tokens, dtype=torch.float64), torch.device("cpu"))
     reported = make_objective(objective_config("quatro")).prepare(step_batch).diagnostics
     assert len(reported["trust_region/kl_budget_nats"]) == NUM_QUERIES

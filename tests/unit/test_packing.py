@@ -8,11 +8,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from quatro_ray.replay.packing import pack
-from quatro_ray.replay.staleness import Line, Stretch
+from quatro_ray.replay.staleness import Lineage, Stretch
 from quatro_ray.types import VersionSpan
 from tests.make import group, rollout
 
-LINE = Line.unbroken(6)
+LINE = Lineage.unbroken(6)
 
 
 @settings(max_examples=100, deadline=None)
@@ -89,7 +89,7 @@ def test_the_plan_depends_on_the_groups_alone() -> None:
 
 def test_age_is_counted_in_steps_where_the_learner_fell_back() -> None:
     """Versions 5 and 6 were abandoned; 7 has the weights of 4, and 8 is a step from it."""
-    line = Line((Stretch(0, 4, 0), Stretch(7, 8, 4)))
+    line = Lineage((Stretch(0, 4, 0), Stretch(7, 8, 4)))
     made = replace(
         rollout(4), spans=(VersionSpan(3, 0, 1), VersionSpan(4, 1, 2), VersionSpan(7, 2, 3), VersionSpan(8, 3, 4))
     )

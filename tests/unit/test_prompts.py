@@ -2,7 +2,7 @@
 
 import pytest
 
-from quatro_ray.data.prompts import chat_prompt, encode_conversation, encode_given, encode_prompt
+from quatro_ray.data.chat_template import chat_prompt, encode_conversation, encode_given, encode_prompt
 from quatro_ray.engines.tiny_tokenizer import make_tokenizer
 
 TEMPLATE = (

@@ -11,10 +11,10 @@ from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, 
 
 from quatro_ray.config import ReplayConfig
 from quatro_ray.errors import DiskFull, LedgerError
-from quatro_ray.replay import serial, staleness
+from quatro_ray.replay import serialization, staleness
 from quatro_ray.replay.buffer import ReplayBuffer
 from quatro_ray.replay.ledger import TRANSITIONS, Ledger
-from quatro_ray.replay.staleness import Line, Stretch
+from quatro_ray.replay.staleness import Lineage, Stretch
 from quatro_ray.types import DropReason, GroupState, Query
 from tests.make import group, rollout
 
@@ -74,7 +74,7 @@ class RingMachine(RuleBasedStateMachine):
         else:
             version = data.draw(st.integers(max(0, self.version - 4), self.version))
             made = group(group_id, rollout(version=version), rollout(version=version, reward=0.0))
-            if self.buffer.ledger.versions.line(self.version).holds(version):
+            if self.buffer.ledger.versions.lineage(self.version).holds(version):
                 self.buffer.ready(made)
                 self.buffer.ready(made)
             else:
@@ -89,10 +89,10 @@ class RingMachine(RuleBasedStateMachine):
             assert len(self._ids(S.READY)) < self.GROUPS_PER_STEP
             return
         assert len(lease.groups) == self.GROUPS_PER_STEP
-        assert lease.line.version == self.version
+        assert lease.lineage.version == self.version
         for leased in lease.groups:
-            assert lease.line.holds(leased.oldest_version) and lease.line.holds(leased.newest_version)
-            assert lease.line.staleness(np.array([leased.oldest_version]))[0] <= self.MAX_STALENESS
+            assert lease.lineage.holds(leased.oldest_version) and lease.lineage.holds(leased.newest_version)
+            assert lease.lineage.staleness(np.array([leased.oldest_version]))[0] <= self.MAX_STALENESS
         self.leased = [g.group_id for g in lease.groups]
         again = self.buffer.lease(self.version)
         assert again is not None and [g.group_id for g in again.groups] == self.leased
@@ -147,8 +147,8 @@ class RingMachine(RuleBasedStateMachine):
     @invariant()
     def none_trained_twice(self) -> None:
         """And each on the line of the learner, every step of which has its groups."""
-        assert {e.group_id: e.step for e in self.buffer.ledger.entries(S.TRAINED)} == self.trained
-        line = self.buffer.ledger.versions.line(self.version)
+        assert {e.group_id: e.learner_version for e in self.buffer.ledger.entries(S.TRAINED)} == self.trained
+        line = self.buffer.ledger.versions.lineage(self.version)
         stepped = [v for s in line.stretches for v in range(s.first, s.last)]
         assert sorted(self.trained.values()) == sorted(stepped * self.GROUPS_PER_STEP)
         assert line.step == len(stepped)
@@ -257,7 +257,7 @@ def test_falling_back_trains_again_what_is_near_and_generates_again_what_is_not(
     back = buffer.fall_back(1, known=2)
     # version 2 is abandoned; groups 3 and 4, of version 1, are trained on again
     assert (back.version, back.step, back.num_ready, back.num_pending) == (3, 1, 2, 2)
-    assert buffer.ledger.versions.line(3) == Line((Stretch(0, 1, 0), Stretch(3, 3, 1)))
+    assert buffer.ledger.versions.lineage(3) == Lineage((Stretch(0, 1, 0), Stretch(3, 3, 1)))
     assert [i for i, _ in buffer.pending()] == [5, 6]
     assert buffer.capacity(3, num_idle=2) == 2  # (1 + 1 + 1)·2 − 4, so that both may start
 
@@ -282,7 +282,7 @@ def test_versions_are_issued_once() -> None:
         ledger.versions.add_step(0)
     assert ledger.versions.add_fall_back(0) == 2
     with pytest.raises(LedgerError, match="version 7 was never issued"):
-        ledger.versions.line(7)
+        ledger.versions.lineage(7)
 
 
 def test_a_ledger_has_one_owner(tmp_path: Path) -> None:
@@ -348,7 +348,7 @@ def test_unscored_groups_are_not_ready() -> None:
 def test_bytes_and_back() -> None:
     given = replace(rollout(2, 4), sampled=np.array([True, False]))
     before = group(7, rollout(4, 3, newer_from=2), rollout(1, 5, reward=None), given)
-    after = serial.from_bytes(serial.to_bytes(before))
+    after = serialization.from_bytes(serialization.to_bytes(before))
     assert after.query == before.query
     assert [r.spans for r in after.rollouts] == [r.spans for r in before.rollouts]
     assert [r.score for r in after.rollouts] == [r.score for r in before.rollouts]
@@ -360,3 +360,19 @@ def test_bytes_and_back() -> None:
     assert [r.sampled is None for r in after.rollouts] == [True, True, False]
     assert after.rollouts[2].versions().tolist() == [4, -1]
     assert (after.oldest_version, after.newest_version) == (3, 5)
+
+
+def test_an_older_ledger_is_read_and_its_column_renamed(tmp_path: Path) -> None:
+    """Before `learner_version` the column was called `step`."""
+    path = tmp_path / "ledger.sqlite"
+    ledger = Ledger(path)
+    ledger.admit(1, [Query("a", "1+1=", "2")], 0)
+    ledger._db.execute("ALTER TABLE groups RENAME COLUMN learner_version TO step")
+    ledger._db.execute("UPDATE groups SET state = 'leased', step = 7")
+    ledger.close()
+
+    for _ in range(2):  # migrated once, then as it is
+        again = Ledger(path)
+        (entry,) = again.entries(S.LEASED)
+        assert entry.learner_version == 7
+        again.close()

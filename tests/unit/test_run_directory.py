@@ -9,7 +9,7 @@ import pytest
 
 from quatro_ray.config import load_config
 from quatro_ray.errors import ConfigError
-from quatro_ray.run_directory import only_writer, prepare_run_dir
+from quatro_ray.jobs.run_directory import only_writer, prepare_run_dir
 from tests.make import config
 
 

@@ -17,11 +17,11 @@ import pytest
 
 from quatro_ray.config.rewards import SandboxLimits
 from quatro_ray.errors import SandboxError
-from quatro_ray.rewards import sandbox
-from quatro_ray.rewards.sandbox import sandbox_command, sandboxed
-from quatro_ray.rewards.sandbox_check import self_test
-from quatro_ray.rewards.sandbox_run import Finished, run
-from quatro_ray.rewards.seccomp import seccomp_filter
+from quatro_ray.isolation import bubblewrap
+from quatro_ray.isolation.bubblewrap import sandbox_command, sandboxed
+from quatro_ray.isolation.run_program import Finished, run
+from quatro_ray.isolation.seccomp import seccomp_filter
+from quatro_ray.isolation.self_test import self_test
 from tests.make import needs_sandbox
 from tests.unit.hostile_programs import ATTACKS, PRELUDE
 
@@ -191,19 +191,19 @@ def without(*words: str) -> Callable[..., list[str]]:
 )
 def test_self_test_finds_each_leak(words: list[str], leak: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("SECRET", "1")
-    monkeypatch.setattr(sandbox, "sandbox_command", without(*words))
+    monkeypatch.setattr(bubblewrap, "sandbox_command", without(*words))
     with pytest.raises(SandboxError, match=leak):
         self_test()
 
 
 def test_a_sandbox_that_does_not_start_raises(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(sandbox, "_NOBODY", "no number")
+    monkeypatch.setattr(bubblewrap, "_NOBODY", "no number")
     with pytest.raises(SandboxError, match="did not start"):
         python("print(1)")
 
 
 def test_missing_bubblewrap_says_what_to_do(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(sandbox.shutil, "which", lambda name, path: None if name == "bwrap" else f"/usr/bin/{name}")
+    monkeypatch.setattr(bubblewrap.shutil, "which", lambda name, path: None if name == "bwrap" else f"/usr/bin/{name}")
     with pytest.raises(SandboxError, match="apt install bubblewrap"):
         python("print(1)")
 

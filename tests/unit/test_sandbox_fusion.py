@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from quatro_ray.config.rewards import SandboxFusionRewardConfig, SandboxLimits
-from quatro_ray.rewards.base import RewardUnavailable
+from quatro_ray.failures import RewardUnavailable
 from quatro_ray.rewards.sandbox_fusion import SandboxFusionReward
 from quatro_ray.types import Query, Response
 

@@ -14,7 +14,7 @@ PROCESS = """
 import sys, time
 from multiprocessing import get_context
 from multiprocessing.shared_memory import SharedMemory
-from quatro_ray.processes.shared_memory import detach_resource_tracker
+from quatro_ray.actors.shared_memory import detach_resource_tracker
 
 def share(names):
     segment, semaphore = SharedMemory(create=True, size=1000), get_context("spawn").Lock()
@@ -48,6 +48,6 @@ def test_shared_memory_goes_with_a_process_group_that_is_killed(tmp_path: Path) 
 
 def test_a_tracker_that_would_be_killed_is_refused() -> None:
     early = "from multiprocessing import resource_tracker as r; r.ensure_running(); "
-    late = "from quatro_ray.processes.shared_memory import detach_resource_tracker as d; d()"
+    late = "from quatro_ray.actors.shared_memory import detach_resource_tracker as d; d()"
     done = subprocess.run([sys.executable, "-c", early + late], capture_output=True, text=True, timeout=60)
     assert done.stderr.strip().splitlines()[-1].startswith("RuntimeError: the resource tracker runs already")

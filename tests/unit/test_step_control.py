@@ -5,8 +5,8 @@ import math
 import pytest
 import torch
 
+from quatro_ray.algorithms.step_control import ProbeKl, StepControl, StepLimits, StepReport, rollout_kl
 from quatro_ray.errors import TrainingDiverged
-from quatro_ray.ops.step_control import ProbeKl, StepControl, StepLimits, StepReport, rollout_kl
 
 
 def test_rollout_kl_golden() -> None:

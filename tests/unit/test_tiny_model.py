@@ -8,7 +8,7 @@ from transformers import AutoTokenizer
 from quatro_ray.config import TinyModelConfig
 from quatro_ray.engines.tiny_model import make_model, save_pretrained
 from quatro_ray.engines.tiny_tokenizer import make_tokenizer
-from quatro_ray.plan import num_parameters
+from quatro_ray.orchestrator.resources import num_parameters
 from tests.make import config
 
 

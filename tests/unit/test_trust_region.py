@@ -9,8 +9,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy.optimize import brentq, minimize, minimize_scalar
 
-from quatro_ray.ops import trust_region
-from quatro_ray.ops.trust_region import Status, solve
+from quatro_ray.algorithms import trust_region
+from quatro_ray.algorithms.trust_region import Status, solve
 
 
 def everything(rewards: torch.Tensor) -> torch.Tensor:

@@ -11,12 +11,12 @@ import pytest
 from pydantic import ValidationError
 
 from quatro_ray.config import EnvironmentConfig, VerifiersSourceConfig
-from quatro_ray.data.prompts import chat_prompt, encode_prompt
-from quatro_ray.data.verifiers import verifiers_rows
+from quatro_ray.data.chat_template import chat_prompt, encode_prompt
+from quatro_ray.data.verifiers_library import verifiers_rows
 from quatro_ray.engines.tiny_tokenizer import make_tokenizer
-from quatro_ray.environments.base import EnvironmentFailed
-from quatro_ray.environments.play import Episode
+from quatro_ray.environments.episode import Episode
 from quatro_ray.errors import ConfigError
+from quatro_ray.failures import EnvironmentFailed
 from quatro_ray.types import Query, Rollout, SamplingParams
 from tests.unit.test_environments import Script, with_pool
 from tests.unit.test_prompts import CHATML
@@ -73,7 +73,7 @@ def play(query: Query, *turns: str, max_tokens: int = 400, **args: Any) -> tuple
     tokenizer.chat_template = CHATML.replace("<|im_end|>", "<eos>")
     settings = EnvironmentConfig.model_validate(
         {
-            "function": "quatro_ray.environments.verifiers:episode",
+            "function": "quatro_ray.environments.verifiers_library:episode",
             "params": {"env": "guess-env", "args": args},
             "memory_mib": 4096,
         }

@@ -7,8 +7,9 @@ import pytest
 
 from quatro_ray.config import WeightSyncConfig
 from quatro_ray.errors import WeightSyncError
-from quatro_ray.weight_sync.client import EngineClient
-from quatro_ray.weight_sync.update import LearnerLost, TransferFailed, Update, WeightSync
+from quatro_ray.failures import LearnerLost, TransferFailed
+from quatro_ray.weight_sync.coordinator import Update, WeightSyncCoordinator
+from quatro_ray.weight_sync.engine_client import EngineClient
 
 
 class Engine:
@@ -35,7 +36,7 @@ class Engine:
         return self.version
 
 
-class Member:
+class EngineSlot:
     def __init__(self, client: Engine) -> None:
         self.client, self.paused = client, False
 
@@ -44,19 +45,19 @@ class Fleet:
     """Members leave when they are lost, and none comes back."""
 
     def __init__(self, *engines: Engine) -> None:
-        self.members = [Member(e) for e in engines]
-        self.holding: list[Member] = []
+        self.members = [EngineSlot(e) for e in engines]
+        self.holding: list[EngineSlot] = []
         self.whys: list[str] = []
 
-    async def some_to_sync(self) -> list[Member]:
+    async def some_to_sync(self) -> list[EngineSlot]:
         while not self.members:
             await asyncio.sleep(0.01)
         return list(self.members)
 
-    async def synced(self, member: Member) -> None:
+    async def synced(self, member: EngineSlot) -> None:
         self.holding.append(member)
 
-    def lost(self, member: Member, why: str) -> None:
+    def lost(self, member: EngineSlot, why: str) -> None:
         if member in self.members:
             self.members.remove(member)
             self.whys.append(why)
@@ -86,7 +87,7 @@ CONFIG = WeightSyncConfig(pause_deadline_s=0.1, transfer_deadline_s=0.1, resume_
 
 def update(fleet: Fleet, sender: Sender, *versions: int) -> list[Update]:
     async def run() -> list[Update]:
-        sync = WeightSync(fleet, sender, CONFIG, engine_deadline_s=0.3)
+        sync = WeightSyncCoordinator(fleet, sender, CONFIG, engine_deadline_s=0.3)
         return [await sync.update(v) for v in versions]
 
     return asyncio.run(run())

@@ -16,10 +16,10 @@ from pydantic import TypeAdapter
 
 from quatro_ray.config import RewardConfig, VerifierConfig
 from quatro_ray.errors import ConfigError
-from quatro_ray.processes.pool import Launch
-from quatro_ray.rewards import worker_pool
-from quatro_ray.rewards.base import RewardUnavailable
-from quatro_ray.rewards.judge import Judge
+from quatro_ray.failures import RewardUnavailable
+from quatro_ray.isolation.worker_pool import Launch
+from quatro_ray.rewards import workers as reward_workers
+from quatro_ray.rewards.scorer import Scorer
 from quatro_ray.types import Outcome, Query, Response, Score
 from tests.children import none_left, workers
 
@@ -64,9 +64,9 @@ def config(**over: Any) -> VerifierConfig:
     return VerifierConfig(**({"num_workers": 2, "deadline_s": 2, "memory_mib": 1024} | over))
 
 
-def with_judge(rewards: dict[str, RewardConfig], work: Callable[[Judge], Awaitable[Any]], **over: Any) -> Any:
+def with_judge(rewards: dict[str, RewardConfig], work: Callable[[Scorer], Awaitable[Any]], **over: Any) -> Any:
     async def run() -> Any:
-        judge = Judge(rewards, config(**over), {})
+        judge = Scorer(rewards, config(**over), {})
         await judge.start()
         try:
             return await asyncio.wait_for(work(judge), 120)
@@ -81,13 +81,13 @@ def response(text: str) -> Response:
     return Response(text, 3, truncated=False)
 
 
-async def scores(judge: Judge, *texts: str) -> list[Score]:
+async def scores(judge: Scorer, *texts: str) -> list[Score]:
     return await asyncio.gather(*(judge(QUERY, response(t)) for t in texts))
 
 
 @pytest.mark.parametrize("text", ["hang", "stop", "leave", "crash", "fill", "deep", "children"])
 def test_a_response_that_uses_up_its_limits_twice_is_exhausted(awkward: Any, text: str) -> None:
-    async def work(judge: Judge) -> list[Score]:
+    async def work(judge: Scorer) -> list[Score]:
         begun = time.monotonic()
         first, *others = await scores(judge, text, "good", "good", "good")
         assert time.monotonic() - begun < 2 * 2 + 1 + 20  # two deadlines, and starts on a loaded machine
@@ -100,7 +100,7 @@ def test_a_response_that_uses_up_its_limits_twice_is_exhausted(awkward: Any, tex
 
 
 def test_what_the_machinery_causes_is_never_a_reward(awkward: Any) -> None:
-    async def work(judge: Judge) -> None:
+    async def work(judge: Scorer) -> None:
         for text in ("raise", "nan"):
             with pytest.raises(RewardUnavailable, match=r"cannot judge|a reward must be a finite number"):
                 await judge(QUERY, response(text))
@@ -123,7 +123,7 @@ def test_many_good_ones_are_not_held_up_by_a_few_that_hang(awkward: Any) -> None
 
 
 def test_a_worker_is_replaced_after_its_share_or_when_it_has_grown(awkward: Any) -> None:
-    async def pids(judge: Judge, *between: str) -> tuple[float, float]:
+    async def pids(judge: Scorer, *between: str) -> tuple[float, float]:
         first = (await judge(QUERY, response("pid"))).reward
         for text in between:
             await judge(QUERY, response(text))
@@ -155,7 +155,7 @@ def test_the_sum_of_the_parts_that_apply() -> None:
 
 
 def test_a_cancelled_item_leaves_no_process_out_of_step(awkward: Any) -> None:
-    async def work(judge: Judge) -> float:
+    async def work(judge: Scorer) -> float:
         task = asyncio.create_task(judge(QUERY, response("hang")))
         await asyncio.sleep(0.3)
         task.cancel()
@@ -175,8 +175,8 @@ def test_rewards_that_cannot_be_made_say_so_at_the_start(tmp_path: Path) -> None
 
 def test_a_process_that_does_not_come_up_is_not_the_answers_fault(monkeypatch: pytest.MonkeyPatch) -> None:
     async def run(command: list[str]) -> None:
-        monkeypatch.setattr(worker_pool, "in_the_open", lambda program: lambda: nullcontext(Launch(command)))
-        pool = worker_pool.RewardWorkers(config(num_workers=1, start_deadline_s=1), parts(a={"kind": "exact"}))
+        monkeypatch.setattr(reward_workers, "in_the_open", lambda program: lambda: nullcontext(Launch(command)))
+        pool = workers.RewardProcesses(config(num_workers=1, start_deadline_s=1), parts(a={"kind": "exact"}))
         with pytest.raises(RewardUnavailable, match="a worker process did not start"):
             await pool.start()
 

@@ -13,21 +13,19 @@ from typing import Any
 
 from ray.exceptions import RayTaskError
 
-from quatro_ray.actors.clients import EngineLost
 from quatro_ray.actors.fleet import Fleet
-from quatro_ray.actors.verifier_pool import VerifierFailed
-from quatro_ray.checkpoints import CheckpointStore, digest_files
 from quatro_ray.config import Config
-from quatro_ray.controller import Controller, Parts
-from quatro_ray.data.base import Dataset, QueryStream
+from quatro_ray.data.dataset import Dataset, QueryStream
+from quatro_ray.engines.checkpoint_store import CheckpointStore, digest_files
 from quatro_ray.errors import ClusterError
-from quatro_ray.evaluation import EvaluationResult
+from quatro_ray.failures import EngineLost, LearnerLost, TransferFailed, VerifierFailed
+from quatro_ray.orchestrator.controller import Components, Controller
 from quatro_ray.replay.buffer import ReplayBuffer
-from quatro_ray.tally import Tally
-from quatro_ray.telemetry.progress import Progress
+from quatro_ray.telemetry.console import Progress
+from quatro_ray.telemetry.counters import Counters
 from quatro_ray.telemetry.recorder import Recorder
-from quatro_ray.types import DropReason, Query, Rollout, RolloutGroup, SamplingParams
-from quatro_ray.weight_sync.update import LearnerLost, TransferFailed, WeightSync
+from quatro_ray.types import DropReason, EvaluationResult, Query, Rollout, RolloutGroup, SamplingParams
+from quatro_ray.weight_sync.coordinator import WeightSyncCoordinator
 from tests.make import config, group, rollout
 
 
@@ -177,7 +175,7 @@ class Replay:
 
     async def lease(self, version: int, num_samples: int) -> tuple[dict | None, Any]:
         lease = self.buffer.lease(version)
-        return ({"metrics": lease.metrics, "samples": []}, (lease.groups, lease.line)) if lease else (None, None)
+        return ({"metrics": lease.metrics, "samples": []}, (lease.groups, lease.lineage)) if lease else (None, None)
 
     def __getattr__(self, name: str) -> Any:
         async def call(*args: Any) -> Any:
@@ -329,7 +327,7 @@ class World:
         self.generators.append(generator)
         return generator
 
-    def run(self, *, resume: bool = False, failing: set[int] = frozenset()) -> Tally:  # type: ignore[assignment]
+    def run(self, *, resume: bool = False, failing: set[int] = frozenset()) -> Counters:  # type: ignore[assignment]
         self.verifiers.failing = failing
         path = self.config.run.dir
         path.mkdir(parents=True, exist_ok=True)
@@ -343,19 +341,19 @@ class World:
             recorder.close()
             loop.close()
 
-    async def _main(self, loop: VirtualLoop, recorder: Recorder, resume: bool) -> Tally:
+    async def _main(self, loop: VirtualLoop, recorder: Recorder, resume: bool) -> Counters:
         queries = {"set": [Query(str(i), "p", "a", source="set") for i in range(500)]}
         held_out = {"set": [Query(f"h{i}", "p", "a") for i in range(4)]}
         dataset = Dataset(queries, {"set": 1.0}, held_out, {})
         self.fleet = Fleet(self._spawn, self.config.generator, self.config.cluster.liveness_deadline_s, clock=loop.time)
         replay = Replay(self.buffer)
         replay.repeat_every = self.repeat_every
-        parts = Parts(
+        parts = Components(
             generators=self.fleet,
             verifiers=self.verifiers,
             replay=replay,
             learner=self.learner,
-            weight_sync=WeightSync(self.fleet, self.learner, self.config.weight_sync, 60),
+            weight_sync=WeightSyncCoordinator(self.fleet, self.learner, self.config.weight_sync, 60),
             checkpoints=CheckpointStore(self.config.run.dir / "checkpoints", self.config.checkpoint.keep),
             evaluator=self.evaluator,
         )
@@ -384,9 +382,9 @@ def read(path: Path) -> list[dict[str, Any]]:
 def audit(world: World) -> None:
     """Every group is trained once on the line that was kept, or dropped with a reason; every step has its B groups."""
     db: sqlite3.Connection = world.buffer.ledger._db
-    line = world.buffer.ledger.versions.line(world.buffer.ledger.versions.newest())
+    line = world.buffer.ledger.versions.lineage(world.buffer.ledger.versions.newest())
     assert line.step == world.config.run.num_steps
-    rows = db.execute("SELECT group_id, state, reason, step FROM groups ORDER BY group_id").fetchall()
+    rows = db.execute("SELECT group_id, state, reason, learner_version FROM groups ORDER BY group_id").fetchall()
     assert [r[0] for r in rows] == list(range(1, len(rows) + 1))
     assert {r[1] for r in rows} <= {"trained", "dropped"}
     assert all((r[1] == "dropped") == (r[2] is not None) for r in rows)

@@ -1,0 +1,106 @@
+"""The replay actor as a plain async object: what the controller and its tests see.
+
+Summaries are awaited; groups stay references that go from actor to actor.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable
+from typing import Any
+
+import ray
+from ray.exceptions import RayTaskError
+
+from quatro_ray.actors.calls import value_of
+from quatro_ray.errors import DiskFull, StallError
+from quatro_ray.timeouts import within
+from quatro_ray.types import DropReason, Query
+
+
+class ReplayClient:
+    """An actor that dies is started again by Ray, which repeats what was under way; one that hangs is killed first.
+
+    Every call raises StallError when the replay actor does not answer, tries included.
+    """
+
+    _TRIES = 3
+
+    def __init__(self, actor: Any, deadline_s: float) -> None:
+        self._actor = actor
+        self._deadline_s = deadline_s
+
+    async def recover(self) -> dict[str, Any]:
+        return await self._call("recover")
+
+    async def pending(self) -> list[tuple[int, Query]]:
+        return await self._call("pending")
+
+    async def capacity(self, version: int, num_idle: int = 0) -> int:
+        return await self._call("capacity", version, num_idle)
+
+    async def admit(self, first_id: int, queries: list[Query], version: int) -> list[int]:
+        return await self._call("admit", first_id, queries, version)
+
+    async def start(self, group_id: int) -> None:
+        await self._call("start", group_id)
+
+    async def generated(self, group_id: int) -> None:
+        await self._call("generated", group_id)
+
+    async def retry(self, group_id: int) -> None:
+        await self._call("retry", group_id)
+
+    async def ready(self, group: Any) -> None:
+        await self._call("ready", group)
+
+    async def drop(self, group_id: int, reason: DropReason) -> None:
+        await self._call("drop", group_id, reason)
+
+    async def lease(self, version: int, num_samples: int) -> tuple[dict[str, Any] | None, Any]:
+        """A summary, and a reference to what the learner needs."""
+        return await self._try(lambda: self._actor.lease.remote(version, num_samples))
+
+    async def commit(self, version: int) -> int:
+        return await self._call("commit", version)
+
+    async def fall_back(self, version: int, known: int) -> Any:
+        return await self._call("fall_back", version, known)
+
+    async def flush(self) -> None:
+        await self._call("flush")
+
+    async def absorbed(self, version: int) -> int:
+        return await self._call("absorbed", version)
+
+    async def end_run(self) -> None:
+        await self._call("end_run")
+
+    async def stats(self) -> dict[str, Any]:
+        return await self._call("stats")
+
+    async def _call(self, method: str, *args: Any) -> Any:
+        return (await self._try(lambda: (getattr(self._actor, method).remote(*args), None)))[0]
+
+    async def _try(self, call: Callable[[], tuple[Any, Any]]) -> tuple[Any, Any]:
+        """`call` gives two references: the value of the first, and the second as it is."""
+        for _ in range(self._TRIES):
+            answer, rest = call()
+            try:
+                return await within(self._deadline_s, value_of(answer)), rest
+            except TimeoutError:
+                self._restart()
+            except RayTaskError as error:
+                if not isinstance(error.cause, DiskFull):
+                    raise
+                await asyncio.sleep(self._deadline_s)  # someone may make room
+        raise self._stalled()
+
+    def _restart(self) -> None:
+        ray.kill(self._actor, no_restart=False)
+
+    def _stalled(self) -> StallError:
+        return StallError(
+            f"the replay buffer did not answer within replay.deadline_s={self._deadline_s:g} s, {self._TRIES} times, "
+            "though it was started again: is the disk of run.dir full or gone?"
+        )

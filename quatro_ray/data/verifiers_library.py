@@ -1,0 +1,55 @@
+"""Environments of the `verifiers` library (0.1) bring their own data; environments/verifiers_library.py plays them."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from typing import Any
+
+from quatro_ray.config import VerifiersSourceConfig
+from quatro_ray.data.chat_template import chat_prompt
+from quatro_ray.data.dataset import Rows
+from quatro_ray.errors import ConfigError
+from quatro_ray.types import Query
+
+METADATA_KEY = "verifiers"
+"""In Query.metadata: the row of the environment's data set, as JSON."""
+
+
+def load(env: str, args: Mapping[str, Any]) -> Any:
+    """The library's environment, by its name.
+
+    Raises:
+        ConfigError: the library or the environment is not installed, or has tools that we cannot offer.
+    """
+    try:
+        import verifiers
+    except ImportError as error:
+        raise ConfigError("the library `verifiers` is not installed: pip install 'verifiers==0.1.10'") from error
+    import datasets
+
+    datasets.disable_progress_bars()
+    try:
+        loaded = verifiers.load_environment(env, **args)
+    except Exception as error:  # the environment's own code runs here and may raise anything; the message names it
+        raise ConfigError(f"verifiers: the environment {env!r} cannot be loaded: {error}") from error
+    if loaded.oai_tools:
+        raise ConfigError(
+            f"verifiers: the environment {env!r} offers tools by OpenAI tool calls, which need a parser for "
+            "each model and are not supported; use one whose protocol is text"
+        )
+    return loaded
+
+
+def verifiers_rows(config: VerifiersSourceConfig, label: str) -> Rows:
+    """Raises ConfigError like `load`."""
+    environment = load(config.env, config.args)
+    rows = environment.get_dataset() if config.split == "train" else environment.get_eval_dataset()
+    queries = []
+    for number, row in enumerate(rows):
+        if config.max_rows is not None and number >= config.max_rows:
+            break
+        prompt = row["prompt"] if isinstance(row["prompt"], str) else chat_prompt(row["prompt"])
+        metadata = {METADATA_KEY: json.dumps(row, default=str)}
+        queries.append(Query(f"{label}:{number}", prompt, str(row.get("answer", "")), metadata))
+    return Rows(queries)

@@ -1,0 +1,1 @@
+"""pass@k and its relatives on held-out questions."""

@@ -1,0 +1,97 @@
+"""pass@k and its relatives on held-out questions, by the same engines and rewards that training uses."""
+
+from __future__ import annotations
+
+import asyncio
+import math
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import Any, Protocol
+
+import numpy as np
+
+from quatro_ray.types import EvaluationResult, Query, SamplingParams
+
+
+class Pools(Protocol):
+    """Generates one group and scores it; raises where either fails."""
+
+    async def sample(
+        self, group_id: int, query: Query, sampling: SamplingParams, size: int, *, read: bool
+    ) -> dict[str, Any]: ...
+
+
+def pass_at_k(num_correct: Sequence[int], num_samples: int, k: int) -> float:
+    """Unbiased estimate 1 − C(n−c, k)/C(n, k), as a stable product, averaged over queries.
+
+    Source: Chen et al., arXiv 2107.03374, eq. 1. The plug-in 1 − (1 − c/n)^k is biased low.
+
+    Raises:
+        ValueError: k exceeds the number of samples.
+    """
+    if not 1 <= k <= num_samples:
+        raise ValueError(f"pass@{k} needs at least {k} samples a query, not {num_samples}")
+    return float(np.mean([1.0 - _share_without_success(c, num_samples, k) for c in num_correct]))
+
+
+def _share_without_success(correct: int, n: int, k: int) -> float:
+    if n - correct < k:
+        return 0.0
+    return float(np.prod(1.0 - k / np.arange(n - correct + 1, n + 1)))
+
+
+def majority_is_right(answers: Sequence[str | None], correct: Sequence[bool]) -> bool:
+    """Whether the most frequent answer is right; of equally frequent ones the first. None: no answer was given."""
+    counts = Counter(a for a in answers if a is not None)
+    if not counts:
+        return False
+    winner, _ = counts.most_common(1)[0]
+    return correct[list(answers).index(winner)]
+
+
+def standard_error(rates: Sequence[float]) -> float:
+    """Of the mean over questions; 0 for a single one, of which nothing can be said."""
+    return float(np.std(rates, ddof=1) / math.sqrt(len(rates))) if len(rates) > 1 else 0.0
+
+
+async def evaluate(
+    pools: Pools,
+    name: str,
+    queries: Sequence[Query],
+    sampling: SamplingParams,
+    num_samples: int,
+    *,
+    pass_at: Sequence[int],
+    version: int,
+    step: int,
+    num_read: int = 0,
+) -> EvaluationResult:
+    """Samples every query `num_samples` times. `sample` says which responses are right (actors/verifier.py).
+
+    `num_read`: of so many questions, the first, the responses are kept for people to read.
+    """
+
+    async def one(index: int, query: Query) -> dict[str, Any]:
+        seeded = replace(sampling, seed=None if sampling.seed is None else sampling.seed + index * num_samples)
+        return await pools.sample(-1 - index, query, seeded, num_samples, read=index < num_read)
+
+    results = await asyncio.gather(*(one(i, q) for i, q in enumerate(queries)))
+    correct = [sum(r["correct"]) for r in results]
+    return EvaluationResult(
+        name=name,
+        version=version,
+        step=step,
+        num_queries=len(queries),
+        samples_per_query=num_samples,
+        pass_at={k: pass_at_k(correct, num_samples, k) for k in pass_at},
+        pass_at_1_error=standard_error([c / num_samples for c in correct]),
+        majority=float(np.mean([majority_is_right(r["answers"], r["correct"]) for r in results])),
+        num_unique_correct=sum(
+            len({a for a, right in zip(r["answers"], r["correct"], strict=True) if right}) for r in results
+        ),
+        mean_reward=float(np.mean([x for r in results for x in r["rewards"]])),
+        truncated_share=sum(r["truncated"] for r in results) / (len(queries) * num_samples),
+        num_tokens=sum(sum(r["response_tokens"]) for r in results),
+        rollouts=tuple(r["rollouts"] for r in results[:num_read]),
+    )

@@ -1,0 +1,98 @@
+"""Run by itself, in the sandbox, by self_test.py: tries what is forbidden and prints what worked, as JSON."""
+
+import ctypes
+import functools
+import json
+import os
+import signal
+import socket
+import sys
+import time
+
+CLONE_NEWUSER = 0x10000000
+
+
+def works(action):
+    try:
+        return action() is not None
+    except (OSError, MemoryError):
+        return False
+
+
+def read(path):
+    with open(path, "rb") as file:
+        return file.read()
+
+
+def write(path):
+    with open(path, "wb") as file:
+        return file.name
+
+
+def connect(host, port):
+    return socket.create_connection((host, port), timeout=0.3)
+
+
+def call(name, *arguments):
+    if ctypes.CDLL(None).__getattr__(name)(*arguments) < 0:
+        raise OSError(name)
+    return name
+
+
+def clone_namespace():
+    """A fork into a user namespace of its own; the filter of system calls looks at no flags of clone."""
+    number = {"x86_64": 56, "aarch64": 220}[os.uname().machine]
+    child = ctypes.CDLL(None, use_errno=True).syscall(number, CLONE_NEWUSER | signal.SIGCHLD, 0, 0, 0, 0)
+    if child == 0:
+        os._exit(0)
+    return child if child > 0 else None
+
+
+def foreign_variables():
+    """Names of environment variables that any visible process has, besides those that the shell of it all sets."""
+    text = b"\0".join(read(f"/proc/{pid}/environ") for pid in os.listdir("/proc") if pid.isdigit())
+    return {entry.split(b"=")[0].decode() for entry in text.split(b"\0") if entry} - {"PWD", "LC_CTYPE"} or None
+
+
+def big_file(num_bytes):
+    with open("/tmp/big", "wb") as file:
+        file.write(bytes(num_bytes + 1))
+        return file.name
+
+
+def status(name):
+    return next(line.split()[1] for line in read("/proc/self/status").decode().splitlines() if line.startswith(name))
+
+
+def fork_until_refused(limit):
+    """Children in sessions of their own, which stay."""
+    for _ in range(limit + 1):
+        if os.fork() == 0:
+            os.setsid()
+            time.sleep(60)
+            os._exit(0)
+    return limit
+
+
+def leaks(given):
+    outside = ["/x", "/usr/x", "/etc/x", "/box/x", "/dev/x", "/dev/shm/x", "/proc/sys/kernel/shmmax", given["canary"]]
+    tried = {"the network of this machine can be reached": lambda: connect("127.0.0.1", given["port"])}
+    tried["there are network interfaces"] = lambda: {name for _, name in socket.if_nameindex()} - {"lo"} or None
+    tried["files of the user can be read"] = lambda: read(given["canary"])
+    for path in outside:
+        tried[f"{path} can be written"] = functools.partial(write, path)
+    tried["the environment can be read"] = foreign_variables
+    tried["memory is not limited"] = lambda: bytearray(given["memory_bytes"])
+    tried["the size of files is not limited"] = lambda: big_file(given["file_bytes"])
+    tried["shared memory is not limited"] = lambda: call("shmget", 0, 1 << 20, 0o1600)
+    tried["namespaces can be entered"] = lambda: call("unshare", CLONE_NEWUSER)
+    tried["namespaces can be made"] = clone_namespace
+    tried["the number of processes is not limited"] = lambda: fork_until_refused(given["max_processes"])
+    found = [leak for leak, action in tried.items() if works(action)]
+    found += ["the program has capabilities"] if int(status("CapEff"), 16) else []
+    found += ["the program can gain privileges"] if status("NoNewPrivs") != "1" else []
+    return found + (["the program is root"] if os.getuid() == 0 else [])
+
+
+if __name__ == "__main__":
+    print(json.dumps(leaks(json.load(sys.stdin))), flush=True)

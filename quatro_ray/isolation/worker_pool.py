@@ -1,0 +1,240 @@
+"""Processes that die when they must: every item ends within its deadline, whatever its text does."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import signal
+import sys
+from collections.abc import Awaitable, Callable
+from contextlib import AbstractContextManager, nullcontext, suppress
+from dataclasses import dataclass
+from typing import Any, TypeVar
+
+from quatro_ray.errors import ConfigError
+from quatro_ray.isolation.protocol import frame
+from quatro_ray.timeouts import within
+
+T = TypeVar("T")
+_REAP_DEADLINE_S = 10.0
+_ENDED_FROM_OUTSIDE = {-signal.SIGKILL, -signal.SIGTERM, -signal.SIGINT, -signal.SIGHUP}
+"""Return codes that an item cannot cause in a process that runs none of its text: the machine's doing."""
+_RETIRE_ABOVE = 0.5
+"""Share of the memory limit that a worker may have used and still go on: Python does not give memory back."""
+
+
+@dataclass(frozen=True)
+class Launch:
+    """For Popen: `args`, and the descriptors that must be passed."""
+
+    argv: list[str]
+    pass_fds: tuple[int, ...] = ()
+
+
+class WorkerLost(Exception):
+    """The process is gone, or never came up; `by_item`: the item used its limits up, as far as one can tell."""
+
+    def __init__(self, detail: str, *, by_item: bool) -> None:
+        super().__init__(detail)
+        self.by_item = by_item
+
+
+class Exhausted(Exception):
+    """The item used its limits up twice, the second time alone in a fresh process."""
+
+
+class Worker:
+    """One process, which does one item at a time."""
+
+    def __init__(self, process: asyncio.subprocess.Process) -> None:
+        self._process = process
+        self._complaints = bytearray()
+        self._listener = asyncio.create_task(self._listen())
+        self._exit_status: int | None = None
+        self.num_items = 0
+        self.peak_rss_bytes = 0
+
+    @classmethod
+    async def start(cls, launch: Launch, hello: dict[str, Any], deadline_s: float) -> Worker:
+        """Raises ConfigError where the program refuses `hello`, WorkerLost where the process does not come up."""
+        process = await asyncio.create_subprocess_exec(
+            *launch.argv,
+            stdin=asyncio.subprocess.PIPE,
+            stdout=asyncio.subprocess.PIPE,
+            stderr=asyncio.subprocess.PIPE,
+            env=_environment(),
+            pass_fds=launch.pass_fds,
+            start_new_session=True,
+        )
+        worker = cls(process)
+        answer = await worker.ask(hello, deadline_s)
+        if "error" in answer:
+            await worker.kill()
+            raise ConfigError(answer["error"])
+        return worker
+
+    async def ask(self, request: dict[str, Any], deadline_s: float) -> dict[str, Any]:
+        """The answer; the timer starts now. Whatever else happens, the process is gone afterwards.
+
+        Raises:
+            WorkerLost: it missed the deadline, or ended, or ran out of memory or of stack.
+        """
+        try:
+            answer = await within(deadline_s, self._exchange(request))
+        except TimeoutError:
+            await self.kill()
+            raise WorkerLost(f"missed its deadline of {deadline_s:g} s", by_item=True) from None
+        except (asyncio.IncompleteReadError, ConnectionError):
+            code = await self.kill()
+            complaint = bytes(self._complaints).decode(errors="replace").strip().splitlines()
+            detail = f"the worker ended with {code}" + (f": {complaint[-1]}" if complaint else "")
+            raise WorkerLost(detail, by_item=code not in _ENDED_FROM_OUTSIDE) from None
+        except BaseException:  # cancelled in the middle: the pipe is out of step
+            await self.kill()
+            raise
+        if "exhausted" in answer:
+            await self.kill()
+            raise WorkerLost(answer["exhausted"], by_item=True)
+        return answer
+
+    async def _exchange(self, request: dict[str, Any]) -> dict[str, Any]:
+        import json
+
+        assert self._process.stdin and self._process.stdout
+        self._process.stdin.write(frame(request))
+        await self._process.stdin.drain()
+        size = int.from_bytes(await self._process.stdout.readexactly(4), "big")
+        answer = json.loads(await self._process.stdout.readexactly(size))
+        # 0: no more than this process had when it forked, so nothing that would tell of growth
+        self.peak_rss_bytes = answer.get("peak_rss_bytes", 0)
+        return answer
+
+    async def _listen(self) -> None:
+        """Keeps the end of what it says on standard error, and the pipe from filling up."""
+        assert self._process.stderr
+        while data := await self._process.stderr.read(65536):
+            self._complaints += data
+            del self._complaints[:-2000]
+
+    async def kill(self) -> int:
+        """Ends its whole process group, reaps it, returns its exit status (negative: the signal). Once: the number of a
+        group that was reaped may be another's by now."""
+        if self._exit_status is not None:
+            return self._exit_status
+        with suppress(ProcessLookupError):
+            if self._process.stdin:
+                self._process.stdin.close()
+        exited = self._process.returncode
+        if exited is None:
+            # one that is ending already keeps its own status; one that is not is killed
+            with suppress(TimeoutError):
+                exited = await within(0.05, self._process.wait())
+        with suppress(ProcessLookupError, PermissionError):
+            os.killpg(self._process.pid, signal.SIGKILL)
+        code = await within(_REAP_DEADLINE_S, self._process.wait())
+        self._listener.cancel()
+        self._exit_status = exited if exited is not None else code
+        return self._exit_status
+
+
+def _environment() -> dict[str, str]:
+    """Of this process, without what belongs to Ray, its token above all; modules are found as here."""
+    own = {k: v for k, v in os.environ.items() if not k.startswith("RAY_")}
+    return own | {
+        "PYTHONPATH": os.pathsep.join(p for p in sys.path if p),
+        "OMP_NUM_THREADS": "1",
+        "OPENBLAS_NUM_THREADS": "1",
+    }
+
+
+def in_the_open(program: str) -> Callable[[], AbstractContextManager[Launch]]:
+    """A worker that sees the machine as this process does. `program`: a module."""
+    return lambda: nullcontext(Launch([sys.executable, "-m", program]))
+
+
+class ProcessPool:
+    """Up to `num_workers` processes. An item that uses up its limits is tried once more, alone in a fresh one.
+
+    All methods run on one event loop, in a thread that outlives the pool: workers die with it.
+
+    Args:
+        launch: how a process is started.
+        hello: its first frame; `memory_bytes` of address space is the limit of its memory.
+        recycle_after: items that a worker does before it is replaced.
+    """
+
+    def __init__(
+        self,
+        launch: Callable[[], AbstractContextManager[Launch]],
+        hello: dict[str, Any],
+        *,
+        num_workers: int,
+        memory_mib: int,
+        start_deadline_s: float,
+        recycle_after: int,
+    ) -> None:
+        self._launch = launch
+        self._memory_bytes = memory_mib * 2**20
+        self._hello = hello | {"memory_bytes": self._memory_bytes}
+        self._start_deadline_s = start_deadline_s
+        self._recycle_after = recycle_after
+        self._slots = asyncio.Semaphore(num_workers)
+        self._idle: list[Worker] = []
+        self.num_replaced = 0
+
+    async def start(self, num: int) -> None:
+        """`num` processes now; the others when they are needed.
+
+        Raises:
+            ConfigError: the program refuses `hello`.
+            WorkerLost: no process comes up.
+        """
+        first = await self._spawn()  # by itself: what is wrong with the configuration is said once
+        self._idle = [first, *await asyncio.gather(*(self._spawn() for _ in range(num - 1)))]
+
+    async def close(self) -> None:
+        idle, self._idle = self._idle, []
+        await asyncio.gather(*(worker.kill() for worker in idle))
+
+    async def _spawn(self) -> Worker:
+        try:
+            with self._launch() as launch:
+                return await Worker.start(launch, self._hello, self._start_deadline_s)
+        except (WorkerLost, OSError) as error:
+            raise WorkerLost(f"a worker process did not start: {error}", by_item=False) from error
+
+    async def use(self, item: Callable[[Worker], Awaitable[T]]) -> T:
+        """Waits for a free process and gives it to `item`, which ends by itself; where the process is lost, once more.
+
+        Raises:
+            Exhausted: twice lost through the item's fault.
+            WorkerLost: lost through no fault of the item.
+            Exception: what `item` raises; the process is gone then.
+        """
+        async with self._slots:
+            try:
+                return await self._once(self._idle.pop() if self._idle else await self._spawn(), item)
+            except WorkerLost as lost:
+                if not lost.by_item:
+                    raise
+            try:
+                return await self._once(await self._spawn(), item)
+            except WorkerLost as lost:
+                if not lost.by_item:
+                    raise
+                raise Exhausted(f"twice: {lost}") from lost
+
+    async def _once(self, worker: Worker, item: Callable[[Worker], Awaitable[T]]) -> T:
+        try:
+            result = await item(worker)
+        except BaseException as error:
+            self.num_replaced += isinstance(error, WorkerLost)
+            await worker.kill()
+            raise
+        worker.num_items += 1
+        large = worker.peak_rss_bytes > _RETIRE_ABOVE * self._memory_bytes
+        if large or worker.num_items >= self._recycle_after:
+            await worker.kill()
+        else:
+            self._idle.append(worker)
+        return result

@@ -1,0 +1,112 @@
+"""`quatro-ray eval`: a model on every held-out set of a configuration, without a learner."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+from pathlib import Path
+from typing import Any
+
+import ray
+from ray.exceptions import RayError
+
+from quatro_ray.config import Config, dump_config, model_path
+from quatro_ray.data.prompt_lengths import fit_prompts
+from quatro_ray.data.registry import describe, make_dataset
+from quatro_ray.engines.pretrained import load_tokenizer
+from quatro_ray.environments.registry import check_environments
+from quatro_ray.errors import ClusterError, ConfigError, last_line
+from quatro_ray.orchestrator.cluster import spawn_evaluation
+from quatro_ray.orchestrator.connection import connect
+from quatro_ray.telemetry.console import Progress
+from quatro_ray.types import EvaluationResult
+
+FILES = ("config.yaml", "model", "evaluations.jsonl", "evaluation_rollouts.jsonl", "notes.log")
+
+
+def evaluate_model(config: Config, model: str | None, checkpoint: str | None, out: Path) -> list[EvaluationResult]:
+    """See `find_model` for what is evaluated. Writes `FILES` into `out`; an earlier evaluation there is replaced.
+
+    Raises:
+        QuatroError: for everything that a user can cause, with one clear message.
+    """
+    check_environments(config.environments)
+    dataset = make_dataset(config.data, config.rewards)
+    _make_folder(out)
+    model_path = find_model(config, model, checkpoint, out)
+    dataset = fit_prompts(dataset, load_tokenizer(model_path), config)
+    (out / "config.yaml").write_text(dump_config(config))
+    progress = Progress()
+    for line in describe(dataset):
+        if line.startswith("data.eval."):
+            progress.say(line)
+    with (out / "notes.log").open("w", encoding="utf-8") as notes:
+
+        def note(line: str) -> None:
+            notes.write(line + "\n")
+            notes.flush()
+
+        try:
+            connect(config)
+            results = asyncio.run(_evaluate(config, model_path, dataset.held_out, note))
+        except RayError as error:
+            raise ClusterError(f"an actor failed: {last_line(error)}") from error
+        finally:
+            ray.shutdown()
+    _write(out / "evaluations.jsonl", [{"model": model_path, **result.record()} for result in results])
+    read = [{"set": result.name, **group} for result in results for group in result.rollouts]
+    _write(out / "evaluation_rollouts.jsonl", read)
+    return results
+
+
+async def _evaluate(config: Config, model_path: str, held_out: Any, note: Any) -> list[EvaluationResult]:
+    cluster = spawn_evaluation(config, model_path)
+    try:
+        return await cluster.evaluator.evaluate(model_path, 0, 0, held_out, note)
+    finally:
+        cluster.shutdown()
+
+
+def find_model(config: Config, model: str | None, checkpoint: str | None, out: Path) -> str:
+    """`model`, or that of a checkpoint of the run, converted into `out`, or the run's export.
+
+    Raises:
+        ConfigError: both are given, or what is asked for is not there.
+    """
+    if model is not None and checkpoint is not None:
+        raise ConfigError("--model and --checkpoint: only one of the two can be evaluated; leave one out")
+    if model is not None:
+        return model_path(model)
+    if checkpoint is not None:
+        return _convert(config, checkpoint, out)
+    export = config.run.dir / "export"
+    if not export.is_dir():
+        raise ConfigError(f"{export}: there is no export yet; give --model or --checkpoint")
+    return str(export)
+
+
+def _convert(config: Config, tag: str, out: Path) -> str:
+    """ZeRO shards to a folder that vLLM loads, by DeepSpeed's own converter; what is no weight is of the export."""
+    checkpoints, export = config.checkpoint_dir, config.run.dir / "export"
+    if not (checkpoints / tag).is_dir():
+        have = sorted(p.name for p in checkpoints.glob("*") if p.is_dir())
+        raise ConfigError(f"--checkpoint {tag}: {checkpoints} has {have or 'no checkpoints'}")
+    from quatro_ray.engines.policy import convert_checkpoint
+
+    path = out / "model"
+    convert_checkpoint(checkpoints, tag, export, path)
+    return str(path)
+
+
+def _make_folder(path: Path) -> None:
+    """Raises ConfigError where it holds something that is no evaluation."""
+    try:
+        if path.exists() and (not path.is_dir() or any(p.name not in FILES for p in path.iterdir())):
+            raise ConfigError(f"--out {path}: holds something else than an earlier evaluation; choose another folder")
+        path.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise ConfigError(f"--out {path}: cannot be written ({error.strerror}); choose another folder") from error
+
+
+def _write(path: Path, records: list[dict[str, Any]]) -> None:
+    path.write_text("".join(json.dumps(record) + "\n" for record in records), encoding="utf-8")

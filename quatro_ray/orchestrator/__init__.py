@@ -1,0 +1,1 @@
+"""The controller of a run, and what it is made of: groups, recovery, checkpoints, placement."""

@@ -1,0 +1,46 @@
+"""Joins a Ray cluster, or starts one on this machine."""
+
+from __future__ import annotations
+
+import os
+import socket
+
+import ray
+from ray._private import ray_constants
+
+from quatro_ray.config import Config
+from quatro_ray.errors import ClusterError, last_line
+
+_LISTENS_FOR_OTHERS = ray_constants.ENABLE_RAY_CLUSTERS_ENV_VAR
+"""Unless it is 1, a cluster of one machine listens on loopback alone."""
+_KNOCK_S = 10.0
+
+
+def connect(config: Config) -> None:
+    """Joins the cluster of `cluster.address` or RAY_ADDRESS, else starts one on this machine alone.
+
+    Raises:
+        ClusterError: there is none at the address.
+    """
+    address = config.cluster.address or os.environ.get("RAY_ADDRESS")
+    common = {"log_to_driver": False, "logging_level": "WARNING"}
+    if address:
+        try:
+            _knock(address)
+            ray.init(address=address, **common)
+        except (OSError, RuntimeError, ValueError) as error:
+            raise ClusterError(
+                f"cluster.address={address} (or RAY_ADDRESS): no cluster answers there ({last_line(error)}); correct "
+                "it, or leave both out to start one on this machine"
+            ) from error
+        return
+    if os.environ.setdefault(_LISTENS_FOR_OTHERS, "0") == "0":
+        ray_constants.ENABLE_RAY_CLUSTER = False  # of the variable, which Ray's processes read, it took note on import
+    ray.init(address="local", include_dashboard=False, **common)
+
+
+def _knock(address: str) -> None:
+    """Raises OSError where nothing listens at host:port: Ray itself would go on trying for minutes."""
+    host, _, port = address.rpartition(":")
+    if "://" not in address and port.isdigit():
+        socket.create_connection((host, int(port)), _KNOCK_S).close()

@@ -1,0 +1,71 @@
+"""Reserves the resources of a run, and puts each actor into its bundle."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import ray
+from ray.util.placement_group import placement_group, remove_placement_group
+from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
+
+from quatro_ray.config import Config
+from quatro_ray.errors import ClusterError
+from quatro_ray.orchestrator.resources import Bundle
+
+
+def reserve(config: Config, plan: Sequence[Bundle]) -> Any:
+    _check_fits(plan)
+    placement = placement_group([b.resources for b in plan], strategy="PACK")
+    if not placement.wait(config.cluster.start_deadline_s):
+        remove_placement_group(placement)
+        raise ClusterError(
+            f"no placement within cluster.start_deadline_s={config.cluster.start_deadline_s:g} s; "
+            f"free resources: {_show(ray.available_resources())}; `quatro-ray plan` shows what is asked for"
+        )
+    return placement
+
+
+class Placer:
+    """Puts an actor of a role into its bundle, with the environment of that role."""
+
+    def __init__(self, config: Config, plan: Sequence[Bundle], placement: Any) -> None:
+        self.config = config
+        self._plan = plan
+        self._placement = placement
+
+    def __call__(self, actor_class: Any, role: str, index: int, **options: Any) -> Any:
+        position = next(i for i, b in enumerate(self._plan) if (b.role, b.index) == (role, index))
+        resources = self._plan[position].resources
+        return actor_class.options(
+            num_cpus=resources.get("CPU", 0),
+            num_gpus=resources.get("GPU", 0),
+            scheduling_strategy=PlacementGroupSchedulingStrategy(self._placement, position),
+            runtime_env={"env_vars": self._environment(role)},
+            **options,
+        )
+
+    def _environment(self, role: str) -> dict[str, str]:
+        env = {"OMP_NUM_THREADS": str(self.config.cluster.threads_per_process), "VLLM_LOGGING_LEVEL": "WARNING"}
+        if self.config.cluster.device == "cpu":
+            # binding to cores would put all processes of a small machine onto the same ones
+            env["VLLM_CPU_OMP_THREADS_BIND"] = "nobind"
+            # vLLM compiles a helper for the first request otherwise: 20 s for nothing on a small model
+            env["TORCHDYNAMO_DISABLE"] = "1"
+            env["CUDA_VISIBLE_DEVICES"] = ""
+        return env
+
+
+def _check_fits(plan: Sequence[Bundle]) -> None:
+    have = ray.cluster_resources()
+    for name in ("CPU", "GPU"):
+        need = sum(b.resources.get(name, 0) for b in plan)
+        if need > have.get(name, 0) + 1e-6:
+            raise ClusterError(
+                f"the run needs {need:g} {name}s and the cluster has {have.get(name, 0):g}: lower cluster.cpus_per_*, "
+                "the number of engines, ranks or verifiers, or add nodes (`quatro-ray plan` shows the sum)"
+            )
+
+
+def _show(resources: dict[str, float]) -> str:
+    return ", ".join(f"{k} {v:g}" for k, v in sorted(resources.items()) if k in ("CPU", "GPU"))

@@ -1,0 +1,79 @@
+"""Responses to worker processes, parts of rewards back."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+
+from quatro_ray.config import RewardConfig, VerifierConfig
+from quatro_ray.errors import ConfigError
+from quatro_ray.failures import RewardUnavailable
+from quatro_ray.isolation.bubblewrap import in_the_sandbox
+from quatro_ray.isolation.worker_pool import Exhausted, ProcessPool, WorkerLost, in_the_open
+from quatro_ray.rewards.reasoning_gym import SANDBOX_VARIABLE
+from quatro_ray.types import Query, Response
+
+_PROGRAM = "quatro_ray.rewards.worker"
+
+
+@dataclass(frozen=True)
+class Judged:
+    """`parts` by name; None where the item exhausted its limits twice."""
+
+    parts: Mapping[str, float] | None
+    detail: str = ""
+
+
+class RewardProcesses:
+    """`verifier.num_workers` processes that judge one response each.
+
+    Args:
+        parts: of the reward, by name.
+        sandboxed: run them inside the sandbox, because some of `parts` execute responses.
+    """
+
+    def __init__(self, config: VerifierConfig, parts: Mapping[str, RewardConfig], *, sandboxed: bool = False) -> None:
+        self._config = config
+        self._pool = ProcessPool(
+            in_the_sandbox(_PROGRAM, config.memory_mib, env={SANDBOX_VARIABLE: "1"})
+            if sandboxed
+            else in_the_open(_PROGRAM),
+            {"parts": {name: part.model_dump(mode="json") for name, part in parts.items()}},
+            num_workers=config.num_workers,
+            memory_mib=config.memory_mib,
+            start_deadline_s=config.start_deadline_s,
+            recycle_after=config.recycle_after,
+        )
+
+    @property
+    def num_replaced(self) -> int:
+        return self._pool.num_replaced
+
+    async def start(self) -> None:
+        """Raises ConfigError where the rewards cannot be made; RewardUnavailable where no process comes up."""
+        try:
+            await self._pool.start(self._config.num_workers)
+        except ConfigError as error:
+            raise ConfigError(f"rewards: {error}") from error
+        except WorkerLost as lost:
+            raise RewardUnavailable(str(lost)) from lost
+
+    async def close(self) -> None:
+        await self._pool.close()
+
+    async def judge(self, query: Query, response: Response, names: Sequence[str]) -> Judged:
+        """Waits for a free process; from then on it takes at most two deadlines and one start.
+
+        Raises:
+            RewardUnavailable: a reward failed, or a process was lost through no fault of the item.
+        """
+        request = {"query": asdict(query), "response": asdict(response), "names": list(names)}
+        try:
+            answer = await self._pool.use(lambda worker: worker.ask(request, self._config.deadline_s))
+        except Exhausted as exhausted:
+            return Judged(None, str(exhausted))
+        except WorkerLost as lost:
+            raise RewardUnavailable(str(lost)) from lost
+        if "error" in answer:
+            raise RewardUnavailable(answer["error"])
+        return Judged(answer["parts"])

@@ -1,0 +1,111 @@
+"""What the controller counts itself, to be held against the ledger; a checkpoint has it."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any, ClassVar
+
+from quatro_ray.types import EvaluationResult
+
+
+@dataclass
+class RewardCounters:
+    """Of rollouts scored since it was last read: each part of the reward, and how the scoring ended."""
+
+    parts: dict[str, list[float]] = field(default_factory=dict)
+    outcomes: Counter[str] = field(default_factory=Counter)
+    num_truncated: int = 0
+    num_turns: int = 0
+
+    def add(self, summary: Mapping[str, Any]) -> None:
+        for parts in summary["parts"]:
+            for name, value in parts.items():
+                self.parts.setdefault(name, []).append(value)
+        self.outcomes.update(summary["outcomes"])
+        self.num_truncated += summary["truncated"]
+        self.num_turns += sum(summary["turns"])
+
+    def read(self) -> dict[str, float]:
+        """Metrics; starts again from nothing."""
+        num = max(1, self.outcomes.total())
+        metrics = {f"reward/part_{name}": sum(v) / len(v) for name, v in self.parts.items()}
+        metrics |= {f"verifier/{name}_share": n / num for name, n in self.outcomes.items() if name != "ok"}
+        metrics["rollout/truncated_share"] = self.num_truncated / num
+        metrics["rollout/turns"] = self.num_turns / num
+        self.parts, self.outcomes, self.num_truncated, self.num_turns = {}, Counter(), 0, 0
+        return metrics
+
+
+@dataclass
+class StepCounters:
+    """Of the steps that the policy has come through: where it falls back, this does too."""
+
+    trained_tokens: int = 0
+    learner_steps: int = 0
+    skipped_steps: int = 0
+    weight_updates: int = 0
+    in_flight_updates: int = 0
+    staleness_tokens: Counter[int] = field(default_factory=Counter)
+
+    def add(self, metrics: Mapping[str, Any], num_in_flight: int) -> None:
+        self.learner_steps += 1
+        self.skipped_steps += int(metrics["step/skipped"])
+        self.weight_updates += 1
+        self.in_flight_updates += num_in_flight > 0
+        self.trained_tokens += metrics["tokens/trained"]
+        self.staleness_tokens.update(metrics["off_policy/staleness_tokens"])
+
+    def to_dict(self) -> dict[str, Any]:
+        return vars(self) | {"staleness_tokens": {str(k): v for k, v in self.staleness_tokens.items()}}
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> StepCounters:
+        staleness = Counter({int(k): v for k, v in values["staleness_tokens"].items()})
+        return cls(**{**values, "staleness_tokens": staleness})
+
+
+@dataclass
+class Counters:
+    """`steps_lost`: optimiser steps that were made and abandoned; the losses below count events."""
+
+    steps: StepCounters = field(default_factory=StepCounters)
+    generated_tokens: int = 0
+    multi_version_rollouts: int = 0
+    outcomes: Counter[str] = field(default_factory=Counter)
+    rewards: RewardCounters = field(default_factory=RewardCounters)
+    evaluations: list[EvaluationResult] = field(default_factory=list)
+    learner_restarts: int = 0
+    steps_lost: int = 0
+    groups_requeued: int = 0
+    groups_continued: int = 0
+    """Of the requeued ones, those that another engine goes on with from the tokens so far."""
+    resumed: int = 0
+
+    _COUNTS: ClassVar[tuple[str, ...]] = (
+        "generated_tokens", "multi_version_rollouts", "learner_restarts", "steps_lost", "groups_requeued",
+        "groups_continued", "resumed",
+    )  # fmt: skip
+
+    def to_dict(self) -> dict[str, Any]:
+        """For a checkpoint; without the rewards of the step under way."""
+        return {
+            "steps": self.steps.to_dict(),
+            "outcomes": dict(self.outcomes),
+            "evaluations": [e.to_dict() for e in self.evaluations],
+            **{name: getattr(self, name) for name in self._COUNTS},
+        }
+
+    def restore(self, values: Mapping[str, Any]) -> None:
+        """From what `to_dict` gave."""
+        self.steps = StepCounters.from_dict(values["steps"])
+        self.outcomes = Counter(values["outcomes"])
+        self.evaluations = [EvaluationResult.from_dict(e) for e in values["evaluations"]]
+        for name in self._COUNTS:
+            setattr(self, name, values.get(name, 0))  # an older one lacks some
+
+    def health(self) -> dict[str, float]:
+        """Metrics, since the run began."""
+        names = ("learner_restarts", "steps_lost", "groups_requeued", "groups_continued", "resumed")
+        return {f"health/{name}": float(getattr(self, name)) for name in names}
