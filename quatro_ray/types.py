@@ -94,15 +94,18 @@ class Turn:
 
 @dataclass(frozen=True)
 class Score:
-    """The judgement of one rollout; `reward`, the weighted sum, is meaningful for outcomes ok and exhausted.
+    """The result of scoring one rollout.
 
-    `parts`: each part by its name in the configuration, before its weight.
+    Attributes:
+        reward: weighted sum of all rewards that apply to the query; meaningful only for outcomes ok and exhausted.
+        detail: why the outcome is not ok.
+        reward_values: value of each reward by its name in the configuration, before its weight.
     """
 
     reward: float
     outcome: Outcome = Outcome.OK
     detail: str = ""
-    parts: Mapping[str, float] = field(default_factory=dict)
+    reward_values: Mapping[str, float] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -197,12 +200,11 @@ class RolloutGroup:
         """What the policy sampled, in all rollouts."""
         return sum(r.num_sampled for r in self.rollouts)
 
-    def summary(self) -> dict[str, int]:
-        """For the controller, which never sees the group itself."""
-        return {
-            "num_tokens": self.num_tokens,
-            "multi_version_rollouts": sum(len({s.version for s in r.spans}) > 1 for r in self.rollouts),
-        }
+    def summary(self) -> GenerationSummary:
+        return GenerationSummary(
+            num_tokens=self.num_tokens,
+            multi_version_rollouts=sum(len({s.version for s in r.spans}) > 1 for r in self.rollouts),
+        )
 
     @property
     def oldest_version(self) -> int:
@@ -211,6 +213,63 @@ class RolloutGroup:
     @property
     def newest_version(self) -> int:
         return max(s.version for r in self.rollouts for s in r.spans)
+
+
+@dataclass(frozen=True)
+class GenerationSummary:
+    """The counts of a generated group that the controller records; it never sees the group itself.
+
+    Attributes:
+        num_tokens: tokens that the policy sampled, in all rollouts.
+        multi_version_rollouts: number of rollouts whose tokens were sampled under more than one policy version.
+    """
+
+    num_tokens: int
+    multi_version_rollouts: int
+
+
+@dataclass(frozen=True)
+class GroupSummary:
+    """The scores and counts of a scored group that the controller and evaluation need; the tokens stay behind.
+
+    All sequences are in the order of the group's rollouts.
+
+    Attributes:
+        rewards: [G], the weighted sum of each rollout's rewards.
+        reward_values: [G], the value of each reward by its name in the configuration, before its weight.
+        outcomes: number of rollouts by Outcome; every outcome is a key.
+        answers: [G], text of the extracted answer, at most 200 characters; None if the response has no answer.
+        correct: [G], True if the first reward in the configuration that applies to the query gave at least 1.
+        truncated: number of rollouts that met a limit of tokens or turns.
+        turns: [G], turns of the policy.
+        response_tokens: [G], tokens that the policy sampled.
+    """
+
+    rewards: tuple[float, ...]
+    reward_values: tuple[Mapping[str, float], ...]
+    outcomes: Mapping[str, int]
+    answers: tuple[str | None, ...]
+    correct: tuple[bool, ...]
+    truncated: int
+    turns: tuple[int, ...]
+    response_tokens: tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class EngineLoad:
+    """What an engine is doing.
+
+    Attributes:
+        num_running: groups, and turns of episodes, that are being generated now.
+        num_generated_tokens: response tokens of finished groups, since the engine started.
+        num_sampled_tokens: response tokens sampled since the engine started, unfinished groups included.
+        is_alive: False if the engine's own process is gone.
+    """
+
+    num_running: int
+    num_generated_tokens: int
+    num_sampled_tokens: int
+    is_alive: bool
 
 
 @dataclass(frozen=True)
@@ -261,6 +320,11 @@ class LearnerBatch:
     valid: NDArray[np.bool_]
     num_tokens: int
     num_rollouts: int
+
+
+StepMetrics = dict[str, float | list[float] | dict[int, int] | None]
+"""Metrics of one optimiser step by area/name. Lists hold values per query or bin; None means there was nothing to
+measure."""
 
 
 @dataclass(frozen=True)
