@@ -18,7 +18,7 @@ from quatro_ray.environments.episode import Episode
 from quatro_ray.environments.registry import episode_workers
 from quatro_ray.isolation.self_test import self_test
 from quatro_ray.seeding import seed_of
-from quatro_ray.types import Query, Rollout, RolloutGroup, SamplingParams
+from quatro_ray.types import GenerationSummary, Query, Rollout, RolloutGroup, SamplingParams
 
 T = TypeVar("T")
 
@@ -46,7 +46,7 @@ class EnvironmentActor(HostMixin):
     @ray.method(num_returns=2)
     async def play(
         self, engine: Any, group_id: int, query: Query, sampling: SamplingParams, size: int
-    ) -> tuple[dict[str, int], RolloutGroup]:
+    ) -> tuple[GenerationSummary, RolloutGroup]:
         """`size` episodes with a generator actor; returns what that one's `generate` returns."""
         prompt_ids = encode_prompt(self._tokenizer, query.prompt)
         rollouts = await _all(

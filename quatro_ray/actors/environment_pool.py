@@ -12,7 +12,7 @@ from quatro_ray.actors.pool import ActorPool
 from quatro_ray.config import EnvironmentConfig
 from quatro_ray.errors import last_line
 from quatro_ray.failures import EnvironmentFailed, GenerationFailed
-from quatro_ray.types import DropReason, Query, SamplingParams
+from quatro_ray.types import DropReason, GenerationSummary, Query, SamplingParams
 
 
 class EnvironmentPool(ActorPool):
@@ -23,7 +23,7 @@ class EnvironmentPool(ActorPool):
 
     async def play(
         self, engine: Any, group_id: int, query: Query, sampling: SamplingParams, size: int
-    ) -> tuple[dict[str, int], Any]:
+    ) -> tuple[GenerationSummary, Any]:
         """A summary, and a reference to the group. The deadline of the group is the caller's.
 
         Raises:

@@ -11,7 +11,7 @@ from quatro_ray.actors.base import WATCHED, HostMixin, interface_of
 from quatro_ray.actors.shared_memory import detach_resource_tracker
 from quatro_ray.config import GeneratorConfig
 from quatro_ray.engines.generation import GenerationEngine
-from quatro_ray.types import Query, Rollout, RolloutGroup, SamplingParams
+from quatro_ray.types import EngineLoad, GenerationSummary, Query, Rollout, RolloutGroup, SamplingParams
 
 
 @ray.remote(concurrency_groups=WATCHED)
@@ -35,7 +35,7 @@ class GeneratorActor(HostMixin):
         sampling: SamplingParams,
         group_size: int,
         begun: tuple[Rollout, ...] = (),
-    ) -> tuple[dict[str, int], RolloutGroup]:
+    ) -> tuple[GenerationSummary, RolloutGroup]:
         """A summary for the controller, and the group, which travels by reference."""
         group = await self._engine.generate(group_id, query, sampling, group_size, begun)
         return group.summary(), group
@@ -43,7 +43,7 @@ class GeneratorActor(HostMixin):
     async def complete(self, token_ids: list[int], sampling: SamplingParams, stop: list[str]) -> Rollout:
         return await self._engine.complete(token_ids, sampling, stop)
 
-    async def load(self) -> dict[str, int]:
+    async def load(self) -> EngineLoad:
         return self._engine.load()
 
     async def pause(self) -> int:

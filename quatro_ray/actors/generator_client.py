@@ -14,7 +14,7 @@ from ray.exceptions import RayTaskError
 from quatro_ray.actors.calls import ACTOR_DIED, value_of, value_or_cancel
 from quatro_ray.errors import last_line
 from quatro_ray.failures import EngineDied, EngineLost
-from quatro_ray.types import Query, Rollout, SamplingParams
+from quatro_ray.types import EngineLoad, GenerationSummary, Query, Rollout, SamplingParams
 
 T = TypeVar("T")
 
@@ -39,7 +39,7 @@ class GeneratorClient:
         sampling: SamplingParams,
         group_size: int,
         begun: tuple[Rollout, ...] = (),
-    ) -> tuple[dict[str, int], Any]:
+    ) -> tuple[GenerationSummary, Any]:
         """A summary, and a reference to the group. `begun`: what another engine has sampled of it; not of episodes,
         which begin again."""
         if environment := self._environments.get(query.source):
@@ -50,7 +50,7 @@ class GeneratorClient:
         summary, group = self.actor.generate.remote(group_id, query, sampling, group_size, begun)
         return await _alive(value_or_cancel(summary)), group
 
-    async def load(self) -> dict[str, Any]:
+    async def load(self) -> EngineLoad:
         return await _alive(value_of(self.actor.load.remote()))
 
     async def pause(self) -> int:

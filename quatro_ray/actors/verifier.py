@@ -1,10 +1,10 @@
-"""A judge and its worker processes as a Ray actor."""
+"""A scorer and its worker processes as a Ray actor."""
 
 from __future__ import annotations
 
 import asyncio
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -15,12 +15,19 @@ from quatro_ray.config import Extraction, RewardConfig, VerifierConfig
 from quatro_ray.rewards.extract import extract
 from quatro_ray.rewards.registry import applies, make_remote
 from quatro_ray.rewards.scorer import Scorer
-from quatro_ray.types import Outcome, RolloutGroup, Score
+from quatro_ray.types import GroupSummary, Outcome, RolloutGroup, Score
+
+_ANSWER_CHARS = 200
 
 
 @ray.remote(concurrency_groups=WATCHED)
 class VerifierActor(HostMixin):
-    """`models`: handles of reward-model actors, by the name of their part; `sandboxed`: parts that execute text."""
+    """The Ray actor that scores groups.
+
+    Args:
+        models: handles of reward-model actors, by the name of their reward.
+        sandboxed: names of the rewards that execute responses.
+    """
 
     def __init__(
         self,
@@ -33,51 +40,52 @@ class VerifierActor(HostMixin):
         self._config = config
         self._models = models
         self._sandboxed = sandboxed
-        self._judge: Scorer | None = None
+        self._scorer: Scorer | None = None
 
     async def start(self) -> None:
-        """Starts nothing again when it already runs."""
-        if self._judge is not None:
+        """Start the worker processes; do nothing if they already run."""
+        if self._scorer is not None:
             return
         remote = make_remote(self._rewards, self._models)
-        judge = Scorer(self._rewards, self._config, remote, self._sandboxed)
-        await judge.start()
-        self._judge = judge
+        scorer = Scorer(self._rewards, self._config, remote, self._sandboxed)
+        await scorer.start()
+        self._scorer = scorer
 
     @ray.method(num_returns=2)
-    async def score(self, group: RolloutGroup) -> tuple[dict[str, Any], RolloutGroup]:
-        """The summary of the scores, and the group with them."""
-        assert self._judge is not None
-        scores = await asyncio.gather(*(self._judge(group.query, r.response) for r in group.rollouts))
-        summary, scored = summarise(group, scores)
-        answers, correct = answers_of(self._rewards, scored)
-        return summary | {"answers": answers, "correct": correct}, scored
+    async def score(self, group: RolloutGroup) -> tuple[GroupSummary, RolloutGroup]:
+        """Return the summary of the scores, and the group with its scores.
+
+        Raises:
+            RewardUnavailable: a response could not be scored through no fault of its own.
+        """
+        assert self._scorer is not None
+        scores = await asyncio.gather(*(self._scorer(group.query, r.response) for r in group.rollouts))
+        scored = replace(
+            group, rollouts=tuple(replace(r, score=s) for r, s in zip(group.rollouts, scores, strict=True))
+        )
+        return summarise(self._rewards, scored, scores), scored
 
     async def shutdown(self) -> None:
-        if self._judge:
-            await self._judge.close()
+        if self._scorer:
+            await self._scorer.close()
 
 
-def summarise(group: RolloutGroup, scores: list[Score]) -> tuple[dict[str, Any], RolloutGroup]:
-    """`outcomes` by name, `rewards` and their `parts` of the rollouts, …; and the group with its scores."""
-    rollouts = tuple(replace(r, score=s) for r, s in zip(group.rollouts, scores, strict=True))
+def summarise(rewards: Mapping[str, RewardConfig], group: RolloutGroup, scores: Sequence[Score]) -> GroupSummary:
+    """Return the summary of a group whose rollouts have these scores.
+
+    The answer of a response, and whether it is correct, is said by the first of `rewards` that applies to the query.
+    """
+    name, deciding = next((n, r) for n, r in rewards.items() if applies(r, group.query))
+    extraction: Extraction = getattr(deciding, "extract", "whole")
+    answers = [extract(r.text, extraction) for r in group.rollouts]
     outcomes = Counter(str(s.outcome) for s in scores)
-    summary = {
-        "outcomes": {str(o): outcomes[str(o)] for o in Outcome},
-        "rewards": [s.reward for s in scores],
-        "parts": [dict(s.parts) for s in scores],
-        "response_tokens": [r.num_sampled for r in rollouts],
-        "turns": [r.num_turns for r in rollouts],
-        "truncated": sum(r.finish_reason == "length" for r in rollouts),
-    }
-    return summary, replace(group, rollouts=rollouts)
-
-
-def answers_of(rewards: Mapping[str, RewardConfig], group: RolloutGroup) -> tuple[list[str | None], list[bool]]:
-    """Of each rollout: the text of its answer (cut to 200 characters), and whether the part that says so, the first of
-    `rewards` that applies to the query, gave it 1 or more."""
-    name, part = next((n, p) for n, p in rewards.items() if applies(p, group.query))
-    where: Extraction = getattr(part, "extract", "whole")
-    answers = [extract(r.text, where) for r in group.rollouts]
-    correct = [r.score is not None and r.score.parts.get(name, 0.0) >= 1.0 for r in group.rollouts]
-    return [None if a is None else a[:200] for a in answers], correct
+    return GroupSummary(
+        rewards=tuple(s.reward for s in scores),
+        reward_values=tuple(dict(s.reward_values) for s in scores),
+        outcomes={str(o): outcomes[str(o)] for o in Outcome},
+        answers=tuple(None if a is None else a[:_ANSWER_CHARS] for a in answers),
+        correct=tuple(s.reward_values.get(name, 0.0) >= 1.0 for s in scores),
+        truncated=sum(r.finish_reason == "length" for r in group.rollouts),
+        turns=tuple(r.num_turns for r in group.rollouts),
+        response_tokens=tuple(r.num_sampled for r in group.rollouts),
+    )

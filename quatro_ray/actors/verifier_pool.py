@@ -13,7 +13,7 @@ from quatro_ray.config import VerifierConfig
 from quatro_ray.errors import last_line
 from quatro_ray.failures import VerifierFailed
 from quatro_ray.timeouts import within
-from quatro_ray.types import DropReason
+from quatro_ray.types import DropReason, GroupSummary
 
 
 class VerifierPool(ActorPool):
@@ -27,7 +27,7 @@ class VerifierPool(ActorPool):
         super().__init__(spawn, config.num_actors, config.start_deadline_s)
         self._config = config
 
-    async def score(self, group: Any) -> tuple[dict[str, Any], Any]:
+    async def score(self, group: Any) -> tuple[GroupSummary, Any]:
         """`group` is a reference; returns the summary of actors/verifier.py and a reference to the scored group.
 
         Raises:
@@ -41,7 +41,7 @@ class VerifierPool(ActorPool):
                 failure = error
         raise failure
 
-    async def _score_once(self, group: Any) -> tuple[dict[str, Any], Any]:
+    async def _score_once(self, group: Any) -> tuple[GroupSummary, Any]:
         try:
             async with self.least_loaded() as actor:
                 summary, scored = actor.score.remote(group)

@@ -11,15 +11,15 @@ from typing import Any, Protocol
 
 import numpy as np
 
-from quatro_ray.types import EvaluationResult, Query, SamplingParams
+from quatro_ray.types import EvaluationResult, GroupSummary, Query, SamplingParams
 
 
 class Pools(Protocol):
-    """Generates one group and scores it; raises where either fails."""
+    """Generates one group and scores it, and raises if either fails; evaluation/sampler.py implements it."""
 
     async def sample(
         self, group_id: int, query: Query, sampling: SamplingParams, size: int, *, read: bool
-    ) -> dict[str, Any]: ...
+    ) -> tuple[GroupSummary, dict[str, Any] | None]: ...
 
 
 def pass_at_k(num_correct: Sequence[int], num_samples: int, k: int) -> float:
@@ -72,12 +72,13 @@ async def evaluate(
     `num_read`: of so many questions, the first, the responses are kept for people to read.
     """
 
-    async def one(index: int, query: Query) -> dict[str, Any]:
+    async def one(index: int, query: Query) -> tuple[GroupSummary, dict[str, Any] | None]:
         seeded = replace(sampling, seed=None if sampling.seed is None else sampling.seed + index * num_samples)
         return await pools.sample(-1 - index, query, seeded, num_samples, read=index < num_read)
 
-    results = await asyncio.gather(*(one(i, q) for i, q in enumerate(queries)))
-    correct = [sum(r["correct"]) for r in results]
+    samples = await asyncio.gather(*(one(i, q) for i, q in enumerate(queries)))
+    results = [summary for summary, _ in samples]
+    correct = [sum(r.correct) for r in results]
     return EvaluationResult(
         name=name,
         version=version,
@@ -86,12 +87,12 @@ async def evaluate(
         samples_per_query=num_samples,
         pass_at={k: pass_at_k(correct, num_samples, k) for k in pass_at},
         pass_at_1_error=standard_error([c / num_samples for c in correct]),
-        majority=float(np.mean([majority_is_right(r["answers"], r["correct"]) for r in results])),
+        majority=float(np.mean([majority_is_right(r.answers, r.correct) for r in results])),
         num_unique_correct=sum(
-            len({a for a, right in zip(r["answers"], r["correct"], strict=True) if right}) for r in results
+            len({a for a, right in zip(r.answers, r.correct, strict=True) if right}) for r in results
         ),
-        mean_reward=float(np.mean([x for r in results for x in r["rewards"]])),
-        truncated_share=sum(r["truncated"] for r in results) / (len(queries) * num_samples),
-        num_tokens=sum(sum(r["response_tokens"]) for r in results),
-        rollouts=tuple(r["rollouts"] for r in results[:num_read]),
+        mean_reward=float(np.mean([x for r in results for x in r.rewards])),
+        truncated_share=sum(r.truncated for r in results) / (len(queries) * num_samples),
+        num_tokens=sum(sum(r.response_tokens) for r in results),
+        rollouts=tuple(read for _, read in samples[:num_read] if read is not None),
     )

@@ -13,7 +13,7 @@ from quatro_ray.errors import ClusterError, last_line
 from quatro_ray.failures import EngineLost, GenerationFailed, VerifierFailed
 from quatro_ray.replay.serialization import readable
 from quatro_ray.timeouts import within
-from quatro_ray.types import DropReason, Query, Rollout, SamplingParams
+from quatro_ray.types import DropReason, GenerationSummary, GroupSummary, Query, Rollout, SamplingParams
 
 
 async def try_generate(
@@ -25,7 +25,7 @@ async def try_generate(
     begun: tuple[Rollout, ...] = (),
     *,
     deadline_s: float,
-) -> tuple[dict[str, int], Any]:
+) -> tuple[GenerationSummary, Any]:
     """A summary, and a reference to the group.
 
     Raises:
@@ -62,8 +62,8 @@ class Sampler:
 
     async def sample(
         self, group_id: int, query: Query, sampling: SamplingParams, size: int, *, read: bool
-    ) -> dict[str, Any]:
-        """The verifier's summary; with `read`, "rollouts" has the group for people.
+    ) -> tuple[GroupSummary, dict[str, Any] | None]:
+        """Return the verifier's summary and, if `read`, the group in the form of rollouts.jsonl.
 
         Raises:
             ClusterError: it failed, retries included; a pass rate over the rest would be biased.
@@ -73,13 +73,13 @@ class Sampler:
             summary, scored = await self._verifiers.score(group)
         except VerifierFailed as failure:
             raise ClusterError(f"evaluation: question {query.query_id!r} could not be scored: {failure}") from failure
-        return summary | ({"rollouts": readable(await scored)} if read else {})
+        return summary, readable(await scored) if read else None
 
     async def _generate(self, group_id: int, query: Query, sampling: SamplingParams, size: int) -> Any:
         num_failed = num_lost = 0
         while num_failed <= self._config.max_retries and num_lost <= self._config.max_engines_lost:
             try:
-                async with self._generators.slot() as generator:
+                async with self._generators.lend() as generator:
                     deadline = self._config.group_deadline_s
                     _, group = await try_generate(generator, group_id, query, sampling, size, deadline_s=deadline)
                     return group

@@ -45,8 +45,14 @@ def _header(rollout: Rollout) -> dict[str, Any]:
         "finish_reason": rollout.finish_reason,
         "transcript": rollout.transcript,
         "environment": dict(rollout.environment),
-        "score": asdict(rollout.score) if rollout.score else None,
+        "score": _score(rollout.score) if rollout.score else None,
     }
+
+
+def _score(score: Score) -> dict[str, Any]:
+    # the ledger has the values of the rewards as "parts"
+    values = dict(score.reward_values)
+    return {"reward": score.reward, "outcome": score.outcome, "detail": score.detail, "parts": values}
 
 
 def _rollout(header: dict[str, Any], token_ids: np.ndarray, logprobs: np.ndarray, sampled: np.ndarray) -> Rollout:
@@ -76,7 +82,7 @@ def readable(group: RolloutGroup) -> dict[str, Any]:
                 "text": r.text,
                 "reward": r.score.reward if r.score else None,
                 "outcome": str(r.score.outcome) if r.score else None,
-                "parts": dict(r.score.parts) if r.score else {},
+                "parts": dict(r.score.reward_values) if r.score else {},
                 "versions": [[s.version, s.start, s.end] for s in r.spans],
                 "num_tokens": r.num_tokens,
                 **({"num_turns": r.num_turns, "transcript": r.transcript} if r.transcript else {}),

@@ -73,7 +73,7 @@ class Scorer:
         total = sum(self._rewards[name].weight * value for name, value in parts.items())
         if not math.isfinite(total):
             raise RewardUnavailable(f"the weighted sum of {parts} is {total}: a reward must be a finite number")
-        return Score(total, parts=parts)
+        return Score(total, reward_values=parts)
 
     async def _judge_remotely(self, query: Query, response: Response, names: Sequence[str]) -> dict[str, float]:
         values = await asyncio.gather(*(self._remote[name](query, response) for name in names))

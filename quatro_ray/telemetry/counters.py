@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
-from quatro_ray.types import EvaluationResult
+from quatro_ray.types import EvaluationResult, GenerationSummary, GroupSummary
 
 
 @dataclass
@@ -19,13 +19,13 @@ class RewardCounters:
     num_truncated: int = 0
     num_turns: int = 0
 
-    def add(self, summary: Mapping[str, Any]) -> None:
-        for parts in summary["parts"]:
-            for name, value in parts.items():
+    def add(self, summary: GroupSummary) -> None:
+        for values in summary.reward_values:
+            for name, value in values.items():
                 self.parts.setdefault(name, []).append(value)
-        self.outcomes.update(summary["outcomes"])
-        self.num_truncated += summary["truncated"]
-        self.num_turns += sum(summary["turns"])
+        self.outcomes.update(summary.outcomes)
+        self.num_truncated += summary.truncated
+        self.num_turns += sum(summary.turns)
 
     def read(self) -> dict[str, float]:
         """Metrics; starts again from nothing."""
@@ -104,6 +104,44 @@ class Counters:
         self.evaluations = [EvaluationResult.from_dict(e) for e in values["evaluations"]]
         for name in self._COUNTS:
             setattr(self, name, values.get(name, 0))  # an older one lacks some
+
+    def generated(self, summary: GenerationSummary) -> None:
+        """Count a group that was generated."""
+        self.generated_tokens += summary.num_tokens
+        self.multi_version_rollouts += summary.multi_version_rollouts
+
+    def scored(self, summary: GroupSummary) -> None:
+        """Count a group that was scored."""
+        self.outcomes.update(summary.outcomes)
+        self.rewards.add(summary)
+
+    def requeued(self, *, continued: bool) -> None:
+        """Count a group whose engine died; `continued`: another engine continues it from the tokens so far."""
+        self.groups_requeued += 1
+        self.groups_continued += continued
+
+    def learner_restarted(self) -> None:
+        """Count a restart of all learner ranks."""
+        self.learner_restarts += 1
+
+    def run_resumed(self, num_tokens: int) -> None:
+        """Count a resumption; `num_tokens`: a lower bound of what was generated, which the checkpoint may not have."""
+        self.generated_tokens = max(self.generated_tokens, num_tokens)
+        self.resumed += 1
+
+    def rewind(self, num_lost: int, steps: Mapping[str, Any] | None) -> None:
+        """Return the step counters to those of a checkpoint, or to zero if `steps` is None.
+
+        Args:
+            num_lost: optimiser steps that are abandoned.
+            steps: the step counters as `to_dict` returned them.
+        """
+        self.steps_lost += num_lost
+        self.steps = StepCounters() if steps is None else StepCounters.from_dict(steps)
+
+    def forget_evaluations_after(self, step: int) -> None:
+        """Remove the results of later steps, which are abandoned."""
+        self.evaluations = [e for e in self.evaluations if e.step <= step]
 
     def health(self) -> dict[str, float]:
         """Metrics, since the run began."""

@@ -122,7 +122,7 @@ def test_an_update_between_turns_shows_in_the_versions(ring: Ring, client: Any) 
         return await playing
 
     summary, group = ring.run(work())
-    assert summary["multi_version_rollouts"] == 4
+    assert summary.multi_version_rollouts == 4
     for rollout in group.rollouts:
         versions = rollout.versions()[rollout.is_sampled()]
         assert versions[0] == start and versions[-1] == start + 1

@@ -52,10 +52,10 @@ def test_groups_are_scored_by_reference(local_ray: None) -> None:
 
     summary, scored = with_pool(parts(answer={"kind": "integer"}), work)
     assert scored.query == Query("q1", "1+1=", "2", {"level": "easy"})
-    assert scored.rewards().tolist() == summary["rewards"] == [1, 1, 0, 0]
-    assert summary["answers"] == ["2", "2", "3", "2x"]
-    assert summary["correct"] == [True, True, False, False]
-    assert summary["parts"][0] == {"answer": 1.0}
+    assert scored.rewards().tolist() == list(summary.rewards) == [1, 1, 0, 0]
+    assert summary.answers == ("2", "2", "3", "2x")
+    assert summary.correct == (True, True, False, False)
+    assert summary.reward_values[0] == {"answer": 1.0}
 
 
 def test_a_hanging_answer_is_exhausted_and_the_others_are_scored(local_ray: None, awkward: Any) -> None:
@@ -65,9 +65,9 @@ def test_a_hanging_answer_is_exhausted_and_the_others_are_scored(local_ray: None
         return [r[0] for r in results], pool.num_replaced
 
     (first, *others), replaced = with_pool(awkward, work, exhausted_reward=-1.0)
-    assert first["rewards"] == [1.0, -1.0, 1.0]
-    assert first["outcomes"] == {"ok": 2, "exhausted": 1, "timeout": 0, "error": 0}
-    assert all(o["rewards"] == [1.0, 1.0] for o in others)
+    assert first.rewards == (1.0, -1.0, 1.0)
+    assert first.outcomes == {"ok": 2, "exhausted": 1, "timeout": 0, "error": 0}
+    assert all(o.rewards == (1.0, 1.0) for o in others)
     assert replaced == 0  # the actor lives on; its process was replaced
 
 
@@ -76,9 +76,9 @@ def test_a_reward_that_fails_is_no_reward(local_ray: None, awkward: Any) -> None
         with pytest.raises(VerifierFailed, match="cannot judge") as caught:
             await pool.score(ray.put(texts("ok", "raise")))
         assert caught.value.reason is DropReason.VERIFIER_ERROR
-        return (await pool.score(ray.put(texts("ok"))))[0]["rewards"], pool.num_replaced
+        return (await pool.score(ray.put(texts("ok"))))[0].rewards, pool.num_replaced
 
-    assert with_pool(awkward, work) == ([1.0], 0)
+    assert with_pool(awkward, work) == ((1.0,), 0)
 
 
 def test_an_actor_that_dies_is_replaced_and_its_groups_are_scored(local_ray: None, awkward: Any) -> None:
@@ -90,7 +90,7 @@ def test_an_actor_that_dies_is_replaced_and_its_groups_are_scored(local_ray: Non
         return [(await w)[0] for w in waiting], pool.num_replaced
 
     results, replaced = with_pool(awkward, work)
-    assert [r["rewards"] for r in results] == [[0.0, 1.0]] * 3
+    assert [r.rewards for r in results] == [(0.0, 1.0)] * 3
     assert replaced == 1
 
 
@@ -99,9 +99,9 @@ def test_an_actor_that_does_not_answer_is_replaced(local_ray: None, awkward: Any
         with pytest.raises(VerifierFailed) as caught:
             await pool.score(ray.put(texts("hang")))
         assert caught.value.reason is DropReason.VERIFIER_TIMEOUT
-        return (await pool.score(ray.put(texts("ok"))))[0]["rewards"], pool.num_replaced
+        return (await pool.score(ray.put(texts("ok"))))[0].rewards, pool.num_replaced
 
-    assert with_pool(awkward, work, deadline_s=60, group_deadline_s=2) == ([1.0], 2)
+    assert with_pool(awkward, work, deadline_s=60, group_deadline_s=2) == ((1.0,), 2)
 
 
 def test_an_actor_that_never_starts_is_not_the_answers_fault(local_ray: None) -> None:

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 
 from quatro_ray.evaluation.metrics import evaluate, majority_is_right, pass_at_k, standard_error
-from quatro_ray.types import Query, SamplingParams
+from quatro_ray.types import GroupSummary, Query, SamplingParams
 
 
 def exact(c: int, n: int, k: int) -> float:
@@ -53,17 +53,20 @@ def test_evaluate_counts_what_is_right_and_gives_each_query_its_seed() -> None:
     class Pools:
         async def sample(
             self, group_id: int, query: Query, sampling: SamplingParams, size: int, *, read: bool
-        ) -> dict[str, Any]:
+        ) -> tuple[GroupSummary, dict[str, Any] | None]:
             seeds.append(sampling.seed)
             half = size // 2
-            return {
-                "rewards": [1.5, 0.5] * half,
-                "correct": [True, False] * half,
-                "answers": ["a", "b", "c", "b", "a", "b", None, "b"],
-                "truncated": 2,
-                "response_tokens": [2] * size,
-                "rollouts": query.query_id,
-            }
+            summary = GroupSummary(
+                rewards=(1.5, 0.5) * half,
+                reward_values=({},) * size,
+                outcomes={"ok": size},
+                answers=("a", "b", "c", "b", "a", "b", None, "b"),
+                correct=(True, False) * half,
+                truncated=2,
+                turns=(1,) * size,
+                response_tokens=(2,) * size,
+            )
+            return summary, {"id": query.query_id} if read else None
 
     queries = [Query(str(i), "p", "a") for i in range(3)]
     sampling = SamplingParams(1, 1, 4, seed=5)
@@ -75,4 +78,4 @@ def test_evaluate_counts_what_is_right_and_gives_each_query_its_seed() -> None:
     assert result.num_unique_correct == 3 * 3  # a, c and the one that names no answer
     assert result.pass_at_1_error == 0.0
     assert len(set(seeds)) == 3
-    assert result.rollouts == ("0", "1")
+    assert result.rollouts == ({"id": "0"}, {"id": "1"})

@@ -150,8 +150,8 @@ def test_the_sum_of_the_parts_that_apply() -> None:
         other={"kind": "exact", "only": ["elsewhere"]},
     )
     good, shapeless = with_judge(rewards, lambda j: scores(j, "<answer>46</answer>", "so <answer>46</answer>"))
-    assert (good.reward, good.parts) == (1.5, {"answer": 1.0, "shape": 1.0})
-    assert (shapeless.reward, shapeless.parts) == (1.0, {"answer": 1.0, "shape": 0.0})
+    assert (good.reward, good.reward_values) == (1.5, {"answer": 1.0, "shape": 1.0})
+    assert (shapeless.reward, shapeless.reward_values) == (1.0, {"answer": 1.0, "shape": 0.0})
 
 
 def test_a_cancelled_item_leaves_no_process_out_of_step(awkward: Any) -> None:

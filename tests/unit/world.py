@@ -19,12 +19,22 @@ from quatro_ray.data.dataset import Dataset, QueryStream
 from quatro_ray.engines.checkpoint_store import CheckpointStore, digest_files
 from quatro_ray.errors import ClusterError
 from quatro_ray.failures import EngineLost, LearnerLost, TransferFailed, VerifierFailed
-from quatro_ray.orchestrator.controller import Components, Controller
+from quatro_ray.orchestrator.components import Components
+from quatro_ray.orchestrator.controller import Controller
 from quatro_ray.replay.buffer import ReplayBuffer
 from quatro_ray.telemetry.console import Progress
 from quatro_ray.telemetry.counters import Counters
 from quatro_ray.telemetry.recorder import Recorder
-from quatro_ray.types import DropReason, EvaluationResult, Query, Rollout, RolloutGroup, SamplingParams
+from quatro_ray.types import (
+    DropReason,
+    EvaluationResult,
+    GenerationSummary,
+    GroupSummary,
+    Query,
+    Rollout,
+    RolloutGroup,
+    SamplingParams,
+)
 from quatro_ray.weight_sync.coordinator import WeightSyncCoordinator
 from tests.make import config, group, rollout
 
@@ -79,7 +89,7 @@ class FakeGenerator:
 
     async def generate(
         self, group_id: int, query: Query, sampling: SamplingParams, size: int, begun: tuple[Rollout, ...] = ()
-    ) -> tuple[dict[str, int], RolloutGroup]:
+    ) -> tuple[GenerationSummary, RolloutGroup]:
         await self._alive()
         if begun:
             self.continued.append(group_id)
@@ -99,13 +109,13 @@ class FakeGenerator:
         self.num_sampled += 1
         versions = [start] if start == self.version else [start, self.version]
         made = group(group_id, *(_rollout(versions) for _ in range(size)))
-        return {"num_tokens": made.num_tokens, "multi_version_rollouts": size * (len(versions) > 1)}, made
+        return made.summary(), made
 
-    async def load(self) -> dict[str, Any]:
+    async def load(self) -> EngineLoad:
         if self.died is not None and self.tells:
-            return {"num_running": self.running, "num_sampled_tokens": self.num_sampled, "is_alive": False}
+            return EngineLoad(self.running, 0, self.num_sampled, is_alive=False)
         await self._alive()
-        return {"num_running": self.running, "num_sampled_tokens": self.num_sampled, "is_alive": True}
+        return EngineLoad(self.running, 0, self.num_sampled, is_alive=True)
 
     async def pause(self) -> int:
         await self._alive()
@@ -145,23 +155,23 @@ class FakeVerifiers:
         self.fails = False
         """Evaluations, whose groups have numbers below 0."""
 
-    async def score(self, made: RolloutGroup) -> tuple[dict[str, Any], RolloutGroup]:
+    async def score(self, made: RolloutGroup) -> tuple[GroupSummary, RolloutGroup]:
         await asyncio.sleep(0)
         if self.fails and made.group_id < 0:
             raise VerifierFailed(DropReason.VERIFIER_TIMEOUT, "lost")
         if made.group_id in self.failing:
             raise VerifierFailed(DropReason.VERIFIER_TIMEOUT, "lost")
         n = len(made.rollouts)
-        summary = {
-            "outcomes": {"ok": n},
-            "rewards": [self.reward] * n,
-            "parts": [{"answer": self.reward}] * n,
-            "answers": ["2"] * n,
-            "correct": [True] * n,
-            "truncated": n if made.group_id in self.truncated else 0,
-            "turns": [1] * n,
-            "response_tokens": [3] * n,
-        }
+        summary = GroupSummary(
+            rewards=(self.reward,) * n,
+            reward_values=({"answer": self.reward},) * n,
+            outcomes={"ok": n},
+            answers=("2",) * n,
+            correct=(True,) * n,
+            truncated=n if made.group_id in self.truncated else 0,
+            turns=(1,) * n,
+            response_tokens=(3,) * n,
+        )
         return summary, made
 
 
@@ -172,10 +182,6 @@ class Replay:
         self.buffer = buffer
         self.repeat_every = 0
         self._calls = 0
-
-    async def lease(self, version: int, num_samples: int) -> tuple[dict | None, Any]:
-        lease = self.buffer.lease(version)
-        return ({"metrics": lease.metrics, "samples": []}, (lease.groups, lease.lineage)) if lease else (None, None)
 
     def __getattr__(self, name: str) -> Any:
         async def call(*args: Any) -> Any:
@@ -210,7 +216,7 @@ class FakeLearner:
     async def train_step(self, leased: Any, version: int) -> dict[str, Any]:
         assert version == self.version
         await self._alive(0.2)
-        groups, line = leased
+        groups, line = leased.groups, leased.lineage
         assert line.version == version and line.step == self.weights
         self.version, self.weights = version + 1, self.weights + 1
         self.leased += [g.group_id for g in groups]
