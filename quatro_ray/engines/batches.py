@@ -1,10 +1,11 @@
-"""A learner batch as objectives see it: the whole of it before the gradient, then one micro-batch at a time.
+"""A learner batch as tensors: the global batch before the gradient, then one micro-batch at a time.
 
-Shape letters: Q queries, G rollouts, N tokens of a micro-batch, M response tokens of the global batch.
+Shape letters: Q queries, G rollouts of a query, N tokens of a micro-batch, M response tokens of the global batch.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -12,7 +13,43 @@ import torch
 from torch import Tensor
 
 from quatro_ray.algorithms import importance
-from quatro_ray.types import LearnerBatch
+from quatro_ray.types import LearnerBatch, MicroBatch
+
+
+@dataclass(frozen=True)
+class MicroBatchTensors:
+    """A types.MicroBatch on a device; every field is [N].
+
+    Attributes:
+        token_ids: int64, inputs.
+        position_ids: int64, starting at 0 for each sequence (this is what separates them).
+        target_ids: int64, the token that follows; 0 where `is_response` is False.
+        is_response: bool, True where the target is a token that the policy sampled.
+        rollout_index: int64, cell of the flat [Q·G] list of rollouts, −1 for padding.
+        behavior_logprobs: float32, nats, 0 where not `is_response`.
+        staleness: int64, optimiser steps since the policy that sampled the target; 0 where not `is_response`.
+    """
+
+    token_ids: Tensor
+    position_ids: Tensor
+    target_ids: Tensor
+    is_response: Tensor
+    rollout_index: Tensor
+    behavior_logprobs: Tensor
+    staleness: Tensor
+
+    @classmethod
+    def copy_from(cls, micro: MicroBatch, device: torch.device) -> MicroBatchTensors:
+        """Copy the arrays to the device; those from Ray's object store are read-only and cannot be shared."""
+        return cls(**{name: torch.tensor(value, device=device) for name, value in vars(micro).items()})
+
+    @classmethod
+    def concatenate(cls, rows: Sequence[MicroBatchTensors]) -> MicroBatchTensors:
+        return cls(**{name: torch.cat([getattr(row, name) for row in rows]) for name in vars(rows[0])})
+
+    def select(self, kept: Tensor) -> MicroBatchTensors:
+        """Return the tokens at which `kept`, bool [N], is True."""
+        return MicroBatchTensors(**{name: value[kept] for name, value in vars(self).items()})
 
 
 @dataclass(frozen=True)
@@ -20,9 +57,11 @@ class StepBatch:
     """The global batch before any gradient, the same on every rank.
 
     Attributes:
-        rewards: float64 [Q, G]; valid: bool [Q, G].
-        rollout_index: int64 [M], cell of [Q·G]; staleness: int64 [M], optimiser steps.
-        log_ratio: float64 [M], log π_k − log β; None where the objective did not ask for it.
+        rewards: float64 [Q, G].
+        valid: bool [Q, G], False where a group is smaller than G.
+        rollout_index: int64 [M], cell of the flat [Q·G] list of rollouts.
+        staleness: int64 [M], optimiser steps.
+        log_ratio: float64 [M], log π_k − log β, nats; None unless the objective needs it.
     """
 
     rewards: Tensor
@@ -32,29 +71,35 @@ class StepBatch:
     log_ratio: Tensor | None
 
     def per_rollout(self, values: Tensor) -> Tensor:
-        """[M] → [Q, G], sums."""
+        """Sum values [M] over the tokens of each rollout: float64 [Q, G]."""
         return importance.sequence_sums(values.double(), self.rollout_index, self.rewards.numel()).view_as(self.rewards)
 
     def lengths(self) -> Tensor:
-        """float64 [Q, G], response tokens."""
+        """Return the response tokens of each rollout: float64 [Q, G]."""
         return self.per_rollout(torch.ones_like(self.rollout_index))
 
     def query_staleness(self) -> Tensor:
-        """float64 [Q], mean over the query's response tokens."""
+        """Return the mean staleness of each query's response tokens: float64 [Q], optimiser steps."""
         return self.per_rollout(self.staleness).sum(1) / self.lengths().sum(1).clamp(min=1)
 
     def sequence_log_ratio(self) -> Tensor:
-        """float64 [Q, G]; only for objectives that ask for log-ratios."""
+        """Return log π_k(y_i)/β(y_i): float64 [Q, G], nats; only if the objective needs log-ratios."""
         assert self.log_ratio is not None
         return self.per_rollout(self.log_ratio)
 
 
 @dataclass(frozen=True)
 class TokenBatch:
-    """What a per-token loss may look at; all [N]. `advantage` is that of the token's rollout.
+    """The inputs of a per-token loss; every tensor is [N].
 
-    `policy_logprobs` carries the gradient and is 0 outside of responses, as are the other log-probs;
-    `staleness` is 0 there, `rollout_index` −1 in padding.
+    Attributes:
+        policy_logprobs: float32, log π_θ of the targets with gradient; 0 where not `is_response`.
+        behavior_logprobs: float32, log β of the targets; 0 where not `is_response`.
+        advantage: float32, that of the token's rollout.
+        is_response: bool.
+        rollout_index: int64, −1 in padding.
+        staleness: int64, optimiser steps; 0 where not `is_response`.
+        num_cells: Q·G, the number of values that `rollout_index` may take.
     """
 
     policy_logprobs: Tensor
@@ -67,17 +112,21 @@ class TokenBatch:
 
     @property
     def proximal_logprobs(self) -> Tensor:
-        """The policy at the start of the step: with one optimiser step a batch, the current one, detached."""
+        """Log-probs of the policy at the start of the step: with one optimiser step per batch, π_θ detached."""
         return self.policy_logprobs.detach()
 
     def log_ratio(self, level: importance.Level = "token") -> Tensor:
-        """log π_θ − log β at a level, with gradient."""
+        """Return log π_θ − log β at a level, [N], nats, with gradient."""
         ratio = self.policy_logprobs - self.behavior_logprobs
         return importance.leveled(level, ratio, self.is_response, self.rollout_index, self.num_cells)
 
 
 def make_step_batch(batch: LearnerBatch, log_ratio: Tensor | None, device: torch.device) -> StepBatch:
-    """`log_ratio`: float64 [M], of the micro-batches of rank 0, then those of rank 1, …"""
+    """Join the micro-batches of all ranks.
+
+    Args:
+        log_ratio: float64 [M], in the order of the micro-batches: all of rank 0, then all of rank 1, and so on.
+    """
     everyone = [micro for rank in batch.micro_batches for micro in rank]
     index = np.concatenate([micro.rollout_index[micro.is_response] for micro in everyone])
     staleness = np.concatenate([micro.staleness[micro.is_response] for micro in everyone])
@@ -90,15 +139,19 @@ def make_step_batch(batch: LearnerBatch, log_ratio: Tensor | None, device: torch
     )
 
 
-def make_token_batch(t: dict[str, Tensor], policy_logprobs: Tensor, advantage: Tensor) -> TokenBatch:
-    """`t`: tensors of types.MicroBatch by name. policy_logprobs: [N]. advantage: [Q, G]."""
-    response, index = t["is_response"], t["rollout_index"]
+def make_token_batch(micro: MicroBatchTensors, policy_logprobs: Tensor, advantage: Tensor) -> TokenBatch:
+    """Look up the advantage of each token and mask what is no response.
+
+    Args:
+        policy_logprobs: float32 [N], nats, with gradient.
+        advantage: float64 [Q, G].
+    """
     return TokenBatch(
-        policy_logprobs=torch.where(response, policy_logprobs, 0.0),
-        behavior_logprobs=t["behavior_logprobs"],
-        advantage=advantage.flatten()[index.clamp(min=0)].to(policy_logprobs.dtype),
-        is_response=response,
-        rollout_index=index,
-        staleness=t["staleness"],
+        policy_logprobs=torch.where(micro.is_response, policy_logprobs, 0.0),
+        behavior_logprobs=micro.behavior_logprobs,
+        advantage=advantage.flatten()[micro.rollout_index.clamp(min=0)].to(policy_logprobs.dtype),
+        is_response=micro.is_response,
+        rollout_index=micro.rollout_index,
+        staleness=micro.staleness,
         num_cells=advantage.numel(),
     )

@@ -1,10 +1,12 @@
-"""What a step optimises: how advantages are made from a batch, and the per-token loss.
+"""Objectives: how a method turns a batch into advantages, and its loss per token.
 
-One class a method, chosen by `objective.kind`. Shape letters: Q queries, G rollouts.
+Each method is one function that builds an `Objective` from its section of the configuration; OBJECTIVES lists them by
+`objective.kind`. Shape letters: Q queries, G rollouts of a query, N tokens of a micro-batch.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -17,133 +19,141 @@ from quatro_ray.algorithms.kl_budget import kl_budget
 from quatro_ray.algorithms.losses import TokenLoss
 from quatro_ray.algorithms.trust_region import Status
 from quatro_ray.engines.batches import StepBatch, TokenBatch
+from quatro_ray.types import StepMetrics
 
 
 @dataclass(frozen=True)
 class Prepared:
-    """`advantage` [Q, G]; `constant`: one number that the token loss needs; diagnostics: values per query."""
+    """What an objective computes once per step, before any gradient.
+
+    Attributes:
+        advantage: float64 [Q, G].
+        constant: one number that the token loss needs; only M2PO uses it.
+        diagnostics: metrics of the step, mostly one value per query.
+    """
 
     advantage: Tensor
     constant: float = 0.0
-    diagnostics: dict[str, Any] = field(default_factory=dict)
+    diagnostics: StepMetrics = field(default_factory=dict)
 
 
+def _group_normalised(batch: StepBatch) -> Prepared:
+    return Prepared(advantages.group_normalised(batch.rewards, batch.valid))
+
+
+def _group_centred(batch: StepBatch) -> Prepared:
+    return Prepared(advantages.group_centred(batch.rewards, batch.valid))
+
+
+@dataclass(frozen=True)
 class Objective:
-    """GRPO's advantage, and no wish to see log-ratios beforehand; methods override what they do otherwise."""
+    """One method: its advantages, its loss, and how the loss is averaged.
 
-    needs_log_ratio = False
-    """Whether `prepare` reads StepBatch.log_ratio, which takes a pass before the gradient."""
-    loss_agg_mode: AggregationMode = "token_mean"
-    """Of the paper, where the configuration names none."""
+    Attributes:
+        token_loss: maps the tokens of a micro-batch and `Prepared.constant` to losses [N], not normalised.
+        prepare: maps the global batch to advantages; GRPO's if a method has none of its own.
+        needs_log_ratio: whether `prepare` reads StepBatch.log_ratio, which costs one more forward pass.
+        loss_agg_mode: aggregation of the paper, used unless learner.loss_agg_mode names another.
+    """
 
-    def prepare(self, batch: StepBatch) -> Prepared:
-        return Prepared(advantages.group_normalised(batch.rewards, batch.valid))
-
-    def token_loss(self, t: TokenBatch, constant: float) -> TokenLoss:
-        raise NotImplementedError
-
-
-class Quatro(Objective):
-    needs_log_ratio = True
-
-    def __init__(self, config: c.QuatroConfig) -> None:
-        self._config = config
-
-    def prepare(self, batch: StepBatch) -> Prepared:
-        config = self._config
-        log_ratio = batch.sequence_log_ratio()
-        budget = kl_budget(
-            config.kl_budget_nats,
-            unit=config.kl_budget_unit,
-            staleness_exponent=config.staleness_exponent,
-            shrink_by_ess=config.shrink_by_ess,
-            headroom_exponent=config.headroom_exponent,
-            rewards=batch.rewards,
-            lengths=batch.lengths(),
-            staleness=batch.query_staleness(),
-            sequence_log_ratio=log_ratio,
-            valid=batch.valid,
-        )
-        max_eta: Tensor | float = config.max_eta
-        if config.eta_cap == "first_order":
-            max_eta = advantages.first_order_eta(batch.rewards, batch.valid, budget, config.max_eta)
-        result = advantages.quatro(
-            batch.rewards,
-            batch.valid,
-            log_ratio,
-            kl_budget_nats=budget,
-            max_eta=max_eta,
-            stabilizer=config.stabilizer,
-        )
-        solution = result.solution
-        informative = solution.status != int(Status.VOID)
-        diagnostics: dict[str, Any] = {
-            "trust_region/kl_budget_nats": budget.tolist(),
-            "trust_region/eta": solution.eta[informative].tolist(),
-            "trust_region/lambda": (1 / solution.eta)[informative].tolist(),
-            "trust_region/target_kl_nats": solution.kl_nats.tolist(),
-            "trust_region/target_log_ratio": solution.target_log_ratio[batch.valid & informative[:, None]].tolist(),
-            "trust_region/residual": result.advantage[batch.valid].tolist(),
-        }
-        for status in Status:
-            share = (solution.status == int(status)).double().mean()
-            diagnostics[f"trust_region/frac_{status.name.lower()}"] = float(share)
-        return Prepared(result.advantage, diagnostics=diagnostics)
-
-    def token_loss(self, t: TokenBatch, constant: float) -> TokenLoss:
-        config = self._config.importance
-        return losses.quatro(
-            t.policy_logprobs, t.advantage, t.log_ratio(config.level).detach(), truncation=config.truncation
-        )
-
-
-class Grpo(Objective):
-    loss_agg_mode: AggregationMode = "seq_mean_token_mean"
-
-    def __init__(self, config: c.GrpoConfig | c.DrGrpoConfig | c.DapoConfig) -> None:
-        self._clip = {"clip_low": config.clip_low, "clip_high": config.clip_high}
-
-    def token_loss(self, t: TokenBatch, constant: float) -> TokenLoss:
-        return losses.clipped(t.log_ratio(), t.advantage, **self._clip)
-
-
-class DrGrpo(Grpo):
-    loss_agg_mode: AggregationMode = "seq_mean_token_sum_norm"
-
-    def prepare(self, batch: StepBatch) -> Prepared:
-        return Prepared(advantages.group_centred(batch.rewards, batch.valid))
-
-
-class Dapo(Grpo):
+    token_loss: Callable[[TokenBatch, float], TokenLoss]
+    prepare: Callable[[StepBatch], Prepared] = _group_normalised
+    needs_log_ratio: bool = False
     loss_agg_mode: AggregationMode = "token_mean"
 
 
-class Gspo(Objective):
-    loss_agg_mode: AggregationMode = "seq_mean_token_mean"
+def quatro(config: c.QuatroConfig) -> Objective:
+    def loss(t: TokenBatch, _: float) -> TokenLoss:
+        log_weight = t.log_ratio(config.importance.level).detach()
+        return losses.quatro(t.policy_logprobs, t.advantage, log_weight, truncation=config.importance.truncation)
 
-    def __init__(self, config: c.GspoConfig) -> None:
-        self._config = config
+    return Objective(loss, prepare=lambda batch: _quatro_advantages(config, batch), needs_log_ratio=True)
 
-    def token_loss(self, t: TokenBatch, constant: float) -> TokenLoss:
-        clip = self._config
+
+def _quatro_advantages(config: c.QuatroConfig, batch: StepBatch) -> Prepared:
+    log_ratio = batch.sequence_log_ratio()
+    budget = kl_budget(
+        config.kl_budget_nats,
+        unit=config.kl_budget_unit,
+        staleness_exponent=config.staleness_exponent,
+        shrink_by_ess=config.shrink_by_ess,
+        headroom_exponent=config.headroom_exponent,
+        rewards=batch.rewards,
+        lengths=batch.lengths(),
+        staleness=batch.query_staleness(),
+        sequence_log_ratio=log_ratio,
+        valid=batch.valid,
+    )
+    max_eta: Tensor | float = config.max_eta
+    if config.eta_cap == "first_order":
+        max_eta = advantages.first_order_eta(batch.rewards, batch.valid, budget, config.max_eta)
+    result = advantages.quatro(
+        batch.rewards,
+        batch.valid,
+        log_ratio,
+        kl_budget_nats=budget,
+        max_eta=max_eta,
+        stabilizer=config.stabilizer,
+    )
+    return Prepared(result.advantage, diagnostics=_trust_region_metrics(result, batch.valid, budget))
+
+
+def _trust_region_metrics(result: advantages.QuatroAdvantages, valid: Tensor, budget: Tensor) -> StepMetrics:
+    """Args: valid: bool [Q, G]; budget: float64 [Q], nats per response."""
+    solution = result.solution
+    informative = solution.status != int(Status.VOID)
+    metrics: StepMetrics = {
+        "trust_region/kl_budget_nats": budget.tolist(),
+        "trust_region/eta": solution.eta[informative].tolist(),
+        "trust_region/lambda": (1 / solution.eta)[informative].tolist(),
+        "trust_region/target_kl_nats": solution.kl_nats.tolist(),
+        "trust_region/target_log_ratio": solution.target_log_ratio[valid & informative[:, None]].tolist(),
+        "trust_region/residual": result.advantage[valid].tolist(),
+    }
+    for status in Status:
+        share = (solution.status == int(status)).double().mean()
+        metrics[f"trust_region/frac_{status.name.lower()}"] = float(share)
+    return metrics
+
+
+def _clipped(config: c.GrpoConfig | c.DrGrpoConfig | c.DapoConfig) -> Callable[[TokenBatch, float], TokenLoss]:
+    """Return the loss that GRPO, Dr. GRPO and DAPO share."""
+
+    def loss(t: TokenBatch, _: float) -> TokenLoss:
+        return losses.clipped(t.log_ratio(), t.advantage, clip_low=config.clip_low, clip_high=config.clip_high)
+
+    return loss
+
+
+def grpo(config: c.GrpoConfig) -> Objective:
+    return Objective(_clipped(config), loss_agg_mode="seq_mean_token_mean")
+
+
+def dr_grpo(config: c.DrGrpoConfig) -> Objective:
+    return Objective(_clipped(config), prepare=_group_centred, loss_agg_mode="seq_mean_token_sum_norm")
+
+
+def dapo(config: c.DapoConfig) -> Objective:
+    return Objective(_clipped(config))
+
+
+def gspo(config: c.GspoConfig) -> Objective:
+    def loss(t: TokenBatch, _: float) -> TokenLoss:
         ratio = t.log_ratio("geometric")
-        return losses.gspo(t.policy_logprobs, ratio, t.advantage, clip_low=clip.clip_low, clip_high=clip.clip_high)
+        return losses.gspo(t.policy_logprobs, ratio, t.advantage, clip_low=config.clip_low, clip_high=config.clip_high)
+
+    return Objective(loss, loss_agg_mode="seq_mean_token_mean")
 
 
-class Cispo(Objective):
-    def __init__(self, config: c.CispoConfig) -> None:
-        self._upper = config.weight_upper
+def cispo(config: c.CispoConfig) -> Objective:
+    def loss(t: TokenBatch, _: float) -> TokenLoss:
+        return losses.cispo(t.policy_logprobs, t.behavior_logprobs, t.advantage, upper=config.weight_upper)
 
-    def token_loss(self, t: TokenBatch, constant: float) -> TokenLoss:
-        return losses.cispo(t.policy_logprobs, t.behavior_logprobs, t.advantage, upper=self._upper)
+    return Objective(loss)
 
 
-class DecoupledPpo(Objective):
-    def __init__(self, config: c.DecoupledPpoConfig) -> None:
-        self._config = config
-
-    def token_loss(self, t: TokenBatch, constant: float) -> TokenLoss:
-        config = self._config
+def decoupled_ppo(config: c.DecoupledPpoConfig) -> Objective:
+    def loss(t: TokenBatch, _: float) -> TokenLoss:
         proximal = t.proximal_logprobs
         if config.proximal == "interpolated":
             proximal = losses.interpolated_proximal(t.behavior_logprobs, proximal, t.staleness)
@@ -157,13 +167,11 @@ class DecoupledPpo(Objective):
             weight_cap=config.weight_cap,
         )
 
+    return Objective(loss)
 
-class TisGrpo(Objective):
-    def __init__(self, config: c.TisGrpoConfig) -> None:
-        self._config = config
 
-    def token_loss(self, t: TokenBatch, constant: float) -> TokenLoss:
-        config = self._config
+def tis_grpo(config: c.TisGrpoConfig) -> Objective:
+    def loss(t: TokenBatch, _: float) -> TokenLoss:
         return losses.tis_grpo(
             t.policy_logprobs,
             t.proximal_logprobs,
@@ -174,13 +182,11 @@ class TisGrpo(Objective):
             truncation=config.importance.truncation,
         )
 
+    return Objective(loss)
 
-class MisGrpo(Objective):
-    def __init__(self, config: c.MisGrpoConfig) -> None:
-        self._config = config
 
-    def token_loss(self, t: TokenBatch, constant: float) -> TokenLoss:
-        config = self._config
+def mis_grpo(config: c.MisGrpoConfig) -> Objective:
+    def loss(t: TokenBatch, _: float) -> TokenLoss:
         return losses.mis_grpo(
             t.policy_logprobs,
             t.proximal_logprobs,
@@ -192,59 +198,60 @@ class MisGrpo(Objective):
             mask_high=config.mask_high,
         )
 
+    return Objective(loss)
 
-class M2po(Objective):
-    needs_log_ratio = True
 
-    def __init__(self, config: c.M2poConfig) -> None:
-        self._tau = config.tau
-
-    def prepare(self, batch: StepBatch) -> Prepared:
-        advantage = advantages.group_normalised(batch.rewards, batch.valid)
+def m2po(config: c.M2poConfig) -> Objective:
+    def prepare(batch: StepBatch) -> Prepared:
         assert batch.log_ratio is not None
+        advantage = advantages.group_normalised(batch.rewards, batch.valid)
         of_token = advantage.flatten()[batch.rollout_index]
-        return Prepared(advantage, constant=losses.m2_threshold(batch.log_ratio, of_token, self._tau))
+        return Prepared(advantage, constant=losses.m2_threshold(batch.log_ratio, of_token, config.tau))
 
-    def token_loss(self, t: TokenBatch, constant: float) -> TokenLoss:
-        return losses.m2po(t.policy_logprobs, t.behavior_logprobs, t.advantage, log_ratio_threshold=constant)
+    def loss(t: TokenBatch, threshold: float) -> TokenLoss:
+        return losses.m2po(t.policy_logprobs, t.behavior_logprobs, t.advantage, log_ratio_threshold=threshold)
 
-
-class Sapo(Objective):
-    loss_agg_mode: AggregationMode = "seq_mean_token_mean"
-
-    def __init__(self, config: c.SapoConfig) -> None:
-        self._tau = {"tau_positive": config.tau_positive, "tau_negative": config.tau_negative}
-
-    def token_loss(self, t: TokenBatch, constant: float) -> TokenLoss:
-        return losses.sapo(t.policy_logprobs, t.behavior_logprobs, t.advantage, **self._tau)
+    return Objective(loss, prepare=prepare, needs_log_ratio=True)
 
 
-class Reinforce(Objective):
-    def __init__(self, config: c.ReinforceConfig) -> None:
-        self._config = config.importance
+def sapo(config: c.SapoConfig) -> Objective:
+    def loss(t: TokenBatch, _: float) -> TokenLoss:
+        return losses.sapo(
+            t.policy_logprobs,
+            t.behavior_logprobs,
+            t.advantage,
+            tau_positive=config.tau_positive,
+            tau_negative=config.tau_negative,
+        )
 
-    def prepare(self, batch: StepBatch) -> Prepared:
-        return Prepared(advantages.group_centred(batch.rewards, batch.valid))
-
-    def token_loss(self, t: TokenBatch, constant: float) -> TokenLoss:
-        config = self._config
-        return losses.reinforce(t.policy_logprobs, t.log_ratio(config.level), t.advantage, truncation=config.truncation)
+    return Objective(loss, loss_agg_mode="seq_mean_token_mean")
 
 
-OBJECTIVES: dict[str, Any] = {
-    "quatro": Quatro,
-    "grpo": Grpo,
-    "dr_grpo": DrGrpo,
-    "dapo": Dapo,
-    "gspo": Gspo,
-    "cispo": Cispo,
-    "decoupled_ppo": DecoupledPpo,
-    "tis_grpo": TisGrpo,
-    "mis_grpo": MisGrpo,
-    "m2po": M2po,
-    "sapo": Sapo,
-    "reinforce": Reinforce,
+def reinforce(config: c.ReinforceConfig) -> Objective:
+    importance = config.importance
+
+    def loss(t: TokenBatch, _: float) -> TokenLoss:
+        log_weight = t.log_ratio(importance.level)
+        return losses.reinforce(t.policy_logprobs, log_weight, t.advantage, truncation=importance.truncation)
+
+    return Objective(loss, prepare=_group_centred)
+
+
+OBJECTIVES: dict[str, Callable[[Any], Objective]] = {
+    "quatro": quatro,
+    "grpo": grpo,
+    "dr_grpo": dr_grpo,
+    "dapo": dapo,
+    "gspo": gspo,
+    "cispo": cispo,
+    "decoupled_ppo": decoupled_ppo,
+    "tis_grpo": tis_grpo,
+    "mis_grpo": mis_grpo,
+    "m2po": m2po,
+    "sapo": sapo,
+    "reinforce": reinforce,
 }
+"""One entry per member of the union ObjectiveConfig; the builder of a kind takes the configuration of that kind."""
 
 
 def make_objective(config: c.ObjectiveConfig) -> Objective:

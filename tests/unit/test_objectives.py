@@ -1,6 +1,6 @@
 """Every objective on a packed batch: what it pushes, and that no split into micro-batches changes its gradient."""
 
-from typing import Any
+from typing import Any, get_args
 
 import numpy as np
 import pytest
@@ -11,7 +11,7 @@ from torch import Tensor
 from quatro_ray.algorithms.aggregation import BatchSize, aggregate
 from quatro_ray.algorithms.kl_budget import headroom
 from quatro_ray.config import ObjectiveConfig
-from quatro_ray.engines.batches import make_step_batch, make_token_batch
+from quatro_ray.engines.batches import MicroBatchTensors, make_step_batch, make_token_batch
 from quatro_ray.engines.objectives import OBJECTIVES, make_objective
 from quatro_ray.replay.packing import pack
 from quatro_ray.replay.staleness import Lineage
@@ -45,16 +45,17 @@ def make_groups() -> list[RolloutGroup]:
     return [group(q, *(one() for _ in range(GROUP_SIZE))) for q in range(NUM_QUERIES)]
 
 
-def logprobs_of(theta: Tensor, t: dict[str, Tensor]) -> Tensor:
+def logprobs_of(theta: Tensor, t: MicroBatchTensors) -> Tensor:
     """A policy without context: the log-prob of a token depends on the position and the token."""
-    return torch.log_softmax(theta, dim=-1)[t["position_ids"], t["target_ids"]]
+    return torch.log_softmax(theta, dim=-1)[t.position_ids, t.target_ids]
 
 
 def gradient(kind: str, batch: LearnerBatch, theta: Tensor, mode: Any) -> Tensor:
     objective = make_objective(objective_config(kind))
-    micro = [{n: torch.tensor(v) for n, v in vars(m).items()} for rank in batch.micro_batches for m in rank]
-    ratios = [(logprobs_of(theta, t).detach() - t["behavior_logprobs"]).double()[t["is_response"]] for t in micro]
-    step_batch = make_step_batch(batch, torch.cat(ratios), torch.device("cpu"))
+    cpu = torch.device("cpu")
+    micro = [MicroBatchTensors.copy_from(m, cpu) for rank in batch.micro_batches for m in rank]
+    ratios = [(logprobs_of(theta, t).detach() - t.behavior_logprobs).double()[t.is_response] for t in micro]
+    step_batch = make_step_batch(batch, torch.cat(ratios), cpu)
     prepared = objective.prepare(step_batch)
     size = BatchSize(batch.num_tokens, batch.num_rollouts, NUM_QUERIES * GROUP_SIZE, LONGEST)
     total = torch.zeros_like(theta)
@@ -65,6 +66,11 @@ def gradient(kind: str, batch: LearnerBatch, theta: Tensor, mode: Any) -> Tensor
         loss = aggregate(per_token, tokens.is_response, tokens.rollout_index, mode or objective.loss_agg_mode, size)
         total += torch.autograd.grad(loss, theta)[0]
     return total
+
+
+def test_every_kind_of_the_configuration_has_its_objective() -> None:
+    union = get_args(get_args(ObjectiveConfig)[0])
+    assert {get_args(one.model_fields["kind"].annotation)[0] for one in union} == set(OBJECTIVES)
 
 
 @pytest.mark.parametrize("kind", sorted(OBJECTIVES))
