@@ -20,6 +20,7 @@ import ray
 
 from quatro_ray.actors.learner import LearnerActor
 from quatro_ray.config import LearnerConfig, QuatroConfig, StepControlConfig, TinyModelConfig
+from quatro_ray.engines.learner_spec import LearnerSpec
 from quatro_ray.engines.tiny_model import make_model, save_pretrained
 from quatro_ray.engines.tiny_tokenizer import make_tokenizer
 from quatro_ray.replay.staleness import Lineage
@@ -37,20 +38,18 @@ def start(model_path: Path, control: StepControlConfig) -> list[Any]:
         num_ranks=2, learning_rate=1e-3, dtype="float32", tokens_per_micro_batch=1100, step_control=control
     )
     env = {"env_vars": {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}}
-    actors = [
-        LearnerActor.options(num_cpus=0.25, runtime_env=env).remote(  # type: ignore[attr-defined]
-            str(model_path),
-            config,
-            QuatroConfig(kind="quatro"),
-            rank=rank,
-            device="cpu",
-            temperature=1.0,
-            max_response_tokens=RESPONSE_TOKENS,
-            seed=0,
-            num_steps=NUM_STEPS,
-        )
-        for rank in range(2)
-    ]
+    spec = LearnerSpec(
+        model_path=str(model_path),
+        config=config,
+        objective=QuatroConfig(kind="quatro"),
+        device="cpu",
+        temperature=1.0,
+        max_response_tokens=RESPONSE_TOKENS,
+        seed=0,
+        num_steps=NUM_STEPS,
+    )
+    made = LearnerActor.options(num_cpus=0.25, runtime_env=env)  # type: ignore[attr-defined]
+    actors = [made.remote(spec, rank=rank) for rank in range(2)]
     address, port = ray.get([actors[0].address.remote(), actors[0].free_port.remote()], timeout=120)
     ray.get([a.start.remote(address, port) for a in actors], timeout=240)
     return actors

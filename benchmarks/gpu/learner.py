@@ -24,6 +24,7 @@ import numpy as np
 import torch
 
 from quatro_ray.config import LearnerConfig, QuatroConfig, StepControlConfig
+from quatro_ray.engines.learner_spec import LearnerSpec
 from quatro_ray.engines.learning import LearningEngine
 from quatro_ray.replay.packing import pack
 from quatro_ray.replay.staleness import Lineage
@@ -128,17 +129,17 @@ def make_engine(case: Case, path: str) -> LearningEngine:
         attn_implementation=case.attention,
         step_control=control,
     )
-    engine = LearningEngine(
-        path,
-        config,
-        QuatroConfig(kind="quatro"),
-        rank=0,
+    spec = LearnerSpec(
+        model_path=path,
+        config=config,
+        objective=QuatroConfig(kind="quatro"),
         device="cuda" if case.device == "cuda" else "cpu",
         temperature=1.0,
         max_response_tokens=case.response_tokens,
         seed=0,
         num_steps=100,
     )
+    engine = LearningEngine(spec, rank=0)
     with socket.socket() as s:
         s.bind(("127.0.0.1", 0))
         port = s.getsockname()[1]

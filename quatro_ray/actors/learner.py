@@ -4,79 +4,68 @@ from __future__ import annotations
 
 import os
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import ray
+from numpy.typing import NDArray
 
 from quatro_ray.actors.base import WATCHED, HostMixin, interface_of
-from quatro_ray.config import LearnerConfig, ObjectiveConfig, WeightSyncConfig
+from quatro_ray.config import WeightSyncConfig
 from quatro_ray.engines.checkpoint_store import Digests, digest_files
+from quatro_ray.engines.learner_spec import LearnerSpec
+from quatro_ray.replay.buffer import LeasedBatch
 from quatro_ray.replay.packing import pack
 from quatro_ray.replay.staleness import Lineage
-from quatro_ray.types import RolloutGroup
+from quatro_ray.types import LearnerBatch, RolloutGroup, StepMetrics
 from quatro_ray.weight_sync.engine_client import EngineClient
 
 
 @ray.remote(concurrency_groups=WATCHED)
 class LearnerActor(HostMixin):
-    """Every method but those about the host is a collective: call it on all ranks."""
+    """One ZeRO-3 rank. Every method except those of HostMixin is a collective: call it on all ranks."""
 
-    def __init__(
-        self,
-        model_path: str,
-        config: LearnerConfig,
-        objective: ObjectiveConfig,
-        *,
-        rank: int,
-        device: str,
-        temperature: float,
-        max_response_tokens: int,
-        seed: int,
-        num_steps: int,
-    ) -> None:
-        # here, not above: who only spawns the actor needs neither torch nor DeepSpeed
+    def __init__(self, spec: LearnerSpec, rank: int) -> None:
+        # imported here, because the process that spawns the actor needs neither torch nor DeepSpeed
         from quatro_ray.engines.learning import LearningEngine
 
         if interface := interface_of(self.address()):
             os.environ.setdefault("GLOO_SOCKET_IFNAME", interface)
         self._rank = rank
-        self._config = config
-        self._engine = LearningEngine(
-            model_path,
-            config,
-            objective,
-            rank=rank,
-            device=device,  # type: ignore[arg-type]
-            temperature=temperature,
-            max_response_tokens=max_response_tokens,
-            seed=seed,
-            num_steps=num_steps,
-        )
+        self._config = spec.config
+        self._engine = LearningEngine(spec, rank=rank)
 
     def start(self, master_address: str, master_port: int) -> None:
         self._engine.start(master_address, master_port)
 
-    def train_step(self, leased: tuple[tuple[RolloutGroup, ...], Lineage], version: int) -> dict[str, Any]:
-        """Each rank packs the same plan from the same groups and trains its own part of it."""
-        return self._engine.train_step(self._pack(*leased), version)
+    def train_step(self, leased: LeasedBatch, version: int) -> StepMetrics:
+        """Train this rank's share of the batch; every rank packs the same plan from the same groups."""
+        return self._engine.train_step(self._pack(leased.groups, leased.lineage), version)
 
-    def logprobs(self, groups: tuple[RolloutGroup, ...]) -> list[np.ndarray]:
+    def logprobs(self, groups: tuple[RolloutGroup, ...]) -> list[NDArray[np.float32]]:
+        """Return the log-probs of the targets, float32 [N] in nats for each micro-batch of this rank."""
         return self._engine.logprobs(self._pack(groups, Lineage.unbroken(self._engine.version)))
 
-    def _pack(self, groups: tuple[RolloutGroup, ...], lineage: Lineage) -> Any:
+    def _pack(self, groups: tuple[RolloutGroup, ...], lineage: Lineage) -> LearnerBatch:
         tokens = self._config.tokens_per_micro_batch
         return pack(groups, lineage, num_ranks=self._config.num_ranks, tokens_per_micro_batch=tokens)
 
     def open_weight_transfer(
         self,
-        backend: str,
+        backend: Literal["nccl", "gloo"],
         generators: list[Any],
         workers_per_engine: int,
         master_address: str,
         master_port: int,
         config: WeightSyncConfig,
     ) -> None:
+        """Connect to the workers of all engines; replaces an earlier connection.
+
+        Args:
+            generators: actor handles, in the order of their workers' ranks.
+            workers_per_engine: tensor-parallel size of an engine.
+            master_address: host of rank 0, at which the workers meet it.
+        """
         from quatro_ray.weight_sync.sender import open_transfer
 
         self._client = EngineClient(
@@ -88,7 +77,7 @@ class LearnerActor(HostMixin):
             transfer_deadline_s=config.transfer_deadline_s,
         )
         self._transfer = open_transfer(
-            backend,  # type: ignore[arg-type]
+            backend,
             rank=self._rank,
             master_address=master_address,
             master_port=master_port,
@@ -99,10 +88,12 @@ class LearnerActor(HostMixin):
         )
 
     def send_weights(self, version: int) -> None:
-        """Whatever fails between this rank and the engines, it takes part in all gathers, so that ranks stay in step.
+        """Send the weights to the connected engines, which then hold `version`.
+
+        If the connection fails, this rank still takes part in all gathers, so that the ranks stay in step.
 
         Raises:
-            RuntimeError: this rank does not hold the version it is to send.
+            RuntimeError: this rank does not hold `version`.
         """
         if version != self._engine.version:
             raise RuntimeError(f"rank {self._rank} holds version {self._engine.version}, not {version}")
@@ -111,7 +102,7 @@ class LearnerActor(HostMixin):
             self._transfer.send_weights()
 
     def save_checkpoint(self, folder: Path) -> Digests:
-        """Returns the digests of this rank's share of the files; shares are of equal size."""
+        """Write this rank's shard, and return the digests of its equal share of all files."""
         self._engine.save_checkpoint(folder)
         return digest_files(folder, self._rank, self._config.num_ranks)
 
@@ -119,7 +110,9 @@ class LearnerActor(HostMixin):
         self._engine.load_checkpoint(folder, version)
 
     def set_version(self, version: int) -> None:
+        """Give the present weights another version number."""
         self._engine.version = version
 
     def export(self, path: Path) -> None:
+        """Write the weights in Hugging Face format."""
         self._engine.export(path)

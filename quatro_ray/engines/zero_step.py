@@ -1,29 +1,34 @@
-"""Moving ZeRO-3's weights back along the last optimiser step, each rank on its own shard."""
+"""Moves ZeRO-3's weights back along the last optimiser step, each rank on its own shard."""
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
+
+from quatro_ray.engines.zero_engine import ZeroOptimizer
 
 
 class ZeroStep:
-    """Remembers the fp32 shards before a step: 4 bytes a parameter, divided over the ranks, where they live."""
+    """A copy of the fp32 shards before a step, on their own device: 4 bytes per parameter, divided over the ranks."""
 
-    def __init__(self, optimizer: Any) -> None:
-        """`optimizer`: DeepSpeed's stage 3 optimizer."""
+    def __init__(self, optimizer: ZeroOptimizer) -> None:
         self._optimizer = optimizer
         self._start = [shard.detach().clone() for shard in optimizer.fp32_partitioned_groups_flat]
         self._kept = 1.0
 
     @torch.no_grad()
     def move_to(self, kept: float) -> None:
-        """weights = start + kept · (stepped − start). A collective: parameters kept whole are gathered again."""
+        """Set the weights to start + kept · (stepped − start); a collective.
+
+        Parameters that every rank keeps whole are gathered again.
+
+        Args:
+            kept: fraction of the step, in (0, 1].
+        """
         optimizer = self._optimizer
-        optimizer._partition_all_parameters()  # what a pass has gathered would be stale
+        optimizer._partition_all_parameters()  # full parameters left by a forward pass would be stale
         for group, (start, shard) in enumerate(zip(self._start, optimizer.fp32_partitioned_groups_flat, strict=True)):
             shard.data.sub_(start).mul_(kept / self._kept).add_(start)
-            # into the shards that the passes read, as the optimiser's own step does
+            # copy into the shards that forward passes read, as the optimiser's own step does
             optimizer._reassign_or_swap_out_partitioned_parameters(group)
         self._kept = kept
         if optimizer.persistent_parameters:

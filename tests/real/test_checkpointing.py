@@ -21,6 +21,7 @@ from ray.exceptions import RayTaskError
 
 from quatro_ray.actors.base import interface_of
 from quatro_ray.config import LearnerConfig, ObjectiveConfig
+from quatro_ray.engines.learner_spec import LearnerSpec
 from quatro_ray.errors import CheckpointError
 from quatro_ray.replay.packing import pack
 from quatro_ray.replay.staleness import Lineage
@@ -52,17 +53,17 @@ class RankActor:
         if interface := interface_of(ray.util.get_node_ip_address()):
             os.environ.setdefault("GLOO_SOCKET_IFNAME", interface)
         self._config = config
-        self._engine = Engine(
-            model_path,
-            config,
-            TypeAdapter(ObjectiveConfig).validate_python({"kind": "quatro"}),
-            rank=rank,
+        spec = LearnerSpec(
+            model_path=model_path,
+            config=config,
+            objective=TypeAdapter(ObjectiveConfig).validate_python({"kind": "quatro"}),
             device="cpu",
             temperature=1.0,
             max_response_tokens=9,
             seed=0,
             num_steps=2 * NUM_STEPS + 1,
         )
+        self._engine = Engine(spec, rank=rank)
 
     def meeting_point(self) -> tuple[str, int]:
         with socket.socket() as s:
@@ -94,11 +95,11 @@ class RankActor:
         from deepspeed.utils import safe_get_full_fp32_param, safe_get_full_optimizer_state
 
         found: State = {name: {"weight": tensor.clone()} for name, tensor in self._engine.weights}
-        for name, parameter in self._engine._policy.checkpoint_names().items():
+        for name, parameter in self._engine._loaded.policy.checkpoint_names().items():
             found[name]["fp32"] = safe_get_full_fp32_param(parameter).clone()
             for key in ("exp_avg", "exp_avg_sq"):
                 found[name][key] = safe_get_full_optimizer_state(parameter, key).clone()
-        optimizer = self._engine._engine.optimizer
+        optimizer = self._engine._loaded.engine.optimizer
         steps = [float(s["step"]) for s in optimizer.optimizer.state.values()]
         return found, steps, optimizer.param_groups[0]["lr"]
 

@@ -14,6 +14,7 @@ from pydantic import TypeAdapter
 
 from quatro_ray.actors.learner import LearnerActor
 from quatro_ray.config import LearnerConfig, ObjectiveConfig
+from quatro_ray.engines.learner_spec import LearnerSpec
 from quatro_ray.replay.packing import pack
 from quatro_ray.replay.staleness import Lineage
 from quatro_ray.types import Outcome, Query, Rollout, RolloutGroup, Score, VersionSpan
@@ -54,20 +55,17 @@ def learners(model_path: str, objective: str = "quatro", **settings: Any) -> Ite
     config = LearnerConfig.model_validate(fields)
     env = {"env_vars": {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}}
     made = LearnerActor.options(num_cpus=0.5, runtime_env=env)  # type: ignore[attr-defined]
-    actors = [
-        made.remote(
-            model_path,
-            config,
-            chosen,
-            rank=i,
-            device="cpu",
-            temperature=1.0,
-            max_response_tokens=9,
-            seed=0,
-            num_steps=9,
-        )
-        for i in range(2)
-    ]
+    spec = LearnerSpec(
+        model_path=model_path,
+        config=config,
+        objective=chosen,
+        device="cpu",
+        temperature=1.0,
+        max_response_tokens=9,
+        seed=0,
+        num_steps=9,
+    )
+    actors = [made.remote(spec, rank=i) for i in range(2)]
     try:
         head = [actors[0].address.remote(), actors[0].free_port.remote()]
         address, port = ray.get(head, timeout=120)
