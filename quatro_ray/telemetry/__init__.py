@@ -1,1 +1,1 @@
-"""Metrics, timeline, progress, report: written in one place each."""
+"""Records of a run: metrics, timeline, events, notes, logging, the progress line and the report."""

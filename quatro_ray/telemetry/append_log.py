@@ -1,4 +1,4 @@
-"""A text file that is only added to, line by line, and outlives a full disk and a machine that dies."""
+"""A text file that is only appended to, line by line, and survives a full disk and a crash of the machine."""
 
 from __future__ import annotations
 
@@ -7,14 +7,15 @@ from collections.abc import Callable
 from itertools import takewhile
 from pathlib import Path
 
-_NO_ROOM = (errno.ENOSPC, errno.EDQUOT)
+_NO_SPACE = (errno.ENOSPC, errno.EDQUOT)
 _MAX_WAITING_BYTES = 2**24
 
 
 class AppendLog:
-    """Where there is no room, lines wait in memory until there is; beyond 16 MiB they are dropped and counted.
+    """A file of lines, opened in append mode.
 
-    A last line without its end, of a writer that died, is cut off when the file is opened.
+    While the disk is full, lines wait in memory; beyond 16 MiB they are dropped and counted. If a writer died within a
+    line, that incomplete last line is removed when the file is opened.
     """
 
     def __init__(self, path: Path) -> None:
@@ -27,7 +28,7 @@ class AppendLog:
             self._file.truncate(content.rfind(b"\n") + 1)
 
     def write(self, line: str) -> None:
-        """`line`: without its end. Raises OSError for anything else than a full disk."""
+        """Append a line, given without its line end. Raises OSError for any error except a full disk."""
         encoded = line.encode("utf-8", "backslashreplace") + b"\n"
         if len(self._waiting) + len(encoded) > _MAX_WAITING_BYTES:
             self.num_dropped += 1
@@ -37,19 +38,23 @@ class AppendLog:
 
     @property
     def num_waiting(self) -> int:
-        """Lines, for room on the disk; one of them may be there in part."""
+        """Lines that wait for space on the disk; part of the first one may be on disk already."""
         return self._waiting.count(b"\n")
 
     def keep(self, is_kept: Callable[[bytes], bool]) -> None:
-        """Only such lines. Those before the first other one are not written again, so that this needs no room."""
+        """Delete all lines for which `is_kept` is false.
+
+        Lines before the first deleted one are not written again, so this works on a full disk.
+        """
         on_disk = self._path.read_bytes()
         lines = (on_disk + self._waiting).splitlines(keepends=True)
-        stays = min(sum(map(len, takewhile(is_kept, lines))), len(on_disk))
-        self._file.truncate(stays)
-        self._waiting = bytearray(b"".join(line for line in lines if is_kept(line))[stays:])
+        num_kept_bytes = min(sum(map(len, takewhile(is_kept, lines))), len(on_disk))
+        self._file.truncate(num_kept_bytes)
+        self._waiting = bytearray(b"".join(line for line in lines if is_kept(line))[num_kept_bytes:])
         self._flush()
 
     def close(self) -> None:
+        """Write the lines that wait, as far as there is space, and close the file."""
         self._flush()
         self._file.close()
 
@@ -58,5 +63,5 @@ class AppendLog:
             while self._waiting:
                 del self._waiting[: self._file.write(self._waiting)]
         except OSError as error:
-            if error.errno not in _NO_ROOM:
+            if error.errno not in _NO_SPACE:
                 raise

@@ -1,27 +1,35 @@
-"""One line that people can read at a glance: kept in place on a terminal, one every few seconds elsewhere."""
+"""A progress line that people can read at a glance: updated in place on a terminal, one every few seconds elsewhere."""
 
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping
-from typing import Any
+from typing import cast
 
 from rich.console import Console
 from rich.status import Status
 
-from quatro_ray.types import EvaluationResult
+from quatro_ray.types import EvaluationResult, StepMetrics
 
 _SECONDS_BETWEEN_LINES = 5.0
 
 
 class Progress:
-    def __init__(self, console: Console | None = None) -> None:
+    """What the user sees on the terminal while a run is in progress.
+
+    Args:
+        console: where to print; by default stdout.
+        in_place: update the line in place if the console is a terminal. Log messages on stderr would break such a line.
+    """
+
+    def __init__(self, console: Console | None = None, *, in_place: bool = True) -> None:
         self._console = console or Console(highlight=False, soft_wrap=True)
+        self._in_place = in_place and self._console.is_terminal
         self._status: Status | None = None
         self._printed_at = -_SECONDS_BETWEEN_LINES
 
-    def step(self, step: int, num_steps: int, metrics: Mapping[str, Any], elapsed_s: float) -> None:
-        kl = metrics["policy/realised_kl_nats"]
+    def step(self, step: int, num_steps: int, metrics: StepMetrics, elapsed_s: float) -> None:
+        """Show the progress line after an optimiser step; off a terminal at most one every few seconds."""
+        kl = cast(list[float], metrics["policy/realised_kl_nats"])
         line = (
             f"step {step}/{num_steps}  reward {metrics['reward/mean']:.3f}  entropy {metrics['policy/entropy']:.2f}  "
             f"KL {sum(kl) / len(kl):.3f}  staleness {metrics['off_policy/staleness_mean']:.1f} "
@@ -29,7 +37,7 @@ class Progress:
         )
         if metrics["step/skipped"]:
             self.say(f"step {step}: loss or gradient not finite, update skipped")
-        if self._console.is_terminal:
+        if self._in_place:
             if self._status is None:
                 self._status = self._console.status(line)
                 self._status.start()
@@ -39,11 +47,14 @@ class Progress:
             self._console.print(line)
 
     def evaluation(self, result: EvaluationResult) -> None:
+        """Print the result of one evaluation set."""
         self.say(f"version {result.version}: {result.line()}")
 
     def say(self, message: str) -> None:
-        self._console.print(message, markup=False)  # a message may hold what looks like it
+        """Print a message on a line of its own."""
+        self._console.print(message, markup=False)  # text in brackets would be taken for markup
 
     def close(self) -> None:
+        """Remove the line that is updated in place."""
         if self._status is not None:
             self._status.stop()

@@ -1,22 +1,45 @@
-"""The only writer of a run's records: metrics, rollouts, timeline, notes, TensorBoard, the progress line."""
+"""The only writer of a run's records: metrics, rollouts, timeline, events, notes, TensorBoard, the progress line."""
 
 from __future__ import annotations
 
 import json
+import logging
 import time
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence, Set
 from contextlib import contextmanager
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 from quatro_ray.telemetry.append_log import AppendLog
 from quatro_ray.telemetry.console import Progress
-from quatro_ray.types import EvaluationResult
+from quatro_ray.types import EngineLoad, EvaluationResult, StepMetrics
+
+_OF_EVALUATIONS = ("evaluations", "evaluation_rollouts")
+_BY_STEP = ("metrics", "rollouts", *_OF_EVALUATIONS)
+_SHOWN_EVENTS = {"lost", "recovered", "given_up", "fell_back", "damaged", "failed"}
+_WARNING_EVENTS = {"lost", "given_up", "damaged", "failed"}
+
+_logger = logging.getLogger(__name__)
+# Without any handler Python prints warnings on stderr, and the terminal has them from the progress line already.
+_logger.addHandler(logging.NullHandler())
 
 
 class Recorder:
-    """Times are seconds since the run began. Files are added to: a run that goes on goes on in them."""
+    """Writes everything that a run records. Times are in seconds since the run began, earlier parts of it included.
+
+    Files are opened in append mode, so a resumed run continues them.
+
+    Args:
+        run_dir: where the files are written.
+        num_steps: optimiser steps of the whole run, for the progress line.
+        tensorboard: write event files for TensorBoard too.
+        progress: the terminal.
+
+    Attributes:
+        seconds: total duration of the phases with this name.
+    """
 
     def __init__(self, run_dir: Path, *, num_steps: int, tensorboard: bool, progress: Progress) -> None:
         self._num_steps = num_steps
@@ -28,16 +51,15 @@ class Recorder:
         self._is_full = False
         self._start = time.monotonic() - _last_time(run_dir / "timeline.jsonl")
         self._board = _tensorboard(run_dir / "tensorboard", self.say) if tensorboard else None
-        self._step = 0
         self.seconds: defaultdict[str, float] = defaultdict(float)
-        """By phase."""
 
     def now(self) -> float:
+        """Return the seconds since the run began; a resumed run continues from the last time in its timeline."""
         return time.monotonic() - self._start
 
     @contextmanager
     def phase(self, role: str, name: str) -> Iterator[None]:
-        """A stretch of time in which `role` does `name`; phases of one role do not overlap."""
+        """Record how long `role` spends on `name` inside the with block. Phases of one role do not overlap."""
         start = self.now()
         try:
             yield
@@ -46,20 +68,32 @@ class Recorder:
             self.seconds[name] += end - start
             _write(self._timeline, {"role": role, "phase": name, "start": start, "end": end})
 
-    def engine_load(self, index: int, load: Mapping[str, int]) -> None:
-        _write(self._timeline, {"role": f"generator {index}", "t": self.now(), **load})
+    def engine_load(self, index: int, load: EngineLoad) -> None:
+        """Add what an engine reports about its work to the timeline."""
+        _write(self._timeline, {"role": f"generator {index}", "t": self.now(), **asdict(load)})
 
     def event(self, event: str, part: str, **detail: Any) -> None:
-        """What happened to a part of the run: events.jsonl, the notes, and, if it is bad news, the terminal."""
+        """Record what happened to a component in events.jsonl and the notes, and show losses and recoveries.
+
+        Args:
+            event: what happened, such as lost, recovered, fell_back or written.
+            part: the component, such as `generator 0`.
+            detail: further fields of the record.
+        """
         _write(self._events, {"time_s": self.now(), "clock_s": time.time(), "event": event, "part": part, **detail})
         shown = ", ".join(f"{k} {v}" for k, v in detail.items())
-        (self.say if event in _TOLD else self.note)(
-            f"{part}: {event.replace('_', ' ')}{f' ({shown})' if shown else ''}"
-        )
+        message = f"{part}: {event.replace('_', ' ')}{f' ({shown})' if shown else ''}"
+        self.note(message, level=logging.WARNING if event in _WARNING_EVENTS else logging.INFO)
+        if event in _SHOWN_EVENTS:
+            self._progress.say(message)
 
     def rewind(self, step: int, evaluated: Set[int]) -> None:
-        """What was recorded of steps after this one, and of evaluations of other steps, is taken back: it is made
-        again, otherwise."""
+        """Delete records of later steps and of abandoned evaluations; the resumed run writes them again.
+
+        Args:
+            step: the last step whose records stay.
+            evaluated: steps whose evaluations stay.
+        """
         for name, file in self._by_step.items():
             if name in _OF_EVALUATIONS:
                 file.keep(lambda line: _step(line) in evaluated)
@@ -68,8 +102,8 @@ class Recorder:
         if self._board is not None:
             self._board.restart(step + 1)
 
-    def step(self, step: int, metrics: Mapping[str, Any], samples: Sequence[Mapping[str, Any]]) -> None:
-        self._step = step
+    def step(self, step: int, metrics: StepMetrics, samples: Sequence[Mapping[str, Any]]) -> None:
+        """Record an optimiser step: its metrics, and the sampled groups as rollouts.jsonl has them."""
         shown = {name: _rounded(v) if isinstance(v, list) else v for name, v in metrics.items()}
         _write(self._by_step["metrics"], {"step": step, "time_s": self.now(), **shown})
         for group in samples:
@@ -81,6 +115,7 @@ class Recorder:
         self._progress.step(step, self._num_steps, metrics, self.now())
 
     def evaluation(self, result: EvaluationResult) -> None:
+        """Record and show the result of one evaluation set."""
         record = result.record()
         _write(self._by_step["evaluations"], {"step": result.step, "time_s": self.now(), **record})
         for group in result.rollouts:
@@ -91,35 +126,37 @@ class Recorder:
                     self._board.add_scalar(f"eval/{result.name}/{name}", value, result.step)
         self._progress.evaluation(result)
 
-    def note(self, message: str) -> None:
+    def note(self, message: str, *, level: int = logging.INFO) -> None:
+        """Write a line to notes.log and to Python's logging."""
         self._notes.write(f"{self.now():.1f} s  {message}")
-        self._tell_of_a_full_disk()
+        _logger.log(level, "%s", message)
+        self._warn_if_disk_became_full()
 
-    def _tell_of_a_full_disk(self) -> None:
-        """Once each time."""
+    def _warn_if_disk_became_full(self) -> None:
         was_full, self._is_full = self._is_full, self._notes.num_waiting > 0
         if self._is_full and not was_full:
-            self._progress.say("the disk of run.dir is full: records wait in memory until there is room")
+            self._warn("the disk of run.dir is full: records wait in memory until there is space")
+
+    def _warn(self, message: str) -> None:
+        """Show a message that notes.log cannot take."""
+        _logger.warning("%s", message)
+        self._progress.say(message)
 
     def say(self, message: str) -> None:
-        """On the terminal and in the notes."""
+        """Show a message on the terminal, and note it."""
         self.note(message)
         self._progress.say(message)
 
     def close(self) -> None:
+        """Write what waits and close all files. Records for which the disk has no space are counted and reported."""
         if self._board is not None:
-            self._board.close()  # which may have something to say
+            self._board.close()  # may still say something
         files = [self._timeline, self._events, self._notes, *self._by_step.values()]
         for file in files:
             file.close()
         if lost := sum(file.num_dropped + file.num_waiting for file in files):
-            self._progress.say(f"{lost} records could not be written: the disk of run.dir is full")
+            self._warn(f"{lost} records could not be written: the disk of run.dir is full")
         self._progress.close()
-
-
-_OF_EVALUATIONS = ("evaluations", "evaluation_rollouts")
-_BY_STEP = ("metrics", "rollouts", *_OF_EVALUATIONS)
-_TOLD = {"lost", "recovered", "given_up", "fell_back", "damaged", "failed"}
 
 
 def _step(line: bytes) -> int:
@@ -127,15 +164,15 @@ def _step(line: bytes) -> int:
 
 
 def _last_time(timeline: Path) -> float:
-    """Seconds that an earlier part of the run recorded last; 0 where there is none."""
+    """Return the last time that an earlier part of the run recorded, in seconds; 0 if there is none."""
     if not timeline.is_file():
         return 0.0
     lines = [json.loads(line) for line in timeline.read_text(encoding="utf-8").splitlines()]
     return max((line.get("end", line.get("t", 0.0)) for line in lines), default=0.0)
 
 
-def _rounded(values: list[Any]) -> list[Any]:
-    """Distributions have hundreds of values a step: six digits are enough for them."""
+def _rounded(values: list[float]) -> list[float]:
+    """Round to six significant digits; distributions have hundreds of values a step."""
     return [float(f"{v:.6g}") if isinstance(v, float) else v for v in values]
 
 
@@ -143,7 +180,7 @@ def _write(file: AppendLog, record: Mapping[str, Any]) -> None:
     file.write(json.dumps(record))
 
 
-def _tensorboard(path: Path, say: Callable[[str], None]) -> Any:
+def _tensorboard(path: Path, say: Callable[[str], None]) -> _Board:
     from tensorboard.compat.proto.summary_pb2 import Summary
     from tensorboard.summary.writer.event_file_writer import EventFileWriter
 
@@ -151,7 +188,10 @@ def _tensorboard(path: Path, say: Callable[[str], None]) -> Any:
 
 
 class _Board:
-    """Scalars for TensorBoard without torch in the controller's process; they end where its disk is full."""
+    """Writes scalars for TensorBoard, without importing torch into the controller's process.
+
+    After its first error, such as a full disk, nothing more is written.
+    """
 
     def __init__(self, writer: Any, summary_type: Any, say: Callable[[str], None]) -> None:
         self._writer = writer
@@ -165,24 +205,25 @@ class _Board:
         self._add(Event(wall_time=time.time(), step=step, summary=summary))
 
     def restart(self, step: int) -> None:
-        """Tells readers to forget what they have from this step on."""
+        """Tell readers of the event file to discard all scalars from this step on."""
         from tensorboard.compat.proto.event_pb2 import Event, SessionLog
 
         log = SessionLog(status=SessionLog.START)
         self._add(Event(wall_time=time.time(), step=step, session_log=log))
 
     def _add(self, event: Any) -> None:
-        self._while_it_writes(lambda: self._writer.add_event(event))
+        self._unless_failed(lambda: self._writer.add_event(event))
 
     def close(self) -> None:
-        self._while_it_writes(lambda: self._writer.close())
+        self._unless_failed(lambda: self._writer.close())
 
-    def _while_it_writes(self, action: Callable[[], None]) -> None:
-        """TensorBoard's thread ends at its first error, and every later call raises it."""
+    def _unless_failed(self, action: Callable[[], None]) -> None:
+        """Run `action`, unless one failed before: TensorBoard's thread ends at its first error, which every later call
+        raises again."""
         if self._writer is None:
             return
         try:
             action()
         except OSError as error:
             self._writer = None
-            self._say(f"nothing more for TensorBoard: {error}")
+            self._say(f"TensorBoard's event file cannot be written, so its scalars end here: {error}")

@@ -11,6 +11,7 @@ from benchmarks.faults.disk import Disk
 from quatro_ray.telemetry.append_log import AppendLog
 from quatro_ray.telemetry.console import Progress
 from quatro_ray.telemetry.recorder import Recorder
+from quatro_ray.types import EngineLoad
 
 
 @pytest.fixture
@@ -80,14 +81,14 @@ def test_a_full_disk_is_told_once_and_ends_nothing(disk: Disk, capsys: pytest.Ca
     recorder = Recorder(path, num_steps=10, tensorboard=True, progress=Progress())
     disk.fill(leave_bytes=0)
     for index in range(3000):
-        recorder.engine_load(0, {"num_running": index})
+        recorder.engine_load(0, EngineLoad(index, 0, 0, is_alive=True))
         recorder.note(f"note {index}")
     with recorder.phase("learner", "train"):
         recorder.event("lost", "generator 0", why="it was killed")
     assert capsys.readouterr().out.count("the disk of run.dir is full: records wait") == 1
     disk.free()
     recorder.note("room again")
-    recorder.engine_load(0, {"num_running": -1})
+    recorder.engine_load(0, EngineLoad(-1, 0, 0, is_alive=True))
     recorder.close()
     assert "could not be written" not in capsys.readouterr().out
     assert len((path / "timeline.jsonl").read_text().splitlines()) == 3002
