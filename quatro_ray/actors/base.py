@@ -6,11 +6,13 @@ import socket
 import sys
 import threading
 import traceback
+from typing import Any, Self
 
 import psutil
 import ray
 
 from quatro_ray.actors.memory import peak_rss_bytes
+from quatro_ray.telemetry.logs import log_to_stderr
 
 WATCH = "watch"
 WATCHED = {WATCH: 1}
@@ -19,6 +21,11 @@ WATCHED = {WATCH: 1}
 
 class HostMixin:
     """Address, a free port, and memory of the actor's process tree. Its actors have concurrency_groups=WATCHED."""
+
+    def __new__(cls, *_args: Any, **_kwargs: Any) -> Self:
+        """Send the process's log messages to Ray's log files; an actor has a process of its own."""
+        log_to_stderr()
+        return super().__new__(cls)
 
     def address(self) -> str:
         return ray.util.get_node_ip_address()

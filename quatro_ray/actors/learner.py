@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 from pathlib import Path
 from typing import Any, Literal
@@ -20,6 +21,8 @@ from quatro_ray.replay.staleness import Lineage
 from quatro_ray.types import LearnerBatch, RolloutGroup, StepMetrics
 from quatro_ray.weight_sync.engine_client import EngineClient
 
+_logger = logging.getLogger(__name__)
+
 
 @ray.remote(concurrency_groups=WATCHED)
 class LearnerActor(HostMixin):
@@ -36,7 +39,9 @@ class LearnerActor(HostMixin):
         self._engine = LearningEngine(spec, rank=rank)
 
     def start(self, master_address: str, master_port: int) -> None:
+        _logger.info("rank %d: starting; rank 0 is at %s:%d", self._rank, master_address, master_port)
         self._engine.start(master_address, master_port)
+        _logger.info("rank %d: started", self._rank)
 
     def train_step(self, leased: LeasedBatch, version: int) -> StepMetrics:
         """Train this rank's share of the batch; every rank packs the same plan from the same groups."""
@@ -104,9 +109,11 @@ class LearnerActor(HostMixin):
     def save_checkpoint(self, folder: Path) -> Digests:
         """Write this rank's shard, and return the digests of its equal share of all files."""
         self._engine.save_checkpoint(folder)
+        _logger.info("rank %d: checkpoint written to %s", self._rank, folder)
         return digest_files(folder, self._rank, self._config.num_ranks)
 
     def load_checkpoint(self, folder: Path, version: int) -> None:
+        _logger.info("rank %d: loading checkpoint %s as version %d", self._rank, folder, version)
         self._engine.load_checkpoint(folder, version)
 
     def set_version(self, version: int) -> None:

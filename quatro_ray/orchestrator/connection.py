@@ -16,14 +16,19 @@ _LISTENS_FOR_OTHERS = ray_constants.ENABLE_RAY_CLUSTERS_ENV_VAR
 _KNOCK_S = 10.0
 
 
-def connect(config: Config) -> None:
-    """Joins the cluster of `cluster.address` or RAY_ADDRESS, else starts one on this machine alone.
+def connect(config: Config, *, show_actor_logs: bool = False) -> None:
+    """Join the cluster at `cluster.address` or RAY_ADDRESS, or start one on this machine if neither is set.
+
+    Args:
+        config: only `cluster.address` is used.
+        show_actor_logs: print what actors write to stdout and stderr on this process's too. Ray's session folder has
+            it in any case.
 
     Raises:
-        ClusterError: there is none at the address.
+        ClusterError: no cluster answers at the address.
     """
     address = config.cluster.address or os.environ.get("RAY_ADDRESS")
-    common = {"log_to_driver": False, "logging_level": "WARNING"}
+    common = {"log_to_driver": show_actor_logs, "logging_level": "WARNING"}
     if address:
         try:
             _knock(address)
