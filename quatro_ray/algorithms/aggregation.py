@@ -1,6 +1,6 @@
-"""The only normalisation: from per-token losses to one number, over the global batch.
+"""The only normalisation: reduces per-token losses to one number over the global batch.
 
-Shape letters: N tokens of packed rollouts (whole ones), B rollouts of the global batch.
+Shape letters: N tokens of packed rollouts (each is whole), B rollouts of the global batch.
 """
 
 from __future__ import annotations
@@ -17,11 +17,13 @@ AggregationMode = Literal["token_mean", "seq_mean_token_sum", "seq_mean_token_me
 
 @dataclass(frozen=True)
 class BatchSize:
-    """Of the global batch, so that no split into micro-batches or ranks changes the loss.
+    """Size of the global batch; dividing by it makes the loss independent of the split into micro-batches and ranks.
 
     Attributes:
-        num_tokens: response tokens; num_rollouts: B.
-        num_cells: Q·G, rows that `rollout_index` may point to; max_response_tokens: the longest possible.
+        num_tokens: response tokens.
+        num_rollouts: B.
+        num_cells: Q·G, the number of values that `rollout_index` may take.
+        max_response_tokens: length of the longest possible response, in tokens.
     """
 
     num_tokens: int
@@ -33,13 +35,18 @@ class BatchSize:
 def aggregate(
     per_token: Tensor, is_response: Tensor, rollout_index: Tensor, mode: AggregationMode, size: BatchSize
 ) -> Tensor:
-    """This micro-batch's share of the global loss; shares add up over micro-batches and ranks.
+    """Return this micro-batch's share of the global loss; shares add up over micro-batches and ranks.
+
+    Modes, with Σ over response tokens: token_mean is Σ/num_tokens (DAPO, arXiv 2503.14476, eq. 8);
+    seq_mean_token_mean is (1/B) Σ_i (1/|y_i|) Σ_t (GRPO, arXiv 2402.03300, eq. 3); seq_mean_token_sum is Σ/B
+    (REINFORCE, Williams 1992); seq_mean_token_sum_norm is Σ/(B · max_response_tokens) (Dr. GRPO, arXiv 2503.20783,
+    section 3.1).
 
     Args:
-        per_token: [N]; is_response: bool [N]; rollout_index: int64 [N], −1 for padding.
-        mode: token_mean: Σ/num_tokens (DAPO, arXiv 2503.14476, eq. 8). seq_mean_token_sum: Σ/B.
-            seq_mean_token_mean: Σ_i (1/|y_i|) Σ_t /B (GRPO, arXiv 2402.03300, eq. 3).
-            seq_mean_token_sum_norm: Σ/(B · max_response_tokens) (Dr. GRPO, arXiv 2503.20783, section 3.1).
+        per_token: [N], losses.
+        is_response: bool [N].
+        rollout_index: int64 [N], −1 for padding.
+        size: that of the global batch.
     """
     values = per_token * is_response
     if mode == "token_mean":

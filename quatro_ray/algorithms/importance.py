@@ -1,4 +1,4 @@
-"""Importance weights, and what bounds them. Shape letters: N tokens of packed rollouts, B rollouts."""
+"""Importance weights, and functions that bound them. Shape letters: N tokens of packed rollouts, B rollouts."""
 
 from __future__ import annotations
 
@@ -11,7 +11,13 @@ Level = Literal["token", "sequence", "geometric"]
 
 
 def sequence_sums(values: Tensor, rollout_index: Tensor, num_rollouts: int) -> Tensor:
-    """[N] → [B]: sum of a per-token value over each rollout; index −1 (padding) counts nowhere."""
+    """Sum a per-token value over each rollout, [N] → [B]: log π(y) = Σ_t log π(y_t | y_<t), the chain rule.
+
+    Args:
+        values: [N].
+        rollout_index: int64 [N], row of the result; −1 (padding) counts nowhere.
+        num_rollouts: B.
+    """
     out = torch.zeros(num_rollouts + 1, dtype=values.dtype, device=values.device)
     # padding lands in the extra last row
     out = out.index_add(0, torch.where(rollout_index < 0, num_rollouts, rollout_index), values)
@@ -19,12 +25,17 @@ def sequence_sums(values: Tensor, rollout_index: Tensor, num_rollouts: int) -> T
 
 
 def leveled(level: Level, log_ratio: Tensor, is_response: Tensor, rollout_index: Tensor, num_rollouts: int) -> Tensor:
-    """[N]: for every token the log-ratio at a level; differentiable, 0 in padding.
+    """Return the log-ratio at a level for every token, [N], nats; differentiable, 0 in padding.
+
+    Levels: token is the token's own ratio; sequence is the product over its response, which is unbiased and of high
+    variance (Precup et al. 2000, importance sampling per trajectory and per decision); geometric is the
+    length-normalised root of that product (GSPO, arXiv 2507.18071, eq. 7).
 
     Args:
-        level: token: its own. sequence: the sum over its response (exact, high variance). geometric: the
-            mean over its response, the length-normalised root of GSPO (arXiv 2507.18071, eq. 7).
-        log_ratio: [N], 0 outside responses; is_response: bool [N]; rollout_index: int64 [N], −1 for padding.
+        log_ratio: [N], nats, 0 outside responses.
+        is_response: bool [N].
+        rollout_index: int64 [N], −1 for padding.
+        num_rollouts: B.
     """
     if level == "token":
         return log_ratio
@@ -37,15 +48,25 @@ def leveled(level: Level, log_ratio: Tensor, is_response: Tensor, rollout_index:
 
 @torch.no_grad()
 def truncated(log_ratio: Tensor, upper: float) -> tuple[Tensor, Tensor]:
-    """min(ρ, upper), and where it was cut; any shape."""
-    # the bound on the exponent keeps exp finite; `upper` is far below
+    """Return min(ρ, upper) and where it was cut; any shape. IMPALA, arXiv 1802.01561, section 4.1.
+
+    Args:
+        log_ratio: log ρ, nats.
+    """
+    # the clamp of the exponent keeps exp finite and changes no result: `upper` is far below e⁵⁰
     ratio = log_ratio.clamp(max=50).exp()
     return ratio.clamp(max=upper), ratio > upper
 
 
 @torch.no_grad()
 def masked(log_ratio: Tensor, lower: float, upper: float) -> tuple[Tensor, Tensor]:
-    """ρ where lower ≤ ρ ≤ upper, else 0, and where it was masked; any shape."""
+    """Return ρ where lower ≤ ρ ≤ upper and 0 elsewhere, and where it was masked; any shape.
+
+    Source: the double-sided mask of IcePop and MIS (Liu et al. 2025, "When speed kills stability").
+
+    Args:
+        log_ratio: log ρ, nats.
+    """
     ratio = log_ratio.clamp(max=50).exp()
     outside = (ratio < lower) | (ratio > upper)
     return torch.where(outside, 0.0, ratio), outside
@@ -53,6 +74,11 @@ def masked(log_ratio: Tensor, lower: float, upper: float) -> tuple[Tensor, Tenso
 
 @torch.no_grad()
 def effective_sample_share(weights: Tensor, valid: Tensor) -> Tensor:
-    """(Σw)²/(n Σw²) in (0, 1] over the last dimension: the share of the n valid samples left in effect."""
+    """Return (Σw)²/(n Σw²) in (0, 1], the effective sample size as a share of n (Kish 1965).
+
+    Args:
+        weights: [..., n], ≥ 0.
+        valid: bool [..., n]; n counts the valid entries only.
+    """
     w = weights * valid
     return w.sum(-1).square() / (valid.sum(-1) * w.square().sum(-1)).clamp_min(torch.finfo(w.dtype).tiny)

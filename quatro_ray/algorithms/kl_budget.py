@@ -1,4 +1,7 @@
-"""ε_q, the radius of a query's trust region, in nats per response. Shape letters: Q queries, G rollouts."""
+"""ε_q, the radius of a query's trust region, in nats per response.
+
+Shape letters: Q queries, G rollouts of a query.
+"""
 
 from __future__ import annotations
 
@@ -25,33 +28,49 @@ def kl_budget(
     sequence_log_ratio: Tensor,
     valid: Tensor,
 ) -> Tensor:
-    """ε_q = base · (mean length, if per token) · (1 + s_q)^a · max(1, 2 h_q)^b · (ESS_q/G, if asked). float64 [Q].
+    """Return ε_q = base · (mean length, if per token) · (1 + s_q)^a · max(1, 2 h_q)^b · (ESS_q/G, if asked).
 
-    Drift since sampling uses the region up even where nothing more is to be learnt from a query, and it adds
-    up with the steps taken since; the exponent gives old samples the room for it. The effective sample size
-    takes room away where few of the samples still speak for π_θ.
+    The policy drifts with every step after sampling, and drift uses up the region even if a query has nothing left
+    to teach; the staleness factor gives old samples room for it. The effective sample size takes room away if few of
+    the samples still represent π_θ.
+
+    Source: quatro_ray, docs/algorithm.md; a = b = 0 without the ESS is the fixed ε of QUATRO (arXiv 2602.04620).
 
     Args:
-        staleness_exponent: a. headroom_exponent: b; 0 for the same room whatever the rewards.
-        rewards: [Q, G]. lengths: [Q, G], response tokens.
-        staleness: [Q], s_q, mean over the query's response tokens, steps.
-        sequence_log_ratio: [Q, G], log π_θ(y_i) − log β(y_i). valid: bool [Q, G].
+        base_nats: nats per response, or per token if `unit` is "token".
+        unit: "token" multiplies the budget by the mean length of the query's responses.
+        staleness_exponent: a.
+        shrink_by_ess: whether to multiply by ESS_q/G, the effective sample size as a share of the group.
+        headroom_exponent: b; 0 ignores the rewards.
+        rewards: [Q, G].
+        lengths: [Q, G], response tokens.
+        staleness: [Q], s_q, mean over the query's response tokens, optimiser steps.
+        sequence_log_ratio: [Q, G], log π_θ(y_i) − log β(y_i), nats.
+        valid: bool [Q, G].
+
+    Returns:
+        float64 [Q], nats per response.
     """
     budget = base_nats * (1 + staleness.double()) ** staleness_exponent
     budget = budget * (2 * headroom(rewards, valid)).clamp(min=1) ** headroom_exponent
     if unit == "token":
         budget = budget * group_mean(lengths.double(), valid)
     if shrink_by_ess:
-        # a common factor of the weights cancels, so the largest can be taken out before exp
+        # a common factor of the weights cancels, so the largest is divided out before exp, which then cannot overflow
         top = torch.where(valid, sequence_log_ratio.double(), -torch.inf).amax(1, keepdim=True)
         budget = budget * effective_sample_share((sequence_log_ratio.double() - top).exp(), valid)
     return budget
 
 
 def headroom(rewards: Tensor, valid: Tensor) -> Tensor:
-    """h_q = (max r − mean r)/(max r − min r) over the group, in [0, 1): the failure rate, for binary rewards. [Q].
+    """Return h_q = (max r − mean r)/(max r − min r) of each group, [Q] in [0, 1): for binary rewards, the failure rate.
 
-    0 where all rewards are equal: such a group prefers nothing.
+    It is 0 if all rewards of a group are equal, because such a group prefers nothing. Source: quatro_ray,
+    docs/algorithm.md.
+
+    Args:
+        rewards: [Q, G].
+        valid: bool [Q, G].
     """
     rewards = rewards.double()
     best = torch.where(valid, rewards, -torch.inf).amax(1)

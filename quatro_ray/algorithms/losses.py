@@ -1,8 +1,10 @@
-"""One short function a method: per-token losses, not normalised (aggregation.py does that).
+"""Per-token losses, one short function per method; algorithms/aggregation.py normalises them.
 
-Every argument is [N], tokens of packed rollouts, and so is the result. `policy_logprobs` (π_θ) alone carries
-a gradient; `advantage` is that of the token's rollout. `limited` marks tokens that a clip, a cut or a mask acted
-on. The value of a policy-gradient loss is no measure of progress; only its gradient means something.
+Every tensor argument is [N], the tokens of packed rollouts, and so is the result. Log-probs and log-ratios are in
+nats. Only `policy_logprobs` (π_θ), and a log-ratio made from it, carries a gradient. `advantage` is that of the
+token's rollout. The value of a policy-gradient loss does not measure progress; only its gradient has a meaning.
+
+Shape letters: N tokens of packed rollouts, M response tokens of the global batch.
 """
 
 from __future__ import annotations
@@ -16,28 +18,40 @@ from quatro_ray.algorithms import importance
 
 
 class TokenLoss(NamedTuple):
-    """`loss` [N] with gradient; `limited` bool [N]."""
+    """A loss per token.
+
+    Attributes:
+        loss: [N], with gradient.
+        limited: bool [N], tokens on which a clip, a truncation or a mask acted.
+    """
 
     loss: Tensor
     limited: Tensor
 
 
 def quatro(policy_logprobs: Tensor, advantage: Tensor, log_weight: Tensor, *, truncation: float) -> TokenLoss:
-    """−w_t A_i log π_θ(y_t), w_t = min(π_θ/β, truncation) and A_i detached (QUATRO, arXiv 2602.04620).
+    """Return −w_t A_i log π_θ(y_t), with w_t = min(π_θ/β, truncation) and A_i detached; QUATRO, arXiv 2602.04620.
 
     Args:
-        advantage: the residual of the token's rollout (algorithms/advantages.py).
-        log_weight: log π_θ/β at the level chosen (importance.leveled).
+        advantage: residual of the token's rollout (algorithms/advantages.py).
+        log_weight: log π_θ/β at the configured level (algorithms/importance.py:leveled).
+        truncation: upper bound of w_t.
     """
     weight, cut = importance.truncated(log_weight.detach(), truncation)
     return TokenLoss(-weight * advantage * policy_logprobs, cut)
 
 
 def clipped(log_ratio: Tensor, advantage: Tensor, *, clip_low: float, clip_high: float) -> TokenLoss:
-    """−min(ρ A, clip(ρ, 1 − clip_low, 1 + clip_high) A), ρ = exp(log_ratio).
+    """Return −min(ρ A, clip(ρ, 1 − clip_low, 1 + clip_high) A), ρ = exp(log_ratio); PPO, arXiv 1707.06347, eq. 7.
 
-    GRPO (arXiv 2402.03300, eq. 3) with ρ_t = π_θ/β; Dr. GRPO (arXiv 2503.20783, section 3.1) with another
-    advantage and normalisation; DAPO (arXiv 2503.14476, eq. 8) with clip_high > clip_low.
+    With ρ_t = π_θ/β it is the loss of GRPO (arXiv 2402.03300, eq. 3), of Dr. GRPO (arXiv 2503.20783, section 3.1),
+    which has another advantage and normalisation, and of DAPO (arXiv 2503.14476, eq. 8), which has
+    clip_high > clip_low.
+
+    Args:
+        log_ratio: log ρ, with gradient.
+        clip_low: distance of the lower end of the clip range from 1.
+        clip_high: distance of the upper end from 1.
     """
     ratio = log_ratio.clamp(max=50).exp()
     bounded = ratio.clamp(1 - clip_low, 1 + clip_high)
@@ -48,10 +62,10 @@ def clipped(log_ratio: Tensor, advantage: Tensor, *, clip_low: float, clip_high:
 def gspo(
     policy_logprobs: Tensor, sequence_log_ratio: Tensor, advantage: Tensor, *, clip_low: float, clip_high: float
 ) -> TokenLoss:
-    """−min(s_i A_i, clip(s_i) A_i), s_i = (π_θ(y_i)/β(y_i))^(1/|y_i|); GSPO, arXiv 2507.18071, eq. 5 and 7.
+    """Return −min(s_i A_i, clip(s_i) A_i), s_i = (π_θ(y_i)/β(y_i))^(1/|y_i|); GSPO, arXiv 2507.18071, eq. 5 and 7.
 
-    In its token form (eq. 15 there): s_it = sg[s_i] π_θ,t/sg[π_θ,t], of the same value and, under a mean over
-    the response, the same gradient.
+    This is the paper's token form (eq. 15), s_it = sg[s_i] π_θ,t/sg[π_θ,t]: it has the same value as s_i and, in a
+    mean over the response, the same gradient.
 
     Args:
         sequence_log_ratio: log s_i of the token's rollout.
@@ -61,7 +75,10 @@ def gspo(
 
 
 def cispo(policy_logprobs: Tensor, behavior_logprobs: Tensor, advantage: Tensor, *, upper: float) -> TokenLoss:
-    """−sg[min(ρ_t, upper)] A_i log π_θ(y_t); CISPO (MiniMax-M1, arXiv 2506.13585, eq. 4 and 5, no lower bound)."""
+    """Return −sg[min(ρ_t, upper)] A_i log π_θ(y_t), ρ_t = π_θ/β; CISPO, arXiv 2506.13585, eq. 4 and 5.
+
+    As in the paper's experiments, ρ_t has no lower bound.
+    """
     weight, cut = importance.truncated(policy_logprobs.detach() - behavior_logprobs, upper)
     return TokenLoss(-weight * advantage * policy_logprobs, cut)
 
@@ -76,9 +93,9 @@ def decoupled_ppo(
     clip_high: float,
     weight_cap: float,
 ) -> TokenLoss:
-    """−(π_prox/β) min(u A, clip(u) A), u = π_θ/π_prox; AReaL, arXiv 2505.24298, eq. 5.
+    """Return −(π_prox/β) min(u A, clip(u) A), u = π_θ/π_prox; AReaL, arXiv 2505.24298, eq. 5.
 
-    Tokens with π_prox/β > weight_cap are left out, as AReaL does.
+    As in AReaL, a token with π_prox/β > weight_cap has loss 0.
     """
     weight, outside = importance.masked(proximal_logprobs - behavior_logprobs, 0.0, weight_cap)
     inner = clipped(policy_logprobs - proximal_logprobs, advantage, clip_low=clip_low, clip_high=clip_high)
@@ -86,10 +103,12 @@ def decoupled_ppo(
 
 
 def interpolated_proximal(behavior_logprobs: Tensor, policy_logprobs: Tensor, staleness: Tensor) -> Tensor:
-    """α log β + (1 − α) log π_θ, detached, with α = 1/staleness, 0 on policy; A-3PO, arXiv 2512.06547.
+    """Return log π_prox = α log β + (1 − α) log π_θ, detached, α = 1/staleness; A-3PO, arXiv 2512.06547.
+
+    On policy (staleness 0) α is 0.
 
     Args:
-        staleness: integer [N], optimiser steps.
+        staleness: int64, optimiser steps.
     """
     alpha = torch.where(staleness > 0, 1 / staleness.clamp(min=1), 0.0)
     return alpha * behavior_logprobs + (1 - alpha) * policy_logprobs.detach()
@@ -105,12 +124,13 @@ def tis_grpo(
     clip_high: float,
     truncation: float,
 ) -> TokenLoss:
-    """min(π_prox/β, truncation) times GRPO's loss around π_prox: truncated importance sampling.
+    """Return min(π_prox/β, truncation) times GRPO's loss around π_prox: truncated importance sampling (TIS).
 
-    Source: Yao et al. 2025, "Your efficient RL framework secretly brings you off-policy RL training", eq. of TIS.
+    Source: Yao et al. 2025, "Your efficient RL framework secretly brings you off-policy RL training".
 
     Args:
-        log_weight: log π_prox/β at the level chosen (importance.leveled).
+        log_weight: log π_prox/β at the configured level (algorithms/importance.py:leveled).
+        truncation: upper bound of the weight.
     """
     weight, cut = importance.truncated(log_weight.detach(), truncation)
     inner = clipped(policy_logprobs - proximal_logprobs, advantage, clip_low=clip_low, clip_high=clip_high)
@@ -128,12 +148,13 @@ def mis_grpo(
     mask_low: float,
     mask_high: float,
 ) -> TokenLoss:
-    """π_prox/β, or 0 outside of [mask_low, mask_high], times GRPO's loss around π_prox: masked importance sampling.
+    """Return π_prox/β, masked to 0 outside [mask_low, mask_high], times GRPO's loss around π_prox.
 
-    Source: Liu et al. 2025, "When speed kills stability", MIS; at token level IcePop's double-sided mask.
+    Source: masked importance sampling (MIS), Liu et al. 2025, "When speed kills stability"; at token level it is the
+    double-sided mask of IcePop.
 
     Args:
-        log_weight: log π_prox/β at the level chosen (importance.leveled).
+        log_weight: log π_prox/β at the configured level (algorithms/importance.py:leveled).
     """
     weight, outside = importance.masked(log_weight.detach(), mask_low, mask_high)
     inner = clipped(policy_logprobs - proximal_logprobs, advantage, clip_low=clip_low, clip_high=clip_high)
@@ -143,10 +164,13 @@ def mis_grpo(
 def m2po(
     policy_logprobs: Tensor, behavior_logprobs: Tensor, advantage: Tensor, *, log_ratio_threshold: float
 ) -> TokenLoss:
-    """−M_t ρ_t A_i; M2PO, arXiv 2510.01161, section 4.
+    """Return −M_t ρ_t A_i, ρ_t = π_θ/β; M2PO, arXiv 2510.01161, section 4.
 
-    M_t drops a token that pushes further out (A > 0 with ρ > 1, or A < 0 with ρ < 1) where |log ρ_t|
-    exceeds the threshold that brings the second moment of the rest down to τ (`m2_threshold`).
+    The mask M_t is 0 for a token that pushes further outward (A > 0 with ρ > 1, or A < 0 with ρ < 1) if |log ρ_t|
+    exceeds the threshold.
+
+    Args:
+        log_ratio_threshold: result of `m2_threshold` for the global batch, nats.
     """
     log_ratio = policy_logprobs - behavior_logprobs
     outward = log_ratio.detach() * advantage > 0
@@ -156,9 +180,18 @@ def m2po(
 
 @torch.no_grad()
 def m2_threshold(log_ratio: Tensor, advantage: Tensor, tau: float) -> float:
-    """The largest |log ρ| that may stay so that the mean of (log ρ)² over outward tokens is at most τ.
+    """Return the largest |log ρ| that M2PO keeps; arXiv 2510.01161, section 4 and algorithm 1.
 
-    M2PO, arXiv 2510.01161, section 4 and algorithm 1: the largest are dropped first. Over the global batch.
+    Outward tokens (log ρ and A of the same sign) are dropped, largest first, until the mean of (log ρ)² over the
+    remaining ones is at most τ.
+
+    Args:
+        log_ratio: [M], log π_k/β of the response tokens of the global batch, nats.
+        advantage: [M], that of the token's rollout.
+        tau: bound on the second moment, nats².
+
+    Returns:
+        nats; ∞ if no token need be dropped, 0 if all outward tokens are.
     """
     outward = log_ratio[log_ratio * advantage > 0].abs().double().sort().values
     if not len(outward):
@@ -171,7 +204,12 @@ def m2_threshold(log_ratio: Tensor, advantage: Tensor, tau: float) -> float:
 def sapo(
     policy_logprobs: Tensor, behavior_logprobs: Tensor, advantage: Tensor, *, tau_positive: float, tau_negative: float
 ) -> TokenLoss:
-    """−(4/τ) σ(τ(ρ_t − 1)) A_i, τ by the sign of A_i: a gate for a clip; SAPO, arXiv 2511.20347, eq. 5 and 6."""
+    """Return −(4/τ) σ(τ(ρ_t − 1)) A_i, a soft gate in place of a clip; SAPO, arXiv 2511.20347, eq. 5 and 6.
+
+    Args:
+        tau_positive: τ of tokens with A_i > 0.
+        tau_negative: τ of all other tokens.
+    """
     tau = torch.where(advantage > 0, tau_positive, tau_negative).to(policy_logprobs.dtype)
     ratio = (policy_logprobs - behavior_logprobs).clamp(max=50).exp()
     gate = torch.sigmoid(tau * (ratio - 1)) * 4 / tau
@@ -179,17 +217,19 @@ def sapo(
 
 
 def reinforce(policy_logprobs: Tensor, log_weight: Tensor, advantage: Tensor, *, truncation: float) -> TokenLoss:
-    """−min(ρ, truncation) A_i log π_θ(y_t), ρ detached: REINFORCE (Williams 1992) with truncated importance
-    weights (IMPALA, arXiv 1802.01561, section 4.1).
+    """Return −min(ρ, truncation) A_i log π_θ(y_t), with ρ = π_θ/β detached.
+
+    Source: REINFORCE (Williams 1992) with the truncated importance weights of IMPALA (arXiv 1802.01561, section 4.1).
 
     Args:
-        log_weight: log π_θ/β at the level chosen (importance.leveled).
+        log_weight: log ρ at the configured level (algorithms/importance.py:leveled).
+        truncation: upper bound of the weight.
     """
     weight, cut = importance.truncated(log_weight.detach(), truncation)
     return TokenLoss(-weight * advantage * policy_logprobs, cut)
 
 
 def reference_kl(policy_logprobs: Tensor, reference_logprobs: Tensor) -> Tensor:
-    """[N]: the estimator e^d − d − 1 of KL(π_θ ‖ π_ref), d = log π_ref − log π_θ; GRPO, arXiv 2402.03300, eq. 4."""
+    """Estimate KL(π_θ ‖ π_ref) by e^d − d − 1, d = log π_ref − log π_θ, per token; GRPO, arXiv 2402.03300, eq. 4."""
     d = reference_logprobs - policy_logprobs
     return d.exp() - d - 1

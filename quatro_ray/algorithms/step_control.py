@@ -1,12 +1,13 @@
-"""How far an optimiser step may move the policy, and how far back it is taken.
+"""Step control: bounds how far an optimiser step moves the policy, and moves it back along the step if needed.
 
 Adaptive optimisers erase the scale of the loss, so no loss bounds the step by itself. After the step, the realised
-KL(π_k ‖ π_k+1) per token of each query q is held against its budget min(ε_max, ε_window/(1 + s_q)): an old sample
-says less about where the policy may go, and drift adds up while samples wait. KL is quadratic in a small step, so
-that moving back along it to the fraction α = (KL/budget)^−1/2 makes it fit. The fraction kept last time is where the
-next step is measured first, so that one pass mostly does.
+KL(π_k ‖ π_k+1) per token of each query q is compared with its budget min(ε_max, ε_window/(1 + s_q)): an old sample
+says less about where the policy may go, and drift adds up while samples wait. KL is quadratic in a small step, so the
+step fits its budget after moving back to the fraction α = (KL/budget)^(−1/2). Measuring starts at the fraction that
+the step before kept, so one measurement is mostly enough.
 
-Shape letters: N tokens, B rollouts, Q queries.
+Source: quatro_ray, docs/algorithm.md; moving back along a step to meet a KL bound is the line search of TRPO
+(arXiv 1502.05477, appendix C). Shape letters: N tokens, B rollouts, Q queries.
 """
 
 from __future__ import annotations
@@ -24,9 +25,9 @@ from quatro_ray.errors import TrainingDiverged
 _WEIGHT_TRUNCATION = 2.0
 _MAX_PASSES = 3
 _ENOUGH = (0.8, 1.05)
-"""A step that was moved back is left alone where its KL over its budget lies in between."""
+"""Range of KL over budget within which a step that was moved back stays as it is."""
 _TRUSTED = (0.5, 2.0)
-"""A move by a factor in between is believed; after another one, KL is measured again."""
+"""Range of the factor of a move within which the quadratic law is trusted; outside it, KL is measured again."""
 
 
 @torch.no_grad()
@@ -38,12 +39,26 @@ def rollout_kl(
     rollout_index: Tensor,
     num_rollouts: int,
 ) -> Tensor:
-    """float64 [B]: Σ_t w_t (ρ_t − 1 − log ρ_t), ρ_t = π_k+1/π_k, w_t = min(π_k/β, 2); nats.
+    """Return Σ_t w_t (ρ_t − 1 − log ρ_t) of each rollout, ρ_t = π_k+1/π_k, w_t = min(π_k/β, 2).
 
-    Its mean estimates KL(π_k ‖ π_k+1) of a response by the chain rule over tokens (the truncation biases it
-    downwards where π_k has left β); no term is negative. All arguments [N].
+    Its mean estimates KL(π_k ‖ π_k+1) of a response by the chain rule over tokens. No term is negative; the
+    truncation biases the estimate downwards if π_k has moved away from β.
+
+    Source: the estimator k3 of Schulman 2020, "Approximating KL divergence", with the truncated importance weights
+    of IMPALA (arXiv 1802.01561, section 4.1).
+
+    Args:
+        stepped_logprobs: [N], log π_k+1 of the targets, nats.
+        start_logprobs: [N], log π_k, nats.
+        behavior_logprobs: [N], log β, nats.
+        is_response: bool [N].
+        rollout_index: int64 [N], −1 for padding.
+        num_rollouts: B.
+
+    Returns:
+        float64 [B], nats per response.
     """
-    # the bound keeps exp finite where a token has become e³⁰ times likelier: no budget allows that
+    # the clamp keeps exp finite if a token has become e³⁰ times likelier, which no budget allows anyway
     log_ratio = (stepped_logprobs - start_logprobs).double().clamp(max=30)
     weight, _ = truncated(start_logprobs.double() - behavior_logprobs, _WEIGHT_TRUNCATION)
     terms = weight * (torch.expm1(log_ratio) - log_ratio)
@@ -52,36 +67,48 @@ def rollout_kl(
 
 @dataclass(frozen=True)
 class StepLimits:
-    """ε_window and ε_max, nats per token."""
+    """Bounds of one step.
+
+    Attributes:
+        window_kl_nats: ε_window, nats per token, shared by the steps that a sample waits through.
+        max_kl_nats: ε_max, nats per token, of any one step.
+    """
 
     window_kl_nats: float
     max_kl_nats: float
 
     def budget(self, staleness: Tensor) -> Tensor:
-        """[Q] → [Q]: of one step, by the staleness of the query's samples, in steps."""
+        """Return min(ε_max, ε_window/(1 + s_q)), nats per token; staleness s_q: [Q], optimiser steps."""
         return (self.window_kl_nats / (1 + staleness)).clamp(max=self.max_kl_nats)
 
 
 @dataclass(frozen=True)
 class ProbeKl:
-    """KL(π_k ‖ π_k+1) of the queries probed. kl_nats, staleness: float64 [Q], nats per token and steps."""
+    """KL(π_k ‖ π_k+1) of the queries that were measured.
+
+    Attributes:
+        kl_nats: float64 [Q], nats per token.
+        staleness: float64 [Q], optimiser steps.
+    """
 
     kl_nats: Tensor
     staleness: Tensor
 
     def share_of_budget(self, limits: StepLimits) -> float:
-        """Mean over queries of KL_q over its budget; 1 where that is just used up."""
+        """Return the mean over queries of KL_q over its budget; 1 if the budget is just used up."""
         return float((self.kl_nats / limits.budget(self.staleness)).mean())
 
 
 @dataclass(frozen=True)
 class StepReport:
-    """What became of a step.
+    """Outcome of step control for one step.
 
     Attributes:
-        kl_nats: float64 [Q], of what was kept of it; budget_nats: float64 [Q]. Both per token.
-        share_of_budget: KL over budget of the step as the optimiser made it, by the quadratic law.
-        kept: fraction α of the step, 1 where control did not act. num_passes: measurements made.
+        kl_nats: float64 [Q], KL of the part of the step that was kept, nats per token.
+        budget_nats: float64 [Q], nats per token.
+        share_of_budget: KL over budget of the whole step that the optimiser made, by the quadratic law.
+        kept: fraction α of the step; 1 if control did not act.
+        num_passes: measurements made.
     """
 
     kl_nats: Tensor
@@ -90,7 +117,7 @@ class StepReport:
     kept: float
     num_passes: int
 
-    def metrics(self) -> dict[str, object]:
+    def metrics(self) -> dict[str, float | list[float]]:
         return {
             "step_control/kl_nats": self.kl_nats.tolist(),
             "step_control/budget_nats": self.budget_nats.tolist(),
@@ -102,10 +129,10 @@ class StepReport:
 
 
 class StepControl:
-    """One for a run: it remembers the fraction that was kept last.
+    """The controller of a run's steps.
 
     Attributes:
-        kept: that fraction, in (0, 1]; all that a checkpoint has to hold of it.
+        kept: fraction of the last step that was kept, in (0, 1]; its whole state for a checkpoint.
     """
 
     def __init__(self, limits: StepLimits) -> None:
@@ -113,14 +140,14 @@ class StepControl:
         self.kept = 1.0
 
     def control(self, measure: Callable[[], ProbeKl], move_to: Callable[[float], None]) -> StepReport:
-        """Call after the optimiser's step; leaves the weights where the budget allows.
+        """Move the weights back as far as the budget demands; call it after the optimiser's step.
 
         Args:
-            measure: KL between the step's first weights and the present ones, the same number on every rank.
-            move_to: puts the weights at start + α·(stepped − start).
+            measure: returns the KL between the weights before the step and the present ones, the same on every rank.
+            move_to: sets the weights to start + α·(stepped − start), given α.
 
         Raises:
-            TrainingDiverged: the KL is not finite, so that no fraction of the step is known to be safe.
+            TrainingDiverged: the KL is not finite, so no fraction of the step is known to be safe.
         """
         kept = self.kept
         if kept < 1:

@@ -1,16 +1,18 @@
-"""The per-query trust region, solved exactly for all queries at once.
+"""Solver of the per-query trust region: exact, for all queries at once.
 
 For a query with rewards r_i of samples drawn from β, the best policy within KL(π ‖ β) ≤ ε is
 π*(y)/β(y) = exp(η r(y)) / E_β[exp(η r)] with η = 1/λ (QUATRO, arXiv 2602.04620; derivation in
 docs/algorithm.md). On samples with base weights b_i: t_i = η r_i − log Σ_j b_j exp(η r_j), w_i = b_i exp(t_i),
 and η is the root of KL(w ‖ b) = Σ_i w_i t_i = ε.
 
-How: per query, x = (r − max r)/range ∈ [−1, 0], so η inside is in units of 1/range. A start from the cumulants of x;
-a few Newton steps for all queries, clamped to [Hoeffding's bound, cap]; one evaluation that yields t and confirms the
-KL; for the queries where it does not, Newton in a bracket that every iteration narrows.
+Method: rewards are standardised per query to x = (r − max r)/range ∈ [−1, 0], so that η is in units of 1/range. The
+start comes from the cumulants of x. A few Newton steps follow for all queries, clamped to [Hoeffding's bound, cap].
+One evaluation yields t and checks the KL. Queries that fail the check get Newton steps inside a bracket that every
+iteration narrows.
 
-Shape letters: Q queries, G rollouts of a query, B queries of a block. Inside, tensors are [G, B]: sums over a group
-then run over the leading dimension, which is what vectorises.
+Shape letters: Q queries, G rollouts of a query, B queries of a block. Internal tensors are [G, B], because sums over
+the leading dimension vectorise. Sources: QUATRO for the problem; quatro_ray, docs/algorithm.md, for the solver, unless
+a function names another.
 """
 
 from __future__ import annotations
@@ -22,23 +24,23 @@ import torch
 from torch import Tensor
 
 _MAX_ITERATIONS = 200
-"""Never reached: from the 20th on every second one bisects, and 65 bisections exhaust float64."""
+"""Never reached: from the 20th iteration on every second one bisects, and 65 bisections exhaust float64."""
 _TOLERANCE = 3e-9
-"""Of the KL, relative; the promise is 1e-8."""
+"""Relative tolerance of the KL; the documented accuracy is 1e-8."""
 _PRECISE_BELOW = 1e-4
-"""Budgets below which the KL is computed without cancellation, at twice the time."""
+"""Budget in nats below which the KL is computed without cancellation, which takes twice the time."""
 _PLAIN_STEPS = 5
 _SETTLED_STEP = 3e-5
-"""Of η, relative: Newton is quadratic, so what is left is about the square of its last step."""
+"""Relative change of η at which Newton stops: convergence is quadratic, so the error left is about its square."""
 _NOISE_BELOW = 3e-7
-"""Budgets below which a step by plain sums would be less accurate than the start."""
+"""Budget in nats below which a Newton step with plain sums would be less accurate than the start."""
 _LARGEST_ETA = 1e300
 _CPU_BLOCK = 131_072
-"""Samples of a block: its tensors stay in the cache, and the calls on [B] still do enough work each."""
+"""Samples per block: few enough for its tensors to stay in the cache, enough for each call on [B] to pay off."""
 
 
 class Status(IntEnum):
-    """How the constraint of a query ended."""
+    """Which constraint determines the solution of a query."""
 
     ACTIVE = 0  # KL equals the budget
     SLACK = 1  # the cap on η binds before the budget does
@@ -47,12 +49,12 @@ class Status(IntEnum):
 
 @dataclass(frozen=True)
 class Solution:
-    """Per query.
+    """Solution of every query's trust region.
 
     Attributes:
-        eta: float64 [Q], 1/λ, in 1/reward; the cap where slack or void.
-        target_log_ratio: float64 [Q, G], t_i = log π*(y_i)/β(y_i), nats; 0 where invalid, of base weight 0, or void.
-        kl_nats: float64 [Q], the KL reached; within 1e-8 relative of the budget where active.
+        eta: float64 [Q], η = 1/λ, in 1/reward; the cap if slack or void.
+        target_log_ratio: float64 [Q, G], t_i = log π*(y_i)/β(y_i), nats; 0 if invalid, of base weight 0, or void.
+        kl_nats: float64 [Q], the KL reached, nats; within 1e-8 relative of the budget if active.
         status: int8 [Q], values of `Status`.
     """
 
@@ -70,20 +72,21 @@ def solve(
     max_eta: Tensor | float,
     base_weights: Tensor | None = None,
 ) -> Solution:
-    """Solves the dual of every query.
+    """Solve the dual problem of every query: max E_π[r] subject to KL(π ‖ β) ≤ ε; QUATRO, arXiv 2602.04620.
 
     Args:
         rewards: [Q, G], any real dtype; computed in float64.
-        valid: bool [Q, G]; False where a group is smaller than G.
-        kl_budget_nats: [Q] or one number, > 0.
-        max_eta: [Q] or one number, cap on η (a floor on λ), in 1/reward, > 0 and finite. Without it the
-            targets of failures run to −∞ where the constraint is slack.
-        base_weights: [Q, G] ≥ 0, for samples that do not stand for β equally; uniform if None. Only their
-            proportions within a query count; below 1e-307 of the query's sum counts as 0.
+        valid: bool [Q, G], False where a group is smaller than G.
+        kl_budget_nats: [Q] or one number, > 0, ε in nats per response.
+        max_eta: [Q] or one number, > 0 and finite, cap on η (a floor on λ), in 1/reward. Without a cap the
+            targets of failures would go to −∞ if the constraint is slack.
+        base_weights: [Q, G] ≥ 0, for samples that do not represent β equally; uniform if None. Only their
+            proportions within a query count; a weight below 1e-307 of the query's sum counts as 0.
 
     Raises:
-        ValueError: naming the first query with a NaN or infinite reward, no valid sample of positive weight, a
-            bad weight, or a budget or cap that is not positive and finite; or naming an argument of the wrong shape.
+        ValueError: an argument has the wrong shape; or a query has a NaN or infinite reward, no valid sample of
+            positive weight, a bad weight, or a budget or cap that is not positive and finite. The message names the
+            argument or the first such query.
     """
     _check_shapes(rewards, valid, base_weights)
     budget = _per_query("kl_budget_nats", kl_budget_nats, rewards)
@@ -114,7 +117,7 @@ def solve(
 
 
 def _check_shapes(rewards: Tensor, valid: Tensor, base_weights: Tensor | None) -> None:
-    """What is wrong with the numbers inside a query shows later."""
+    """Raise ValueError if shapes do not agree; bad numbers are found later, by `_standardise`."""
     if rewards.ndim != 2 or rewards.shape != valid.shape:
         raise ValueError(f"rewards and valid must both be [Q, G]; got {tuple(rewards.shape)}, {tuple(valid.shape)}")
     if base_weights is not None and base_weights.shape != rewards.shape:
@@ -124,7 +127,7 @@ def _check_shapes(rewards: Tensor, valid: Tensor, base_weights: Tensor | None) -
 
 
 def _per_query(name: str, value: Tensor | float, rewards: Tensor) -> Tensor:
-    """float64 [Q], from one number or as many as there are queries; each positive and finite."""
+    """Broadcast one number or [Q] to float64 [Q]; raise ValueError unless all are positive and finite."""
     numbers = torch.as_tensor(value, dtype=torch.float64, device=rewards.device)
     if numbers.ndim and numbers.shape != rewards.shape[:1]:
         raise ValueError(f"{name} must be one number or [Q] = [{len(rewards)}]; got {tuple(numbers.shape)}")
@@ -137,7 +140,7 @@ def _per_query(name: str, value: Tensor | float, rewards: Tensor) -> Tensor:
 
 
 def _diagnose(rewards: Tensor, valid: Tensor, base_weights: Tensor | None) -> ValueError:
-    """Why `_standardise` refused: the slow but exact search for the first bad query."""
+    """Return the error for the first bad query, by a slow but exact search; called after `_standardise` refused."""
     r = torch.where(valid, rewards.to(torch.float64), 0.0)
     weights = valid.to(torch.float64) if base_weights is None else torch.where(valid, base_weights.to(torch.float64), 0)
     for bad, problem in (
@@ -148,22 +151,22 @@ def _diagnose(rewards: Tensor, valid: Tensor, base_weights: Tensor | None) -> Va
         if bad.any():
             return ValueError(f"query {int(bad.nonzero()[0])} {problem}")
     query = int((r.amax(1) - r.amin(1)).argmax())
-    return ValueError(f"query {query} has rewards further apart than float64 can tell")
+    return ValueError(f"query {query} has rewards so far apart that their range overflows float64")
 
 
 @dataclass(frozen=True)
 class _Groups:
-    """A block of B queries; [1, B] stands for [G, B] with equal rows.
+    """A block of B queries in standard form; a tensor [1, B] stands for [G, B] with equal rows.
 
     Attributes:
-        x: [G, B], (r − max r)/range in [−1, 0]; 0 where not counted.
-        base: [G, B] or [1, B], base weights that sum to 1 over G; 0 where not counted.
-        pushed: float64 [G, B] or [B], 1; 0 where not counted and for all of a query whose rewards are equal.
-        span: [B], the range of the rewards.
-        budget: [B], ε.
-        cap: [B], of η in units of 1/range.
-        scratch: [2, G, B], overwritten by every evaluation: fresh memory would cost more than the arithmetic.
-        precise: whether a budget is so small that plain sums cancel.
+        x: [G, B], (r − max r)/range in [−1, 0]; 0 for samples that do not count.
+        base: [G, B] or [1, B], base weights that sum to 1 over G; 0 for samples that do not count.
+        pushed: float64 [G, B] or [B], 1; 0 for samples that do not count and for queries whose rewards are all equal.
+        span: [B], range of the rewards.
+        budget: [B], ε, nats.
+        cap: [B], cap on η in units of 1/range.
+        scratch: [2, G, B], overwritten by every evaluation, because fresh memory would cost more than the arithmetic.
+        precise: whether some budget is so small that plain sums would cancel.
     """
 
     x: Tensor
@@ -176,7 +179,7 @@ class _Groups:
     precise: bool
 
     def select(self, index: Tensor) -> _Groups:
-        """The queries at `index`, with scratch of their own."""
+        """Return the queries at `index`, with their own scratch."""
         return _Groups(
             self.x[:, index],
             self.base[:, index],
@@ -192,10 +195,16 @@ class _Groups:
 def _standardise(
     rewards: Tensor, valid: Tensor | None, base_weights: Tensor | None, budget: Tensor, max_eta: Tensor, work: Tensor
 ) -> _Groups | None:
-    """The block in standard form; None if a query in it is bad. Shift and scale of rewards change neither KL nor t.
+    """Bring a block into standard form, or return None if a query in it is bad.
+
+    Shifting and scaling the rewards changes neither the KL nor t.
 
     Args:
-        rewards: [B, G]; valid: [B, G], None if all are; base_weights: [B, G] or None; budget, max_eta: [B];
+        rewards: [B, G].
+        valid: bool [B, G]; None if all are valid and weights are uniform.
+        base_weights: [B, G] or None.
+        budget: [B], nats.
+        max_eta: [B], 1/reward.
         work: [3, G, B], memory that the result keeps.
     """
     x = work[0].copy_(rewards.T)
@@ -226,9 +235,9 @@ def _standardise(
 
 
 def _solve_block(groups: _Groups) -> tuple[Tensor, Tensor, Tensor]:
-    """η [B] in units of 1/range, t [G, B] and the KL [B]; η is the cap exactly where the budget is not reached.
+    """Return η [B] in units of 1/range, t [G, B] and the KL [B]; η equals the cap exactly if ε is not reached.
 
-    A few plain Newton steps clamped to the bracket suffice for nearly all; the others get a bracket that narrows.
+    A few plain Newton steps clamped to the first bracket suffice for nearly all queries; `_find_root` does the rest.
     """
     budget, low = groups.budget, _lower_bound(groups.budget)
     root_budget = budget.sqrt()
@@ -252,12 +261,15 @@ def _solve_block(groups: _Groups) -> tuple[Tensor, Tensor, Tensor]:
 
 
 def _is_rare(condition: Tensor) -> bool:
-    """Whether it holds for too few to go on with all: 1 in 16."""
+    """Return whether the condition holds for at most 1 in 16, too few for another step of the whole block."""
     return int(condition.sum()) * 16 <= len(condition)
 
 
 def _start(groups: _Groups) -> Tensor:
-    """η [B] from KL = σ²η²/2 + κ₃η³/3 + κ₄η⁴/8 + …, inverted as η = d/(σ (1 + c₁d + c₂d²)) with d = √(2ε)."""
+    """Return a first η [B]: the series KL = σ²η²/2 + κ₃η³/3 + κ₄η⁴/8 + … inverted in d = √(2ε).
+
+    The inverse is η = d/(σ (1 + c₁d + c₂d²)).
+    """
     x, term = groups.scratch
     torch.mul(groups.x, groups.base, out=term)
     torch.sub(groups.x, term.sum(0), out=x)
@@ -274,12 +286,15 @@ def _start(groups: _Groups) -> Tensor:
 
 
 def _lower_bound(budget: Tensor) -> Tensor:
-    """Hoeffding: the variance of x in [−1, 0] is at most 1/4 under any weights, so KL(η) ≤ η²/8."""
+    """Return the least possible η [B]: x ∈ [−1, 0] has variance at most 1/4, so KL(η) ≤ η²/8 (Hoeffding 1963)."""
     return (8 * budget).sqrt_().mul_(1 - 1e-6)
 
 
 def _plain_sums(groups: _Groups, eta: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """log Σ b exp(ηx), KL and dKL/d log η = Var_w(ηx), each [B]; the KL to about 1e-16 absolute, so not at small ε."""
+    """Return log Σ b exp(ηx), KL, and dKL/d log η = Var_w(ηx), each [B].
+
+    The KL has an absolute error of about 1e-16, which is too much at small ε.
+    """
     term = torch.mul(groups.x, eta, out=groups.scratch[0]).exp_().mul_(groups.base)
     total = term.sum(0)
     mean = term.mul_(groups.x).sum(0).div_(total).mul_(eta)
@@ -289,10 +304,10 @@ def _plain_sums(groups: _Groups, eta: Tensor) -> tuple[Tensor, Tensor, Tensor]:
 
 
 def _log_ratio(groups: _Groups, eta: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """t [G, B] (in the scratch), KL [B] and Var_w(t) [B].
+    """Return t [G, B] (in the scratch), KL [B] and Var_w(t) [B].
 
-    Where precise, to about 1e-16/√ε relative: with s = Σ b (eᵗ − 1), what rounding leaves of the normaliser,
-    KL = Σ b t eᵗ/(1 + s) − log(1 + s).
+    If `precise`, the KL has a relative error of about 1e-16/√ε: KL = Σ b t eᵗ/(1 + s) − log(1 + s), with
+    s = Σ b (eᵗ − 1), the rounding error of the normaliser.
     """
     t, w = groups.scratch
     if not groups.precise:
@@ -309,12 +324,15 @@ def _log_ratio(groups: _Groups, eta: Tensor) -> tuple[Tensor, Tensor, Tensor]:
 
 
 def _newton_step(kl: Tensor, slope: Tensor, root_budget: Tensor) -> Tensor:
-    """The change of log η, to first order, that brings √KL, which is nearly linear in η, to √ε."""
+    """Return the Newton step in log η that brings √KL to √ε; √KL is nearly linear in η."""
     return kl.clamp_min(0).sqrt_().mul_(root_budget).sub_(kl).div_(slope).mul_(2)
 
 
 def _find_root(groups: _Groups, eta: Tensor) -> Tensor:
-    """Newton inside a bracket that no iteration leaves and each narrows; the cap where the KL there is within ε."""
+    """Return η [B] by Newton steps inside a bracket that every iteration narrows; the cap if its KL is within ε.
+
+    Source: safeguarded Newton, Press et al., "Numerical Recipes", section 9.4 (rtsafe).
+    """
     low, high = _lower_bound(groups.budget), torch.full_like(eta, torch.inf)  # ∞: the cap has not been tried
     root_budget = groups.budget.sqrt()
     for iteration in range(_MAX_ITERATIONS):
