@@ -1,8 +1,9 @@
-"""Whether a directory may be trained into: nothing is replaced, or gone on with, by mistake."""
+"""Checks whether a run directory may be trained into, so that no run is replaced or continued by mistake."""
 
 from __future__ import annotations
 
 import fcntl
+import logging
 import shutil
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
@@ -14,16 +15,22 @@ from quatro_ray.engines.checkpoint_store import checkpoint_store
 from quatro_ray.errors import ConfigError
 
 _LEDGER = "ledger.sqlite"
-_OURS = "config.yaml"
-"""A directory that holds this file is a run of ours: `overwrite` may replace it, and nothing else."""
+_RESOLVED_CONFIG = "config.yaml"
+"""Marks a directory as a run: `run.overwrite` replaces only a directory that holds this file."""
+
+_logger = logging.getLogger(__name__)
 
 
 def prepare_run_dir(config: Config) -> bool:
-    """A directory with the resolved configuration in it: empty besides, or True where a run in it is to go on.
+    """Create or claim `run.dir`, and write the resolved configuration into it.
+
+    Returns:
+        True if a run in the directory is to be resumed. Otherwise the directory holds only the configuration.
 
     Raises:
-        ConfigError: it holds something, and neither `run.overwrite` nor `run.resume` is on or it is no run of ours; the
-            run to be gone on with was another one, has more steps already, or is under way; or nothing can be written.
+        ConfigError: the directory is not empty and neither `run.overwrite` nor `run.resume` allows its use; it does not
+            hold a run; the run in it has another configuration, has more steps already, or is in use by another
+            process; or it cannot be written.
     """
     try:
         return _prepare(config)
@@ -35,33 +42,36 @@ def prepare_run_dir(config: Config) -> bool:
 
 def _prepare(config: Config) -> bool:
     path = config.run.dir
-    if config.run.resume == "auto" and (path / _OURS).is_file():
+    if config.run.resume == "auto" and (path / _RESOLVED_CONFIG).is_file():
         with only_writer(config):
-            check_same_run(load_config(path / _OURS), config)
+            check_same_run(load_config(path / _RESOLVED_CONFIG), config)
             check_steps(config)
-            (path / _OURS).write_text(dump_config(config))
+            (path / _RESOLVED_CONFIG).write_text(dump_config(config))
+        _logger.info("run.dir=%s: resuming the run in it", path)
         return (path / _LEDGER).is_file()
     if path.exists() and (not path.is_dir() or any(path.iterdir())):
         if not config.run.overwrite:
             raise ConfigError(
                 f"run.dir={path}: is not empty; choose another, or set run.overwrite=true to replace it, or "
-                "run.resume=auto to go on with the run in it"
+                "run.resume=auto to continue the run in it"
             )
-        if not (path / _OURS).is_file():
+        if not (path / _RESOLVED_CONFIG).is_file():
             raise ConfigError(
-                f"run.dir={path}: has no {_OURS}, so it is no earlier run, and is not replaced; choose another"
+                f"run.dir={path}: has no {_RESOLVED_CONFIG}, so it is not a run, and run.overwrite does not replace "
+                "it; choose another"
             )
         with only_writer(config):
             _check_checkpoint_dir(config)
+            _logger.info("run.dir=%s: replacing the run in it", path)
             _empty(path)
     _check_checkpoint_dir(config)
     path.mkdir(parents=True, exist_ok=True)
-    (path / _OURS).write_text(dump_config(config))
+    (path / _RESOLVED_CONFIG).write_text(dump_config(config))
     return False
 
 
 def _empty(path: Path) -> None:
-    """It stays itself: it may be a mounted volume, or a link to one."""
+    """Delete the content of a directory but not the directory: it may be a mounted volume, or a link to one."""
     for child in path.iterdir():
         if child.is_dir() and not child.is_symlink():
             shutil.rmtree(child)
@@ -70,7 +80,10 @@ def _empty(path: Path) -> None:
 
 
 def _check_checkpoint_dir(config: Config) -> None:
-    """Checkpoints in run.dir go with the run that is replaced; others are not ours to take or to remove."""
+    """Raise ConfigError if `checkpoint.dir` is outside `run.dir` and holds checkpoints of another run.
+
+    Checkpoints inside `run.dir` belong to the run that is replaced.
+    """
     folder = config.checkpoint.dir
     if folder is None or folder.is_relative_to(config.run.dir):
         return
@@ -83,21 +96,20 @@ def _check_checkpoint_dir(config: Config) -> None:
 
 
 def check_same_run(before: Config, now: Config) -> None:
-    """Raises ConfigError where something differs without which the ledger or the checkpoints mean nothing."""
+    """Raise ConfigError if a field differs that the ledger and the checkpoints depend on."""
     same = ["run.seed", "model", "data", "replay.group_size", "replay.groups_per_step", "checkpoint.dir"]
-    # what a checkpoint brings with it, so that another value would do nothing
+    # these are restored from the checkpoint, so that another value would have no effect
     same += [f"learner.{name}" for name in ("dtype", "learning_rate", "weight_decay", "adam_beta1", "adam_beta2")]
     for name in same:
-        old, new = attrgetter(name)(before), attrgetter(name)(now)
-        if old != new:
+        if attrgetter(name)(before) != attrgetter(name)(now):
             raise ConfigError(
-                f"{name}: differs from that of the run in {now.run.dir}, which is to go on; set it as it was, or "
-                "choose another run.dir"
+                f"{name}: differs from that of the run in {now.run.dir}, which run.resume=auto would continue; restore "
+                "the earlier value, or choose another run.dir"
             )
 
 
 def check_steps(config: Config) -> None:
-    """Raises ConfigError where the run that is to go on is past its end."""
+    """Raise ConfigError if the run to resume has a checkpoint beyond `run.num_steps`."""
     done, wanted = checkpoint_store(config).newest_step(), config.run.num_steps
     if done is not None and done > wanted:
         raise ConfigError(
@@ -108,7 +120,7 @@ def check_steps(config: Config) -> None:
 
 @contextmanager
 def only_writer(config: Config) -> Iterator[None]:
-    """Raises ConfigError where another process trains in run.dir, or writes its checkpoints into checkpoint.dir."""
+    """Hold an exclusive lock on `run.dir` and `checkpoint.dir`. Raises ConfigError if another process holds one."""
     with ExitStack() as locks:
         for name, folder in (("run.dir", config.run.dir), ("checkpoint.dir", config.checkpoint.dir)):
             if folder is not None:

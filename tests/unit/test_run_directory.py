@@ -1,4 +1,4 @@
-"""What may be trained into which directory: nothing is replaced or gone on with by mistake."""
+"""A run directory is never replaced or continued by mistake."""
 
 from __future__ import annotations
 
@@ -68,7 +68,7 @@ def test_only_an_earlier_run_is_replaced(begun: Path, tmp_path: Path) -> None:
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine" / "thesis.tex").touch()
     for over in ({}, {"resume": "never", "overwrite": True}):
-        with pytest.raises(ConfigError, match=r"is not empty|is no earlier run, and is not replaced"):
+        with pytest.raises(ConfigError, match=r"is not empty|it is not a run, and run.overwrite does not replace it"):
             prepare_run_dir(run(tmp_path / "mine", run=over))
     assert (tmp_path / "mine" / "thesis.tex").is_file()
 
