@@ -1,31 +1,58 @@
-"""What every section of the configuration is, and a type that several have."""
+"""The base class of every section of the configuration, and types that several sections share."""
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Self
 
-from pydantic import AfterValidator, BaseModel, ConfigDict
+from pydantic import AfterValidator, BaseModel, ConfigDict, model_validator
+
+
+class BrokenRules(ValueError):
+    """Every rule between fields that one section breaks; each text begins with a field's path within the section."""
+
+    def __init__(self, rules: list[str]) -> None:
+        super().__init__("; ".join(rules))
+        self.rules = rules
 
 
 class Section(BaseModel):
-    """A part of the configuration; a component receives its own part, never the whole."""
+    """One section of the configuration; a component receives its own section, never the whole."""
 
     model_config = ConfigDict(
         extra="forbid", frozen=True, use_attribute_docstrings=True, protected_namespaces=(), allow_inf_nan=False
     )
 
+    def broken_rules(self) -> Iterator[str]:
+        """Yield one line for each rule between fields that is broken: `field=value`, rule, remedy."""
+        yield from ()
+
+    @model_validator(mode="after")
+    def _refuse_broken_rules(self) -> Self:
+        if rules := list(self.broken_rules()):
+            raise BrokenRules(rules)
+        return self
+
+
+@dataclass(frozen=True)
+class Accepts:
+    """Metadata of a field's type: what the field accepts, in words, if its validator is a function."""
+
+    text: str
+
 
 AbsolutePath = Annotated[Path, AfterValidator(Path.absolute)]
-"""Workers may have another current directory than the one that the path is relative to."""
+"""A path made absolute, because workers may have another current directory."""
 
 
 def model_path(path: str) -> str:
-    """A folder by its absolute path; anything else is a name on the hub."""
+    """Return a folder as an absolute path, and any other text unchanged, as a name on the hub."""
     return str(Path(path).absolute()) if Path(path).is_dir() else path
 
 
-ModelPath = Annotated[str, AfterValidator(model_path)]
+ModelPath = Annotated[str, AfterValidator(model_path), Accepts("a folder or a name on the hub")]
 
 
 def _function_path(path: str) -> str:
@@ -39,5 +66,5 @@ def _function_path(path: str) -> str:
     return f"{Path(module).absolute()}:{name}"
 
 
-FunctionPath = Annotated[str, AfterValidator(_function_path)]
-"""Of a user's function."""
+FunctionPath = Annotated[str, AfterValidator(_function_path), Accepts("module:name or path/to/file.py:name")]
+"""The path of a user's function."""

@@ -1,54 +1,56 @@
-"""Where queries come from."""
+"""The `data` and `filters` sections: sources of queries, and filters of scored groups."""
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Literal
 
-from pydantic import Field, JsonValue, field_validator, model_validator
+from pydantic import Field, JsonValue, field_validator
 
-from quatro_ray.config.base import Section
+from quatro_ray.config.base import Accepts, Section
 from quatro_ray.config.rewards import Extraction
 
 
 class _Source(Section):
     weight: float | None = Field(None, gt=0)
-    """Relative share of this source among the queries drawn; null: its number of queries."""
+    """Relative share of this source among the queries drawn. null: its number of queries."""
     environment: str | None = None
-    """Name in `environments`: each rollout is an episode of it. null: one turn."""
+    """Name in `environments`; each rollout is then one of its episodes. null: a single turn."""
 
 
 class _Rows(_Source):
     prompt_key: str | None = None
-    """Column with a string or with chat messages (role, content); dots go into nested columns. null: the first of
-    prompt, messages, question, problem, query, input that is there."""
+    """Column with a string or with chat messages (role, content); dots reach nested columns. null: the first column
+    that exists of prompt, messages, question, problem, query, input."""
     answer_key: str | None = None
-    """Column with the answer. null: the first of answer, reward_model.ground_truth, ground_truth, final_answer,
-    label, solution, target that is there."""
+    """Column with the answer. null: the first that exists of answer, reward_model.ground_truth, ground_truth,
+    final_answer, label, solution, target."""
     answer_extract: Extraction = "whole"
-    """Where in that column the answer stands: GSM8K's is after ####, MATH's in the last box."""
-    prompt_template: str = "{prompt}"
-    """Around a prompt that is a string; {prompt} and the names of other columns are put in."""
+    """Place of the answer in that column. hashes suits GSM8K (after ####), boxed suits MATH (the last box)."""
+    prompt_template: Annotated[str, Accepts("a string that contains {prompt}")] = "{prompt}"
+    """Text around a prompt that is a string; {prompt} and the names of other columns are replaced."""
     as_chat: bool = False
-    """Make a string prompt a user message, for the tokenizer's chat template."""
+    """Make a string prompt a user message and apply the tokenizer's chat template."""
     system_prompt: str | None = None
-    """System message before prompts that have none; a string prompt becomes a user message after it."""
+    """System message for prompts that have none; a string prompt becomes the user message after it."""
     max_rows: int | None = Field(None, ge=1)
-    """Only the first so many rows."""
+    """Use only this many rows, the first ones. null: all."""
 
     @field_validator("prompt_template")
     @classmethod
-    def _holds_the_prompt(cls, template: str) -> str:
+    def _contains_the_prompt(cls, template: str) -> str:
         if "{prompt}" not in template:
-            raise ValueError("must contain {prompt}; put it where the question belongs")
+            raise ValueError("must contain {prompt}; put it in place of the question")
         return template
 
 
 class JsonLinesSourceConfig(_Rows):
-    """One JSON object a line."""
+    """A JSON Lines file: one object per line."""
 
     kind: Literal["jsonl"]
     path: Path
+    """The file; a relative path starts at the current directory."""
 
 
 class ParquetSourceConfig(_Rows):
@@ -56,78 +58,88 @@ class ParquetSourceConfig(_Rows):
 
     kind: Literal["parquet"]
     path: Path
+    """The file; a relative path starts at the current directory."""
 
 
 class HuggingFaceSourceConfig(_Rows):
     """A dataset of the `datasets` library: a folder that `save_to_disk` wrote, or a name on the hub."""
 
     kind: Literal["hf"]
-    path: str
+    path: Annotated[str, Accepts("a folder or a name on the hub")]
+    """Folder, or name on the hub such as openai/gsm8k."""
     name: str | None = None
-    """Its configuration on the hub, such as `main` of openai/gsm8k."""
+    """Configuration of the dataset on the hub, such as `main` of openai/gsm8k."""
     split: str | None = None
-    """Required on the hub, and for a folder that holds several."""
+    """Split to use, such as train. Required on the hub, and for a folder that holds several."""
     revision: str | None = None
     """Commit of the dataset on the hub; pin it to train on the same data again."""
 
 
 class ReasoningGymSourceConfig(_Source):
-    """Questions of a reasoning-gym task, distinct ones only. Judge them with the reward `reasoning_gym`."""
+    """Distinct questions of a reasoning-gym task, to be scored by the reward `reasoning_gym`."""
 
     kind: Literal["reasoning_gym"]
     task: str
-    """Its name there; `quatro-ray tasks` lists all."""
-    params: dict[str, Any] = Field({})
-    """Of the task, as reasoning_gym.create_dataset takes them."""
+    """Name of the task; `quatro-ray tasks` lists all."""
+    params: dict[str, object] = Field({})
+    """Settings of the task, as reasoning_gym.create_dataset takes them."""
     size: int = Field(ge=1)
-    """Items to generate; fewer are left where questions recur."""
+    """Items to generate; fewer remain if questions recur."""
     seed: int = Field(0, ge=0)
+    """Seed of the generated questions. Give train and eval different ones."""
     prompt_template: str = "{prompt}"
-    """{prompt}: the question; {answer_format} is not added by itself."""
+    """Text around the question, which replaces {prompt}; an answer format is not added by itself."""
     as_chat: bool = False
+    """Make the question a user message and apply the tokenizer's chat template."""
     system_prompt: str | None = None
+    """System message before the question, which then becomes a user message."""
 
 
 class ChainSumSourceConfig(_Source):
-    """reasoning-gym's chain_sum rendered tersely, `12+34=`, for models too small to read English; distinct."""
+    """Distinct questions of reasoning-gym's chain_sum, rendered tersely (`12+34=`) for models too small for English."""
 
     kind: Literal["chain_sum"]
     min_terms: int = Field(2, ge=2)
+    """Fewest terms of a sum."""
     max_terms: int = Field(2, ge=2)
+    """Most terms of a sum. Raise it for harder questions."""
     min_digits: int = Field(1, ge=1)
+    """Fewest digits of a term."""
     max_digits: int = Field(2, ge=1)
+    """Most digits of a term. Raise it for harder questions."""
     num_questions: int = Field(4096, ge=1)
+    """Distinct questions to generate."""
     seed: int = Field(0, ge=0)
+    """Seed of the generated questions. Give train and eval different ones."""
 
-    @model_validator(mode="after")
-    def _ranges(self) -> ChainSumSourceConfig:
-        for name in ("terms", "digits"):
-            low, high = getattr(self, f"min_{name}"), getattr(self, f"max_{name}")
+    def broken_rules(self) -> Iterator[str]:
+        for name, low, high in [
+            ("terms", self.min_terms, self.max_terms),
+            ("digits", self.min_digits, self.max_digits),
+        ]:
             if low > high:
-                raise ValueError(f"min_{name}={low} must be at most max_{name}={high}; lower it or raise max_{name}")
-        return self
+                yield f"min_{name}={low} must be at most max_{name}={high}; lower it or raise max_{name}"
 
 
 class VerifiersSourceConfig(_Source):
-    """The data set of an environment of the `verifiers` library, which must be installed (docs/environments.md)."""
+    """The dataset of an environment of the `verifiers` library, which must be installed (docs/environments.md)."""
 
     kind: Literal["verifiers"]
     env: str
-    """Its name, as verifiers.load_environment takes it."""
+    """Name of the environment, as verifiers.load_environment takes it."""
     args: dict[str, JsonValue] = Field({})
-    """Further arguments of it."""
+    """Further arguments of verifiers.load_environment, by name."""
     split: Literal["train", "eval"] = "train"
+    """Which of the environment's two datasets to use."""
     max_rows: int | None = Field(None, ge=1)
-    """Only the first so many rows."""
+    """Use only this many rows, the first ones. null: all."""
 
-    @model_validator(mode="after")
-    def _has_an_environment(self) -> VerifiersSourceConfig:
+    def broken_rules(self) -> Iterator[str]:
         if self.environment is None:
-            raise ValueError(
-                "environment is missing: name one of `environments` whose function is "
-                "quatro_ray.environments.verifiers_library:episode, since the data is made for it"
+            yield (
+                "environment is missing: name an entry of `environments` whose function is "
+                "quatro_ray.environments.verifiers_library:episode, because the dataset is made for it"
             )
-        return self
 
 
 SourceConfig = Annotated[
@@ -142,38 +154,38 @@ SourceConfig = Annotated[
 
 
 class DataConfig(Section):
-    """Sources by name. Prompts of `eval` are never trained on: those that stand in `train` too are taken out of it."""
+    """Sources of queries, by name. A prompt of `eval` is never trained on: it is removed from `train`."""
 
     train: dict[str, SourceConfig] = Field(min_length=1)
-    """Drawn from in proportion to their weights, each shuffled anew every epoch."""
+    """Sources of training queries, drawn in proportion to their weights; each is shuffled anew every epoch."""
     eval: dict[str, SourceConfig] = Field(min_length=1)
     """Held-out sets; each is evaluated by itself."""
     warmup: SourceConfig | None = None
-    """What a model of kind tiny imitates before RL; its first 128 rows are held out. null: train."""
+    """Source that a model of kind tiny imitates before RL; its first 128 rows are held out. null: data.train."""
     shuffle: bool = True
-    """false: every epoch in the order of the rows."""
+    """Shuffle each source every epoch. false: keep the order of the rows, for curricula."""
     bad_rows: Literal["refuse", "skip"] = "refuse"
-    """A row that cannot be used (no prompt, an answer its reward cannot compare with, too long a prompt, a held-out
-    prompt in train): end with its file and line, or leave it out and count it with its reason."""
+    """Treatment of a row that cannot be used (no prompt, an answer that its reward cannot compare with, a prompt that
+    is too long, a held-out prompt in train). refuse: end with its file and line. skip: leave it out and count it with
+    its reason."""
 
 
 class FilterConfig(Section):
-    """Scored groups that are not worth a step: dropped with a reason before they reach the learner."""
+    """Filters of scored groups: a group that is not worth a step is dropped with a reason before it is trained on."""
 
     drop_zero_variance: bool = False
-    """All rewards equal: nothing to prefer (DAPO's dynamic sampling)."""
+    """Drop groups whose rewards are all equal, which prefer nothing (DAPO's dynamic sampling)."""
     min_mean_reward: float | None = None
-    """Below: too hard for now."""
+    """Drop groups with a lower mean reward: too hard for now. null: no lower bound."""
     max_mean_reward: float | None = None
-    """Above: solved."""
+    """Drop groups with a higher mean reward: solved. null: no upper bound."""
     max_truncated_share: float | None = Field(None, ge=0, lt=1)
-    """More of the responses than this met the token limit: their rewards are of the limit, not of the answer."""
+    """Drop groups in which a larger share of the responses met the token limit, because their rewards tell of the
+    limit and not of the answer. null: keep them."""
     max_in_a_row: int = Field(1000, ge=1)
-    """So many dropped without one kept end the run: filters that let nothing pass would spin for ever."""
+    """Consecutive dropped groups that end the run, because filters that let nothing pass would spin for ever."""
 
-    @model_validator(mode="after")
-    def _band(self) -> FilterConfig:
+    def broken_rules(self) -> Iterator[str]:
         low, high = self.min_mean_reward, self.max_mean_reward
         if low is not None and high is not None and low >= high:
-            raise ValueError(f"min_mean_reward={low} must be below max_mean_reward={high}: lower it")
-        return self
+            yield f"min_mean_reward={low:g} must be below max_mean_reward={high:g}: lower it"

@@ -1,4 +1,4 @@
-"""Episodes of several turns."""
+"""The `environments` section: episodes of several turns."""
 
 from __future__ import annotations
 
@@ -8,28 +8,29 @@ from quatro_ray.config.base import FunctionPath, Section
 
 
 class EnvironmentConfig(Section):
-    """A function of yours that talks to the policy; each episode has a process of its own (docs/environments.md)."""
+    """A user's function that talks to the policy; each episode has its own process (docs/environments.md)."""
 
     function: FunctionPath
-    """`module:name`, or `path/to/file.py:name`: (query: Query, policy: Policy) -> None, a number or numbers by name."""
+    """The function (query: Query, policy: Policy) -> None, a number, or numbers by name."""
     params: dict[str, JsonValue] = Field({})
-    """Further arguments by name."""
+    """Further arguments of the function, by name."""
     max_turns: int = Field(8, ge=1)
-    """Turns of the policy; after the last one `policy.generate` returns None."""
+    """Turns of the policy per episode; after the last one `policy.generate` returns None."""
     turn_deadline_s: float = Field(30, gt=0)
-    """For what the environment itself does between two turns. Missed twice, the second time in a fresh process: the
-    episode is over, outcome `exhausted`."""
+    """Seconds that the environment itself may take between two turns. An episode that exceeds them is played again in
+    a fresh process; the second time it ends with outcome `exhausted`."""
     episode_deadline_s: float = Field(300, gt=0)
-    """For a whole episode, generation included, waiting for a process not; missed: the group is generated again."""
+    """Seconds for a whole episode, including generation and excluding the wait for a process. If exceeded, the group
+    is generated again."""
     start_deadline_s: float = Field(120, gt=0)
-    """For a process to start and import the function."""
+    """Seconds within which a process must start and import the function."""
     num_actors: int = Field(1, ge=1)
-    """Spread over the nodes by Ray."""
+    """Environment actors, which Ray spreads over the nodes."""
     num_workers: int = Field(16, ge=1)
-    """Processes of each actor: so many episodes at the same time."""
+    """Processes of each actor, and so the episodes that it plays at the same time."""
     memory_mib: int = Field(1024, ge=256)
-    """Address space of a process."""
+    """Address space of a process, MiB."""
     recycle_after: int = Field(1000, ge=1)
-    """Episodes of a process before it is replaced."""
+    """Episodes that a process plays before it is replaced."""
     sandbox: bool = False
-    """Run the processes in the sandbox of the code reward: for functions that execute what the policy wrote."""
+    """Run the processes in the sandbox of the code reward. Needed for functions that execute the policy's text."""

@@ -1,105 +1,115 @@
-"""A run as a whole: where it writes, how it is evaluated, kept and watched, and where it runs."""
+"""The sections that concern a run as a whole: run, evaluation, checkpoint, telemetry, cluster."""
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Literal
 
-from pydantic import Field, model_validator
+from pydantic import Field
 
 from quatro_ray.config.base import AbsolutePath, Section
 
 
 class RunConfig(Section):
+    """The run itself: its directory, seed and length."""
+
     dir: AbsolutePath
-    """Where everything is written. Must be empty or absent, unless `overwrite`."""
+    """Directory of everything that the run writes. Must be empty or absent, unless `overwrite` or `resume` is set."""
     seed: int = Field(0, ge=0, lt=2**32)
-    """Seeds data order, sampling, initial weights of a tiny model."""
+    """Seed of data order, sampling, and a tiny model's initial weights. Change it to repeat an experiment."""
     num_steps: int = Field(ge=1)
-    """Optimiser steps."""
+    """Optimiser steps of the whole run."""
     overwrite: bool = False
     """Replace what an earlier run left in `dir`."""
     resume: Literal["never", "auto"] = "never"
-    """auto: go on where the run in `dir` ended, however that was, and start it where there is none yet."""
+    """auto: continue the run in `dir` from where it ended, or start it if there is none yet."""
 
-    @model_validator(mode="after")
-    def _resume_or_overwrite(self) -> RunConfig:
+    def broken_rules(self) -> Iterator[str]:
         if self.overwrite and self.resume == "auto":
-            raise ValueError("overwrite=true and resume=auto contradict each other: set one of the two")
-        return self
+            yield "overwrite=true contradicts resume=auto: set only one of the two"
 
 
 class EvaluationConfig(Section):
-    """Every set of data.eval, at the start, the end, and every so many steps."""
+    """Evaluation of every set of data.eval at the start, at the end, and every `every_steps` steps."""
 
     every_steps: int | None = Field(None, ge=1)
+    """Optimiser steps between evaluations. null: only at the start and at the end."""
     num_queries: int | None = Field(None, ge=1)
-    """Of each set at most so many, the first ones; null: all."""
+    """Evaluate only this many queries of each set, the first ones. null: all."""
     num_engines: int = Field(0, ge=0)
-    """Engines for evaluation alone: each is started on the weights of one version, exported for it, and training goes
-    on meanwhile. 0: the generators do it, and the learner waits."""
+    """Engines for evaluation alone: each loads the exported weights of one version, and training continues meanwhile.
+    0: the training generators evaluate, and the learner waits."""
     temperature: float | None = Field(None, ge=0, le=2)
-    """null: as in training. 0: greedy, one sample of each query."""
+    """Sampling temperature of evaluation. null: as in training. 0: greedy, with one sample per query."""
     top_p: float | None = Field(None, gt=0, le=1)
-    """null: as in training."""
+    """Nucleus sampling of evaluation. null: as in training."""
     rollout_groups: int = Field(4, ge=0)
-    """Of each set, the first so many questions are written with their responses to evaluation_rollouts.jsonl."""
+    """Queries of each set, the first ones, whose responses are written to evaluation_rollouts.jsonl."""
     samples_per_query: int = Field(16, ge=1)
-    """n: of the unbiased estimators of pass@k, avg@n and maj@n."""
+    """n: samples per query, for the unbiased estimators of pass@k, avg@n and maj@n."""
     pass_at: tuple[int, ...] = Field((1, 8), min_length=1)
-    """k of the pass@k to report; 1 among them, none above samples_per_query."""
+    """Values of k for which pass@k is reported; they include 1, and none exceeds samples_per_query."""
     deadline_s: float = Field(600, gt=0)
-    """For one set."""
+    """Seconds within which one set must be evaluated. Raise it for large sets or long responses."""
 
-    @model_validator(mode="after")
-    def _enough_samples(self) -> EvaluationConfig:
+    def broken_rules(self) -> Iterator[str]:
         if self.temperature == 0 and self.samples_per_query > 1:
-            raise ValueError(
+            yield (
                 f"temperature=0 (greedy) gives the same sample each time: set samples_per_query to 1 instead of "
                 f"{self.samples_per_query}, and pass_at to [1]"
             )
         if 1 not in self.pass_at or not all(1 <= k <= self.samples_per_query for k in self.pass_at):
-            raise ValueError(
+            yield (
                 f"pass_at={list(self.pass_at)} must hold 1, and no k above samples_per_query={self.samples_per_query}: "
                 "draw more samples or drop the largest k"
             )
-        return self
 
 
 class CheckpointConfig(Section):
+    """Checkpoints, from which a run resumes and the learner restarts."""
+
     every_steps: int | None = Field(None, ge=1)
-    """Besides the one at the end, and the one when the run is told to end."""
+    """Optimiser steps between checkpoints. null: only at the end and when the run is told to end."""
     dir: AbsolutePath | None = None
-    """null: checkpoints/ in run.dir. No two runs may share one."""
+    """Directory of the checkpoints, which no two runs may share. null: checkpoints/ in run.dir."""
     keep: int = Field(2, ge=1)
-    """Complete ones that stay; an older one goes only when the new one is on the disk."""
+    """Complete checkpoints to keep; the oldest is deleted only after a new one is on disk."""
     deadline_s: float = Field(600, gt=0)
+    """Seconds within which one checkpoint must be written. Raise it for large models or slow disks."""
     grace_s: float = Field(25, gt=0)
-    """After SIGTERM: the step under way and a checkpoint must be done by then; the run ends in any case."""
+    """Seconds after SIGTERM within which the current step and a checkpoint must end; then the run ends in any case.
+    Keep it below the scheduler's own grace period."""
 
 
 class TelemetryConfig(Section):
+    """Records of the run, besides metrics.jsonl and the report."""
+
     tensorboard: bool = True
+    """Write metrics for TensorBoard, to tensorboard/ in run.dir."""
     rollout_groups_per_step: int = Field(1, ge=0)
-    """Groups of each step written to rollouts.jsonl for reading."""
+    """Groups of each step that are written to rollouts.jsonl in readable form."""
 
 
 class ClusterConfig(Section):
-    """Where the actors run."""
+    """Devices and resources of the actors, and deadlines of the cluster."""
 
     device: Literal["cpu", "cuda"] = "cuda"
+    """Device of engines and learner ranks."""
     address: str | None = None
-    """Ray cluster to join; null: the one in RAY_ADDRESS (a submitted job has it), else a local one."""
+    """Ray cluster to join. null: the one in RAY_ADDRESS (set in a submitted job), else a local one."""
     cpus_per_engine: float = Field(1, ge=0)
+    """CPU cores that Ray reserves for each engine."""
     cpus_per_rank: float = Field(1, ge=0)
+    """CPU cores that Ray reserves for each learner rank."""
     cpus_per_verifier: float = Field(1, ge=0)
-    """For each worker process."""
+    """CPU cores that Ray reserves for each worker process of a verifier actor."""
     cpus_per_environment: float = Field(1, ge=0)
-    """For each actor of an environment: its processes mostly wait for the engines."""
+    """CPU cores that Ray reserves for each environment actor, whose processes mostly wait for the engines."""
     threads_per_process: int = Field(1, ge=1)
     """OMP_NUM_THREADS of engines and learner ranks."""
     start_deadline_s: float = Field(300, gt=0)
-    """Placement must succeed by then."""
+    """Seconds within which Ray must place all actors."""
     stall_deadline_s: float = Field(900, gt=0)
-    """No optimiser step for so long ends the run with a report of who waits for what."""
+    """Seconds without an optimiser step after which the run ends with a report of what waits for what."""
     liveness_deadline_s: float = Field(60, gt=0)
-    """An engine or learner rank that gives no sign of life for so long is killed and started again."""
+    """Seconds without a heartbeat after which an engine or learner rank is killed and restarted."""
