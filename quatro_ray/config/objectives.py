@@ -1,10 +1,11 @@
-"""What a step optimises: one class a method, chosen by `objective.kind`. Settings that are known traps are refused."""
+"""The `objective` section: one class per method, chosen by `objective.kind`. Known traps among settings are refused."""
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Annotated, Literal
 
-from pydantic import Field, model_validator
+from pydantic import Field
 
 from quatro_ray.config.base import Section
 
@@ -12,12 +13,13 @@ Level = Literal["token", "sequence", "geometric"]
 
 
 class ImportanceConfig(Section):
-    """Weights that correct for the policy having moved since sampling: w = min(ρ, truncation), detached."""
+    """Importance weights that correct for the drift of the policy since sampling: w = min(ρ, truncation), detached."""
 
     level: Level = "token"
-    """token: ρ of each token. sequence: product over the response. geometric: its length-normalised root."""
+    """Level of the ratio ρ. token: of each token. sequence: the product over the response. geometric: its
+    length-normalised root."""
     truncation: float = Field(2.0, ge=1)
-    """Upper bound of a weight; below 1 it would shrink on-policy samples."""
+    """Upper bound of a weight; a bound below 1 would shrink on-policy samples. Lower it if gradients are noisy."""
 
 
 class QuatroConfig(Section):
@@ -25,29 +27,35 @@ class QuatroConfig(Section):
 
     kind: Literal["quatro"]
     kl_budget_nats: float = Field(0.006, gt=0)
-    """ε_0: radius of the region of a query on fresh samples, nats."""
+    """ε_0: radius of a query's trust region on fresh samples, in nats per kl_budget_unit. Raise it for faster, riskier
+    steps."""
     kl_budget_unit: Literal["response", "token"] = "token"
-    """token: the budget is multiplied by the mean length of the query's responses, as drift is."""
+    """Unit of the budget. token: it is multiplied by the mean length of the query's responses, as drift is."""
     staleness_exponent: float = Field(1.0, ge=0, le=2)
-    """ε_q = ε_0 (1 + staleness)^exponent. 1: room for as many steps as the samples are old. 0: blind to versions."""
+    """Exponent a in ε_q = ε_0 (1 + staleness)^a. 1: room for as many steps as the samples are old. 0: no dependence on
+    versions."""
     headroom_exponent: float = Field(2.0, ge=0, le=4)
-    """ε_q is multiplied by max(1, 2h)^exponent, h the query's failure rate: hard queries get room. 0: all the same."""
+    """Exponent b: ε_q is multiplied by max(1, 2h)^b, h being the query's failure rate, so hard queries get more room.
+    0: the same room for all."""
     shrink_by_ess: bool = False
-    """ε_q is multiplied by ESS/G, the effective share of the query's samples."""
+    """Multiply ε_q by ESS/G, the effective share of the query's samples."""
     max_eta: float = Field(8.0, gt=0)
-    """Cap on η = 1/λ, in 1/reward: keeps targets finite where the region does not bind."""
+    """Cap on η = 1/λ, in 1/reward; it keeps targets finite if the trust region does not bind."""
     eta_cap: Literal["first_order", "fixed"] = "first_order"
-    """first_order: η is also at most √(2ε)/std, so that rare failures are not pushed hardest. fixed: max_eta alone."""
+    """Further cap on η. first_order: at most √(2ε)/std, so that rare failures are not pushed hardest. fixed: max_eta
+    alone."""
     stabilizer: Literal["active", "always"] = "always"
-    """−log ρ_i in every residual, or (active) only for queries beyond their budget (complementary slackness)."""
+    """Queries whose residuals contain −log ρ_i. always: all. active: only those beyond their budget (complementary
+    slackness)."""
     importance: ImportanceConfig = ImportanceConfig()
+    """Correction for the drift of the policy since sampling."""
 
 
 class _Clipped(Section):
     clip_low: float = Field(0.2, gt=0, lt=1)
-    """Lower end of the clip range is 1 − clip_low."""
+    """Distance of the clip range's lower end from 1: ratios below 1 − clip_low are clipped."""
     clip_high: float = Field(0.2, gt=0)
-    """Upper end of the clip range is 1 + clip_high."""
+    """Distance of the clip range's upper end from 1: ratios above 1 + clip_high are clipped."""
 
 
 class GrpoConfig(_Clipped):
@@ -63,20 +71,18 @@ class DrGrpoConfig(_Clipped):
 
 
 class DapoConfig(_Clipped):
-    """Clip-higher and token mean. arXiv 2503.14476, eq. 8. (Its filters and length rewards belong to the data.)"""
+    """Clip-higher and token mean. arXiv 2503.14476, eq. 8. Its filter and length reward are in filters and rewards."""
 
     kind: Literal["dapo"]
     clip_high: float = Field(0.28, gt=0)
-    """Upper end of the clip range is 1 + clip_high; above clip_low, so that rare tokens can grow."""
+    """Distance of the clip range's upper end from 1; above clip_low, so that rare tokens can grow."""
 
-    @model_validator(mode="after")
-    def _higher(self) -> DapoConfig:
+    def broken_rules(self) -> Iterator[str]:
         if self.clip_high <= self.clip_low:
-            raise ValueError(
-                f"clip_high={self.clip_high} must exceed clip_low={self.clip_low}: that is DAPO's clip-higher; "
+            yield (
+                f"clip_high={self.clip_high:g} must exceed clip_low={self.clip_low:g}, which is DAPO's clip-higher: "
                 "raise it (0.28 in the paper) or use kind: grpo"
             )
-        return self
 
 
 class GspoConfig(Section):
@@ -84,9 +90,10 @@ class GspoConfig(Section):
 
     kind: Literal["gspo"]
     clip_low: float = Field(3e-4, gt=0, lt=0.2)
-    """The ratio is a mean over the response: ranges made for single tokens (0.2) would hardly ever clip."""
+    """Distance of the clip range's lower end from 1. The ratio is a mean over the response, so the range of single
+    tokens (0.2) would hardly ever clip; 3e-4 in the paper, for responses of thousands of tokens."""
     clip_high: float = Field(4e-4, gt=0, lt=0.2)
-    """See clip_low; 3e-4 and 4e-4 are the paper's, for responses of thousands of tokens."""
+    """Distance of the clip range's upper end from 1; 4e-4 in the paper. See clip_low."""
 
 
 class CispoConfig(Section):
@@ -94,36 +101,39 @@ class CispoConfig(Section):
 
     kind: Literal["cispo"]
     weight_upper: float = Field(3.0, ge=1)
-    """Upper bound of ρ itself (1 + ε_high), not a distance from 1: below 1 it would shrink on-policy samples."""
+    """Upper bound of ρ itself (1 + ε_high), not a distance from 1; below 1 it would shrink on-policy samples."""
 
 
 class DecoupledPpoConfig(_Clipped):
-    """Clips around a proximal policy, weights by π_prox/β. AReaL, arXiv 2505.24298, eq. 5."""
+    """Clipping around a proximal policy, weighted by π_prox/β. AReaL, arXiv 2505.24298, eq. 5."""
 
     kind: Literal["decoupled_ppo"]
     weight_cap: float = Field(5.0, gt=1)
-    """Tokens with π_prox/β above it are left out; at 1 or below, on-policy tokens would be."""
+    """Tokens with a larger π_prox/β are left out; a cap of 1 or below would leave out on-policy tokens."""
     proximal: Literal["recomputed", "interpolated"] = "recomputed"
-    """recomputed: the policy at the start of the step (with one step a batch the clip then never acts).
-    interpolated: log π_prox = α log β + (1 − α) log π_θ, α = 1/staleness (A-3PO, arXiv 2512.06547)."""
+    """The proximal policy. recomputed: the policy at the start of the step (with one step per batch the clip never
+    acts). interpolated: log π_prox = α log β + (1 − α) log π_θ, α = 1/staleness (A-3PO, arXiv 2512.06547)."""
 
 
 class TisGrpoConfig(_Clipped):
-    """GRPO around the step's first policy, times truncated π/β. Yao et al. 2025 (TIS)."""
+    """GRPO around the step's first policy π, times truncated π/β. Yao et al. 2025 (TIS)."""
 
     kind: Literal["tis_grpo"]
     importance: ImportanceConfig = ImportanceConfig()
+    """Truncated weight π/β, π being the step's first policy."""
 
 
 class MisGrpoConfig(_Clipped):
-    """GRPO around the step's first policy, times π/β where it is within bounds, else nothing. Liu et al. 2025 (MIS)."""
+    """GRPO around the step's first policy π, times π/β if it is within bounds, else 0. Liu et al. 2025 (MIS)."""
 
     kind: Literal["mis_grpo"]
     level: Level = "token"
-    """Of the ratio that is masked; see importance.level."""
+    """Level of the ratio that is masked. token: of each token. sequence: the product over the response. geometric: its
+    length-normalised root."""
     mask_low: float = Field(0.5, ge=0, lt=1)
+    """Lower bound of π/β; below 1, so that on-policy samples are kept."""
     mask_high: float = Field(5.0, gt=1)
-    """On-policy samples (ratio 1) must lie within."""
+    """Upper bound of π/β; above 1, so that on-policy samples are kept."""
 
 
 class M2poConfig(Section):
@@ -131,6 +141,7 @@ class M2poConfig(Section):
 
     kind: Literal["m2po"]
     tau: float = Field(0.04, gt=0)
+    """τ: bound on the second moment of log ρ over the tokens that are kept. Lower it to mask more."""
 
 
 class SapoConfig(Section):
@@ -138,17 +149,16 @@ class SapoConfig(Section):
 
     kind: Literal["sapo"]
     tau_positive: float = Field(1.0, gt=0)
+    """Gate temperature for positive advantages; a higher one fades sooner as ρ leaves 1."""
     tau_negative: float = Field(1.05, gt=0)
-    """Gate temperature for negative advantages: at least tau_positive, since these spread over the vocabulary."""
+    """Gate temperature for negative advantages; at least tau_positive, because these spread over the vocabulary."""
 
-    @model_validator(mode="after")
-    def _ordered(self) -> SapoConfig:
+    def broken_rules(self) -> Iterator[str]:
         if self.tau_negative < self.tau_positive:
-            raise ValueError(
-                f"tau_negative={self.tau_negative} must be at least tau_positive={self.tau_positive}: "
-                "negative advantages must fade faster, or training destabilises; raise it (1.05 in the paper)"
+            yield (
+                f"tau_negative={self.tau_negative:g} must be at least tau_positive={self.tau_positive:g}, because "
+                "negative advantages must fade faster or training destabilises; raise it (1.05 in the paper)"
             )
-        return self
 
 
 class ReinforceConfig(Section):
@@ -156,6 +166,7 @@ class ReinforceConfig(Section):
 
     kind: Literal["reinforce"]
     importance: ImportanceConfig = ImportanceConfig()
+    """Correction for the drift of the policy since sampling."""
 
 
 ObjectiveConfig = Annotated[

@@ -1,61 +1,65 @@
-"""What a response is worth: the kinds of parts that a reward is made of."""
+"""The `rewards` section: the kinds of reward, of which a response receives the weighted sum."""
 
 from __future__ import annotations
 
 import re
+from collections.abc import Iterator
 from typing import Annotated, Literal
 
-from pydantic import Field, field_validator, model_validator
+from pydantic import Field, field_validator
 
-from quatro_ray.config.base import FunctionPath, ModelPath, Section
+from quatro_ray.config.base import Accepts, FunctionPath, ModelPath, Section
 
 Extraction = Literal["whole", "boxed", "answer_tag", "hashes", "last_number"]
 
 
-class _Part(Section):
+class _Reward(Section):
     weight: float = 1.0
-    """Factor in the sum."""
+    """Factor of this reward in the weighted sum."""
     only: tuple[str, ...] | None = None
-    """Sources of data.train and data.eval that this part judges; null: all."""
+    """Sources of data.train and data.eval that this reward scores. null: all."""
 
 
-class _Extracting(_Part):
+class _Extracting(_Reward):
     extract: Extraction = "whole"
-    """Where in the response the answer stands. whole: all of it; boxed: the last \\boxed{…}; answer_tag: the last
-    <answer>…</answer>; hashes: after the last ####; last_number. Nothing there: the answer is wrong."""
+    """Place of the answer in the response. whole: all of it; boxed: the last \\boxed{…}; answer_tag: the last
+    <answer>…</answer>; hashes: after the last ####; last_number: the last number. If it is absent, the answer is
+    wrong."""
 
 
 class IntegerRewardConfig(_Extracting):
-    """1 where the answer is the integer asked for, digit by digit; else 0. For arithmetic: `5+7` is not 12."""
+    """1 if the answer is the expected integer, digit by digit, else 0. Suits arithmetic: `5+7` is not 12."""
 
     kind: Literal["integer"]
 
 
 class ExactRewardConfig(_Extracting):
-    """1 where the answer equals the one asked for, white space at the ends aside; else 0."""
+    """1 if the answer equals the expected one apart from white space at the ends, else 0."""
 
     kind: Literal["exact"]
     ignore_case: bool = False
+    """Compare without regard to upper and lower case."""
 
 
 class MathRewardConfig(_Extracting):
-    """1 where math-verify takes the answer for equal to the one asked for, as numbers, sets or expressions; else 0."""
+    """1 if math-verify finds the answer equal to the expected one, as number, set or expression, else 0."""
 
     kind: Literal["math"]
     extract: Extraction = "boxed"
-    """Where in the response the answer stands, as for the other kinds."""
+    """Place of the answer in the response: whole, the last \\boxed{…}, the last <answer>…</answer>, after the last
+    ####, or the last number. If it is absent, the answer is wrong."""
     max_answer_chars: int = Field(1000, ge=1)
-    """A longer answer is wrong: none that anyone asks for is that long, and parsing it costs."""
+    """Longest answer that is parsed, in characters; a longer one is wrong, because parsing it costs too much."""
 
 
-class RegexRewardConfig(_Part):
-    """1 where the pattern matches the response; else 0."""
+class RegexRewardConfig(_Reward):
+    """1 if the pattern matches the response, else 0."""
 
     kind: Literal["regex"]
-    pattern: str
-    """Python's `re`; `.` matches line ends too."""
+    pattern: Annotated[str, Accepts("a regular expression")]
+    """Regular expression of Python's `re`; `.` matches line ends too."""
     match: Literal["search", "full"] = "search"
-    """full: the pattern must cover the whole response."""
+    """search: the pattern may match anywhere. full: it must cover the whole response."""
 
     @field_validator("pattern")
     @classmethod
@@ -67,76 +71,83 @@ class RegexRewardConfig(_Part):
         return pattern
 
 
-class FormatRewardConfig(_Part):
-    """1 where the response is these tags once each, in this order, and nothing outside of them; else 0."""
+class FormatRewardConfig(_Reward):
+    """1 if the response consists of these tags, once each and in this order, with nothing outside them, else 0."""
 
     kind: Literal["format"]
     tags: tuple[str, ...] = Field(("think", "answer"), min_length=1)
+    """Names of the tags, without brackets: think stands for <think>…</think>."""
 
 
-class LengthRewardConfig(_Part):
-    """0 up to max_tokens − buffer_tokens, then down in a line to −1 at max_tokens. DAPO, arXiv 2503.14476, eq. 13."""
+class LengthRewardConfig(_Reward):
+    """0 up to max_tokens − buffer_tokens, then falling linearly to −1 at max_tokens. DAPO, arXiv 2503.14476, eq. 13."""
 
     kind: Literal["length"]
     max_tokens: int = Field(ge=1)
+    """Response length at which the penalty is full, in tokens; usually generator.max_response_tokens."""
     buffer_tokens: int = Field(ge=1)
+    """Tokens before max_tokens over which the penalty grows."""
 
-    @model_validator(mode="after")
-    def _fits(self) -> LengthRewardConfig:
+    def broken_rules(self) -> Iterator[str]:
         if self.buffer_tokens > self.max_tokens:
-            raise ValueError(
-                f"buffer_tokens={self.buffer_tokens} must be at most max_tokens={self.max_tokens}: lower it"
-            )
-        return self
+            yield f"buffer_tokens={self.buffer_tokens} must be at most max_tokens={self.max_tokens}: lower it"
 
 
 class ReasoningGymRewardConfig(_Extracting):
-    """The scorer of the reasoning-gym task that made the query. Some execute the response: they run sandboxed."""
+    """The scorer of the reasoning-gym task that made the query. Scorers that execute the response run sandboxed."""
 
     kind: Literal["reasoning_gym"]
     threshold: float | None = Field(1.0, gt=0, le=1)
-    """The scorer's value at which an answer counts as right (1, else 0). null: its value as it is, partial credit."""
+    """Value of the scorer from which an answer is correct (1, else 0). null: the value itself, as partial credit."""
 
 
 class SandboxLimits(Section):
-    """Of one program that runs in the sandbox."""
+    """Limits of one program that runs in the sandbox."""
 
     cpu_s: float = Field(5, gt=0)
+    """CPU time, in seconds."""
     wall_s: float = Field(8, gt=0)
+    """Elapsed time, in seconds, including the start of the sandbox. At most verifier.deadline_s."""
     memory_mib: int = Field(512, ge=64)
+    """Address space of each of its processes, MiB."""
     max_processes: int = Field(32, ge=1)
+    """Processes and threads at the same time."""
     output_kib: int = Field(256, ge=1)
-    """Of standard output; the same for each file that the program writes."""
+    """Standard output, KiB; the same for each file that the program writes."""
 
 
-class CodeRewardConfig(_Part):
-    """Runs the response's Python program against the query's test cases, sandboxed with bubblewrap."""
+class CodeRewardConfig(_Reward):
+    """Runs the response's Python program against the query's test cases, in a bubblewrap sandbox."""
 
     kind: Literal["code"]
     limits: SandboxLimits = SandboxLimits()
-    """For each test case."""
+    """Limits for each test case."""
     all_tests: bool = True
-    """1 only where all test cases pass; false: the share that passes."""
+    """true: 1 only if all test cases pass. false: the share of test cases that pass."""
 
 
-class _Remote(_Part):
-    urls: tuple[str, ...] = Field(min_length=1)
-    """Endpoints; requests go round, and past those that fail."""
-    token_env: str | None = None
-    """Name of the environment variable with the bearer token. Never the token itself: configurations end up in logs."""
+class _Remote(_Reward):
+    urls: Annotated[tuple[str, ...], Accepts("a list of at least 1 URL, http:// or https://")] = Field(
+        min_length=1, repr=False
+    )
+    """Endpoints, http:// or https://, used in turn; one that fails is passed over."""
+    token_env: Annotated[str | None, Accepts("the name of an environment variable or null")] = Field(None, repr=False)
+    """Name of the environment variable that holds the bearer token; never the token itself, because configurations end
+    up in logs. null: no token."""
     timeout_s: float = Field(30, gt=0)
-    """For one request."""
+    """Seconds to wait for one request."""
     max_tries: int = Field(4, ge=1)
-    """With growing pauses, on time-outs, lost connections, 429 and 5xx. Other 4xx fail at once."""
+    """Attempts per request, with growing pauses, after time-outs, lost connections, 429 and 5xx. Other 4xx fail at
+    once."""
     max_concurrency: int = Field(32, ge=1)
-    """Requests under way at the same time, per verifier actor."""
+    """Concurrent requests of one verifier actor."""
 
     @field_validator("urls")
     @classmethod
     def _are_http(cls, urls: tuple[str, ...]) -> tuple[str, ...]:
         for url in urls:
             if not re.match(r"https?://[^/@\s]+(/\S*)?$", url):
-                shown = repr(url) if "@" not in url else "a URL"  # what stands before the @ may be a secret
+                shown = repr(url) if "@" not in url else "a URL"  # the text before the @ may be a secret
                 raise ValueError(f"{shown} must be http://host… or https://host…, without user or password; correct it")
         return urls
 
@@ -144,7 +155,9 @@ class _Remote(_Part):
     @classmethod
     def _is_a_name(cls, name: str | None) -> str | None:
         if name is not None and not re.fullmatch(r"[A-Za-z_][A-Za-z0-9_]*", name):
-            raise ValueError("is no name of an environment variable (nor shown: it may be the token); correct it")
+            raise ValueError(
+                "must be the name of an environment variable (the value is not shown: it may be the token); correct it"
+            )
         return name
 
 
@@ -153,63 +166,64 @@ class SandboxFusionRewardConfig(_Remote):
 
     kind: Literal["sandbox_fusion"]
     limits: SandboxLimits = SandboxLimits()
+    """Limits for each test case, as far as the server's interface has them."""
     all_tests: bool = True
-    """1 only where all test cases pass; false: the share that passes."""
+    """true: 1 only if all test cases pass. false: the share of test cases that pass."""
 
-    @model_validator(mode="after")
-    def _time_to_answer(self) -> SandboxFusionRewardConfig:
+    def broken_rules(self) -> Iterator[str]:
         if self.timeout_s <= self.limits.wall_s:
-            raise ValueError(
-                f"timeout_s={self.timeout_s:g} must exceed limits.wall_s={self.limits.wall_s:g}: a program that loops "
-                "would count as a server that does not answer; raise it"
+            yield (
+                f"timeout_s={self.timeout_s:g} must exceed limits.wall_s={self.limits.wall_s:g}, or a program that "
+                "loops would count as a server that does not answer; raise it"
             )
-        return self
 
 
 class HttpRewardConfig(_Remote):
-    """A reward server: POST of query, prompts and labels, answered by rewards (OpenRLHF's shape). docs/rewards.md."""
+    """A reward server: POST of query, prompts and labels, answered by rewards (OpenRLHF's format). docs/rewards.md."""
 
     kind: Literal["http"]
     max_batch: int = Field(16, ge=1)
-    """Responses in one request."""
+    """Most responses in one request."""
     max_wait_s: float = Field(0.02, ge=0)
-    """How long a response waits for others to share its request."""
+    """Seconds that a response waits for others to share its request. Raise it to send fuller requests."""
 
 
-class ModelRewardConfig(_Part):
-    """A reward model, served by vLLM's pooling interface in actors of its own."""
+class ModelRewardConfig(_Reward):
+    """A reward model, served by vLLM's pooling interface in its own actors."""
 
     kind: Literal["model"]
     path: ModelPath
-    """Folder or hub name of a sequence-classification model with one label. Its raw logit is the reward."""
+    """Folder or hub name of a sequence-classification model with one label. Its raw logit is the score."""
     num_engines: int = Field(1, ge=1)
+    """Engines that serve the model. Raise it if groups wait to be scored."""
     max_tokens: int = Field(4096, ge=1)
-    """Longest conversation; more is cut off at the left."""
+    """Longest conversation, in tokens; a longer one is cut off at the left."""
     dtype: Literal["float32", "bfloat16", "float16"] = "bfloat16"
-    """Of the model; its score head is computed in float32 in any case."""
+    """Number format of the model; its score head is computed in float32 in any case."""
     gpu_memory_utilization: float = Field(0.85, gt=0, lt=1)
-    """Share of a GPU for an engine (ignored on CPU)."""
+    """Share of a GPU's memory that an engine may use (ignored on CPU)."""
     kv_cache_gib: float = Field(1.0, gt=0)
-    """Key-value cache of an engine on CPU, GiB (ignored on GPUs)."""
+    """Size of an engine's key-value cache on CPU, GiB (ignored on GPUs)."""
     start_deadline_s: float = Field(600, gt=0)
+    """Seconds within which an engine must load the model and be ready."""
     timeout_s: float = Field(60, gt=0)
-    """For one response, all engines that are tried included."""
+    """Seconds to score one response, over all engines that are tried."""
 
 
-class PythonRewardConfig(_Part):
-    """A function of yours: (query: Query, response: Response) -> float, in isolated worker processes."""
+class PythonRewardConfig(_Reward):
+    """A user's function (query: Query, response: Response) -> float, called in isolated worker processes."""
 
     kind: Literal["python"]
     function: FunctionPath
-    """`module:name`, or `path/to/file.py:name`."""
+    """The function."""
 
 
-class EnvironmentRewardConfig(_Part):
-    """What the episode itself returned (docs/environments.md)."""
+class EnvironmentRewardConfig(_Reward):
+    """A value that the episode itself returned (docs/environments.md)."""
 
     kind: Literal["environment"]
     key: str = "reward"
-    """Which of the values it returned; a single number has the name `reward`."""
+    """Name of the value among those that the episode returned; a single number has the name `reward`."""
 
 
 RewardConfig = Annotated[
