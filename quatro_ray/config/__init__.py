@@ -1,14 +1,10 @@
-"""The configuration: one strict tree, one docstring a field, units in the names.
+"""The configuration: one strict schema, one docstring per field, units in the names.
 
-Importing this package loads neither torch nor ray nor vllm. Unknown keys are refused; rules that
-span fields are checked here, before any process starts.
+Importing this package loads neither torch nor ray nor vllm. Unknown keys are refused, and rules between fields are
+checked before any process starts.
 """
 
-from quatro_ray.config.base import (
-    FunctionPath,
-    Section,
-    model_path,
-)
+from quatro_ray.config.base import FunctionPath, Section, model_path
 from quatro_ray.config.data import (
     ChainSumSourceConfig,
     DataConfig,
@@ -21,10 +17,9 @@ from quatro_ray.config.data import (
     VerifiersSourceConfig,
 )
 from quatro_ray.config.environments import EnvironmentConfig
-from quatro_ray.config.load import (
-    dump_config,
-    load_config,
-)
+from quatro_ray.config.generator import GeneratorConfig
+from quatro_ray.config.learner import AggregationMode, LearnerConfig, StepControlConfig
+from quatro_ray.config.load import dump_config, load_config
 from quatro_ray.config.model import (
     ModelConfig,
     PretrainedModelConfig,
@@ -48,6 +43,7 @@ from quatro_ray.config.objectives import (
     SapoConfig,
     TisGrpoConfig,
 )
+from quatro_ray.config.replay import ReplayConfig
 from quatro_ray.config.rewards import (
     CodeRewardConfig,
     EnvironmentRewardConfig,
@@ -73,16 +69,9 @@ from quatro_ray.config.run import (
     RunConfig,
     TelemetryConfig,
 )
-from quatro_ray.config.tree import (
-    AggregationMode,
-    Config,
-    GeneratorConfig,
-    LearnerConfig,
-    ReplayConfig,
-    StepControlConfig,
-    VerifierConfig,
-    WeightSyncConfig,
-)
+from quatro_ray.config.schema import Config
+from quatro_ray.config.verifier import VerifierConfig
+from quatro_ray.config.weight_sync import WeightSyncConfig
 
 __all__ = [
     "AggregationMode",

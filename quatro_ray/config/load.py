@@ -1,43 +1,53 @@
-"""From a YAML file to a validated configuration, and back."""
+"""Loads a configuration from YAML and command-line overrides, and dumps it as YAML."""
 
 from __future__ import annotations
 
+from collections.abc import Hashable
 from pathlib import Path
-from typing import Any
 
 import yaml
 from pydantic import ValidationError
 
-from quatro_ray.config.tree import Config
+from quatro_ray.config.explain import explain
+from quatro_ray.config.schema import Config
 from quatro_ray.errors import ConfigError
 
 
 def load_config(path: Path, overrides: list[str] | None = None) -> Config:
-    """Reads YAML, applies overrides, validates. `section.field=value` or `section.field=@file.yaml`.
+    """Load a YAML file, apply overrides and validate the result.
+
+    Args:
+        path: the YAML file.
+        overrides: texts of the form `section.field=value` or `section.field=@file.yaml`, applied in order.
 
     Raises:
-        ConfigError: one message with every broken rule: field, value, rule, remedy.
+        ConfigError: the file or an override cannot be read, or rules are broken. The message names all broken rules,
+            each in one line: field, value, rule, remedy.
     """
     try:
         tree = yaml.load(path.read_text(), _Loader)
     except OSError as error:
         raise ConfigError(f"{path}: cannot be read ({error.strerror}); give the path of a YAML file") from error
-    except (yaml.YAMLError, ValueError) as error:  # ValueError: not UTF-8, or no date that there is
-        raise ConfigError(f"{path}: is not YAML: {' '.join(str(error).split())}") from error
+    except (yaml.YAMLError, ValueError) as error:  # ValueError: not UTF-8, or an impossible date
+        raise ConfigError(f"{path}: is not YAML: {_one_line(error)}; correct it") from error
     if not isinstance(tree, dict):
-        raise ConfigError(f"{path}: must be a mapping of sections, not {type(tree).__name__}")
-    for override in overrides or []:
-        _apply_override(tree, override)
+        raise ConfigError(f"{path}: must be a mapping of sections, not {type(tree).__name__}; correct it")
+    _apply_overrides(tree, overrides or [])
     try:
         return Config.model_validate(tree)
     except ValidationError as error:
-        raise ConfigError(f"{path}: " + "; ".join(_explain(e, tree) for e in error.errors())) from error
+        raise ConfigError(_together(str(path), explain(error, Config))) from error
+
+
+def dump_config(config: Config) -> str:
+    """Return the resolved configuration as YAML, which `load_config` reads back to an equal one."""
+    return yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False)
 
 
 class _Loader(yaml.SafeLoader):
-    """Refuses a key that stands twice in a mapping, of which YAML's own would drop the first."""
+    """A safe loader that refuses duplicate keys in a mapping, of which YAML's own would drop the first."""
 
-    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Hashable, object]:
         keys = [self.construct_object(key, deep=True) for key, _ in node.value if key.tag != "tag:yaml.org,2002:merge"]
         if twice := sorted({str(key) for key in keys if keys.count(key) > 1}):
             raise yaml.constructor.ConstructorError(
@@ -46,50 +56,44 @@ class _Loader(yaml.SafeLoader):
         return super().construct_mapping(node, deep)
 
 
-def _apply_override(tree: dict[str, Any], override: str) -> None:
+def _apply_overrides(tree: dict[str, object], overrides: list[str]) -> None:
+    problems = []
+    for override in overrides:
+        try:
+            _apply_override(tree, override)
+        except ConfigError as error:
+            problems.append(str(error))
+    if problems:
+        raise ConfigError(problems[0] if len(problems) == 1 else _together("overrides", problems))
+
+
+def _apply_override(tree: dict[str, object], override: str) -> None:
     key, sep, text = override.partition("=")
-    parts = key.split(".")
-    if not sep or not all(parts):
-        raise ConfigError(f"override {override!r}: must have the form section.field=value")
+    names = key.split(".")
+    if not sep or not all(names):
+        raise ConfigError(f"override {override!r}: must have the form section.field=value; correct it")
     try:
         value = yaml.load(Path(text[1:]).read_text() if text.startswith("@") else text, _Loader)
     except OSError as error:
         raise ConfigError(f"override {override!r}: the file cannot be read ({error.strerror}); correct it") from error
     except (yaml.YAMLError, ValueError) as error:
-        raise ConfigError(f"override {override!r}: is not YAML ({' '.join(str(error).split())}); quote it") from error
+        raise ConfigError(f"override {override!r}: is not YAML ({_one_line(error)}); quote it") from error
     node = tree
-    for part in parts[:-1]:
-        node = node.setdefault(part, {})
-        if not isinstance(node, dict):
-            raise ConfigError(f"override {override!r}: {part!r} is a value, not a section")
+    for name in names[:-1]:
+        inner = node.setdefault(name, {})
+        if not isinstance(inner, dict):
+            raise ConfigError(f"override {override!r}: {name!r} is a value, not a section; correct the field's name")
+        node = inner
     # YAML 1.1 reads 1e-4 as text; pydantic reads it as the number it is
-    node[parts[-1]] = value
+    node[names[-1]] = value
 
 
-def _explain(error: Any, tree: Any) -> str:
-    where = ".".join(_fields(error["loc"], tree)) or "config"
-    if error["type"] == "extra_forbidden":
-        return f"{where}: unknown field; remove it or correct its spelling (`quatro-ray fields` lists all)"
-    if error["type"] == "missing":
-        return f"{where}: required field is missing; add it"
-    message = error["msg"].removeprefix("Value error, ")
-    if error["type"] == "value_error":
-        return f"{where}: {message}" if error["loc"] else message
-    return f"{where}={error['input']!r}: {message}; change this value"
+def _together(subject: str, problems: list[str]) -> str:
+    """Return one message: one line if there is one problem, else a heading and a line for each."""
+    if len(problems) == 1:
+        return f"{subject}: {problems[0]}"
+    return "\n  ".join([f"{subject}: {len(problems)} rules are broken", *problems])
 
 
-def _fields(location: tuple[str | int, ...], node: Any) -> list[str]:
-    """Without the kinds that pydantic puts behind a field of several kinds."""
-    fields: list[str] = []
-    for part in location:
-        if isinstance(node, dict) and part not in node and node.get("kind") == part:
-            continue
-        fields.append(str(part))
-        is_there = (isinstance(node, dict) and part in node) or (isinstance(node, list) and part in range(len(node)))
-        node = node[part] if is_there else None
-    return fields
-
-
-def dump_config(config: Config) -> str:
-    """The resolved configuration as YAML that `load_config` reads back to an equal one."""
-    return yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False)
+def _one_line(error: Exception) -> str:
+    return " ".join(str(error).split())

@@ -1,0 +1,87 @@
+"""The `generator` section: the pool of vLLM engines that sample rollouts."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Annotated, Literal
+
+from pydantic import Field, field_validator
+
+from quatro_ray.config.base import Accepts, Section
+
+_SET_BY_US = {
+    "model", "tokenizer", "dtype", "seed", "tensor_parallel_size", "max_num_seqs", "max_model_len",
+    "gpu_memory_utilization", "logprobs_mode", "weight_transfer_config", "enable_prefix_caching",
+    "kv_cache_memory_bytes", "hf_token",
+}  # fmt: skip
+
+
+class GeneratorConfig(Section):
+    """The pool of vLLM engines that sample rollouts."""
+
+    num_engines: int = Field(1, ge=1)
+    """vLLM engines that sample for training. Raise it if the learner waits for groups."""
+    tensor_parallel_size: int = Field(1, ge=1)
+    """Devices per engine. Raise it if the model does not fit on one."""
+    temperature: float = Field(1.0, ge=0.01, le=2)
+    """Sampling temperature of rollouts. The learner divides its logits by the same value, so ratios stay exact."""
+    top_p: Annotated[float, Accepts("1")] = Field(1.0, gt=0, le=1)
+    """Must be 1: importance ratios need the full distribution. For evaluation set evaluation.top_p."""
+    max_prompt_tokens: int = Field(ge=1)
+    """Longest prompt, in tokens. Rows with a longer one are treated as data.bad_rows says."""
+    max_response_tokens: int = Field(ge=1)
+    """Longest response, in tokens; generation stops there with finish reason `length`."""
+    max_num_seqs: int = Field(64, ge=1)
+    """Sequences that one engine decodes at the same time. Lower it if the key-value cache overflows."""
+    max_groups_in_flight: int = Field(16, ge=1)
+    """Groups handed to one engine at the same time; more keep it full across weight updates."""
+    dtype: Literal["float32", "bfloat16", "float16"] = "bfloat16"
+    """Number format of the engines' weights and activations. float32 keeps engine and learner log-probabilities
+    closest, and suits CPUs."""
+    gpu_memory_utilization: float = Field(0.85, gt=0, lt=1)
+    """Share of a GPU's memory that an engine may use (ignored on CPU)."""
+    kv_cache_gib: float = Field(1.0, gt=0)
+    """Size of an engine's key-value cache on CPU, GiB (ignored on GPUs)."""
+    deterministic: bool = False
+    """Sample one sequence at a time without prefix cache, so the same seed gives the same bits. Slow; for tests."""
+    engine_args: dict[str, object] = Field({}, repr=False)
+    """Further vLLM AsyncEngineArgs by name; those that quatro_ray sets itself are refused."""
+    start_deadline_s: float = Field(600, gt=0)
+    """Seconds within which an engine must load the model and be ready. Raise it for large models or slow disks."""
+    group_deadline_s: float = Field(600, gt=0)
+    """Seconds within which one group must be generated. Raise it for long responses."""
+    max_retries: int = Field(1, ge=0)
+    """Retries of a group whose generation failed; after the last one the group is dropped."""
+    progress_deadline_s: float = Field(120, gt=0)
+    """Seconds after which an engine that has requests and samples no token is killed and restarted."""
+    max_restarts: int = Field(5, ge=0)
+    """Consecutive restarts of an engine before it is given up, with doubling delays. A minute of health resets the
+    count."""
+    min_engines: int = Field(1, ge=1)
+    """Engines that must be left for the run to continue after others were given up."""
+    max_engines_lost: int = Field(2, ge=1)
+    """A group on which more engines than this have died is dropped as `quarantined`."""
+
+    @field_validator("top_p")
+    @classmethod
+    def _samples_the_full_distribution(cls, top_p: float) -> float:
+        if top_p != 1:
+            raise ValueError(
+                "must be 1: importance ratios compare the learner's policy with the one that sampled, and a token that "
+                "top-p cuts off has no ratio; set evaluation.top_p instead"
+            )
+        return top_p
+
+    def broken_rules(self) -> Iterator[str]:
+        if self.min_engines > self.num_engines:
+            yield f"min_engines={self.min_engines} must be at most num_engines={self.num_engines}: lower it"
+        if self.deterministic and self.num_engines > 1:
+            yield (
+                f"deterministic=true needs num_engines=1, not {self.num_engines}: with several engines, timing decides "
+                "which one takes a group; set num_engines to 1"
+            )
+        if taken := sorted(_SET_BY_US & self.engine_args.keys()):
+            yield (
+                f"engine_args may not contain {', '.join(taken)}: quatro_ray sets these from its own fields, and a "
+                "token belongs in the environment (HF_TOKEN); remove them"
+            )

@@ -1,0 +1,71 @@
+"""The `learner` section: the DeepSpeed ZeRO-3 group that trains the policy."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from pydantic import Field
+
+from quatro_ray.config.base import Section
+
+AggregationMode = Literal["token_mean", "seq_mean_token_sum", "seq_mean_token_mean", "seq_mean_token_sum_norm"]
+
+
+class StepControlConfig(Section):
+    """Shortens an optimiser step after the fact if it changed the policy by more than its KL budget."""
+
+    window_kl_nats_per_token: float | None = Field(0.06, gt=0)
+    """ε_window: KL(π_k ‖ π_k+1) of one step may be at most ε_window/(1 + staleness), nats per token. null: no step
+    control."""
+    max_kl_nats_per_token: float = Field(4e-4, gt=0)
+    """Upper bound of one step's KL however fresh its samples are, nats per token."""
+    probe_share: float = Field(0.125, gt=0, le=1)
+    """Share of the step's tokens on which the KL is measured. It costs one pass without gradient over them; raise it
+    if the measured KL is noisy."""
+
+
+class LearnerConfig(Section):
+    """The DeepSpeed ZeRO-3 group that trains the policy."""
+
+    num_ranks: int = Field(ge=1)
+    """Learner processes, one per device on CUDA; weights, gradients and optimiser states are sharded over them."""
+    learning_rate: float = Field(gt=0)
+    """Peak learning rate of AdamW."""
+    schedule: Literal["constant", "linear", "cosine"] = "constant"
+    """Course of the learning rate after the warm-up: constant, or decaying to 0 at run.num_steps."""
+    num_warmup_steps: int = Field(0, ge=0)
+    """Optimiser steps over which the learning rate rises linearly from 0."""
+    weight_decay: float = Field(0.0, ge=0)
+    """Decoupled weight decay of AdamW."""
+    adam_beta1: float = Field(0.9, ge=0, lt=1)
+    """Decay rate of AdamW's mean of gradients."""
+    adam_beta2: float = Field(0.95, ge=0, lt=1)
+    """Decay rate of AdamW's mean of squared gradients."""
+    max_grad_norm: float = Field(1.0, gt=0)
+    """Gradient clipping: the largest global L2 norm of the gradient of one step."""
+    dtype: Literal["float32", "bfloat16"] = "bfloat16"
+    """Number format of weights and activations in forward and backward passes. float32 suits CPUs."""
+    tokens_per_micro_batch: int = Field(ge=1)
+    """Prompt and response tokens in one packed row; must hold the longest rollout. Lower it if memory runs out."""
+    logprob_chunk_tokens: int = Field(1024, ge=1)
+    """Tokens whose logits exist at the same time. Lower it if the vocabulary is large and memory runs out."""
+    loss_agg_mode: AggregationMode | None = None
+    """How the per-token losses of the global batch become one number: token_mean; seq_mean_token_sum;
+    seq_mean_token_mean; or seq_mean_token_sum_norm (divides by the longest response allowed). null: as in the
+    objective's paper."""
+    step_control: StepControlConfig = StepControlConfig()
+    """Limit on how far one step may move the policy."""
+    reference_kl_coef: float = Field(0.0, ge=0)
+    """Weight of KL(π_θ ‖ π_ref) in the loss, π_ref being the starting policy. 0: no reference model is loaded."""
+    attn_implementation: Literal["sdpa", "eager", "flash_attention_2"] = "sdpa"
+    """Attention kernel of the transformers model. flash_attention_2 needs CUDA and the flash-attn package."""
+    gradient_checkpointing: bool = False
+    """Recompute activations in the backward pass: less memory, slower steps."""
+    offload: Literal["none", "cpu"] = "none"
+    """Device of the optimiser states. cpu: host memory, which frees GPU memory and slows the optimiser step."""
+    start_deadline_s: float = Field(600, gt=0)
+    """Seconds within which all ranks must start and load the policy or a checkpoint."""
+    step_deadline_s: float = Field(600, gt=0)
+    """Seconds within which one optimiser step must end; also the time-out of collectives. Raise it for big batches."""
+    max_restarts: int = Field(3, ge=0)
+    """Consecutive restarts of all ranks from the newest checkpoint without a step in between, before the run ends."""

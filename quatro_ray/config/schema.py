@@ -1,0 +1,172 @@
+"""The root of the configuration, and the rules that span its sections."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Literal
+
+from pydantic import Field
+
+from quatro_ray.config.base import Section
+from quatro_ray.config.data import DataConfig, FilterConfig, SourceConfig
+from quatro_ray.config.environments import EnvironmentConfig
+from quatro_ray.config.generator import GeneratorConfig
+from quatro_ray.config.learner import LearnerConfig
+from quatro_ray.config.model import ModelConfig, TinyModelConfig
+from quatro_ray.config.objectives import ObjectiveConfig
+from quatro_ray.config.replay import ReplayConfig
+from quatro_ray.config.rewards import CodeRewardConfig, EnvironmentRewardConfig, RewardConfig
+from quatro_ray.config.run import CheckpointConfig, ClusterConfig, EvaluationConfig, RunConfig, TelemetryConfig
+from quatro_ray.config.verifier import VerifierConfig
+from quatro_ray.config.weight_sync import WeightSyncConfig
+
+
+class Config(Section):
+    """Everything that a run depends on."""
+
+    run: RunConfig
+    """Directory, seed and length of the run."""
+    model: ModelConfig
+    """The model that is trained."""
+    data: DataConfig
+    """Sources of queries, for training and evaluation."""
+    rewards: dict[str, RewardConfig] = Field(min_length=1)
+    """Rewards by name; a response receives their weighted sum. The first one decides whether it counts as correct."""
+    environments: dict[str, EnvironmentConfig] = Field({})
+    """Environments by name; a source of data names the one in which its rollouts are episodes."""
+    generator: GeneratorConfig
+    """Engines that sample rollouts."""
+    verifier: VerifierConfig = VerifierConfig()
+    """Processes that score rollouts."""
+    filters: FilterConfig = FilterConfig()
+    """Filters of scored groups."""
+    replay: ReplayConfig
+    """Batch arithmetic and the buffer between generators and learner."""
+    objective: ObjectiveConfig
+    """The method: how rewards become a loss."""
+    learner: LearnerConfig
+    """Training: ranks, optimiser, memory."""
+    weight_sync: WeightSyncConfig = WeightSyncConfig()
+    """Transfer of weights from learner to engines."""
+    evaluation: EvaluationConfig = EvaluationConfig()
+    """Evaluation during and after the run."""
+    checkpoint: CheckpointConfig = CheckpointConfig()
+    """Checkpoints, from which the run resumes."""
+    telemetry: TelemetryConfig = TelemetryConfig()
+    """Records of the run."""
+    cluster: ClusterConfig = ClusterConfig()
+    """Devices, CPU reservations and cluster deadlines."""
+
+    @property
+    def sync_backend(self) -> Literal["nccl", "gloo"]:
+        """The transport of weights, with `auto` resolved."""
+        if self.weight_sync.backend == "auto":
+            return "nccl" if self.cluster.device == "cuda" else "gloo"
+        return self.weight_sync.backend
+
+    @property
+    def checkpoint_dir(self) -> Path:
+        """The directory of the checkpoints, with the default resolved."""
+        return self.checkpoint.dir or self.run.dir / "checkpoints"
+
+    @property
+    def sources(self) -> dict[str, list[SourceConfig]]:
+        """The sources of data.train and data.eval by name; a name in both has two."""
+        named: dict[str, list[SourceConfig]] = {}
+        for name, source in [*self.data.train.items(), *self.data.eval.items()]:
+            named.setdefault(name, []).append(source)
+        return named
+
+    def broken_rules(self) -> Iterator[str]:
+        yield from self._every_source_is_scored()
+        yield from self._environments_exist()
+        yield from self._programs_have_time()
+        yield from self._batches_fit()
+        yield from self._normalisation_suits_the_objective()
+        yield from self._device_has_what_is_asked()
+        yield from self._model_and_schedule_fit()
+
+    def _every_source_is_scored(self) -> Iterator[str]:
+        sources = set(self.sources)
+        scored: set[str] = set()
+        for name, reward in self.rewards.items():
+            scored |= sources if reward.only is None else set(reward.only)
+            if unknown := sorted(set(reward.only or ()) - sources):
+                yield f"rewards.{name}.only={unknown}: no source has that name; choose from {sorted(sources)}"
+        for source in sorted(sources - scored):
+            yield f"rewards: no reward scores the source {source!r}; add one, or widen `only`"
+
+    def _environments_exist(self) -> Iterator[str]:
+        for name, sources in self.sources.items():
+            used = {s.environment for s in sources}
+            for unknown in sorted(e for e in used if e is not None and e not in self.environments):
+                yield (
+                    f"data: the source {name!r} plays in the environment {unknown!r}, and environments has "
+                    f"{sorted(self.environments) or 'none'}; add it or correct the name"
+                )
+            if len(used) > 1:
+                yield (
+                    f"data: the source {name!r} has different environments in train and eval, "
+                    f"{sorted(map(str, used))}: give both the same, or different names"
+                )
+            for reward_name, reward in self.rewards.items():
+                scores = reward.only is None or name in reward.only
+                if isinstance(reward, EnvironmentRewardConfig) and scores and used == {None}:
+                    yield (
+                        f"rewards.{reward_name} takes what an episode returned, and the source {name!r} has no "
+                        f"environment: list the other sources in rewards.{reward_name}.only, or give this one an "
+                        "environment"
+                    )
+
+    def _programs_have_time(self) -> Iterator[str]:
+        for name, reward in self.rewards.items():
+            if isinstance(reward, CodeRewardConfig) and reward.limits.wall_s > self.verifier.deadline_s:
+                yield (
+                    f"verifier.deadline_s={self.verifier.deadline_s:g} must be at least rewards.{name}.limits.wall_s="
+                    f"{reward.limits.wall_s:g} times the number of test cases: raise it"
+                )
+
+    def _batches_fit(self) -> Iterator[str]:
+        longest = self.generator.max_prompt_tokens + self.generator.max_response_tokens
+        if self.learner.tokens_per_micro_batch < longest:
+            yield (
+                f"learner.tokens_per_micro_batch={self.learner.tokens_per_micro_batch} must hold the longest rollout "
+                f"(generator.max_prompt_tokens + max_response_tokens = {longest}): raise it or shorten the responses"
+            )
+        rollouts = self.replay.groups_per_step * self.replay.group_size
+        if rollouts < self.learner.num_ranks:
+            yield (
+                f"learner.num_ranks={self.learner.num_ranks} must be at most the rollouts of a step "
+                f"(replay.groups_per_step * group_size = {rollouts}), because every rank needs one: lower it"
+            )
+
+    def _normalisation_suits_the_objective(self) -> Iterator[str]:
+        mode = self.learner.loss_agg_mode
+        if self.objective.kind == "dr_grpo" and mode in ("token_mean", "seq_mean_token_mean"):
+            yield (
+                f"learner.loss_agg_mode={mode} divides by response lengths, the bias that dr_grpo removes: "
+                "use seq_mean_token_sum_norm (or leave it out), or objective.kind grpo"
+            )
+        if self.objective.kind == "gspo" and mode in ("token_mean", "seq_mean_token_sum", "seq_mean_token_sum_norm"):
+            yield (
+                f"learner.loss_agg_mode={mode} weights responses by their length, which gspo's loss over whole "
+                "responses does not: use seq_mean_token_mean (or leave it out)"
+            )
+
+    def _device_has_what_is_asked(self) -> Iterator[str]:
+        if self.cluster.device == "cuda":
+            return
+        if self.weight_sync.backend == "nccl":
+            yield "weight_sync.backend=nccl needs cluster.device=cuda: use auto or gloo"
+        if self.learner.attn_implementation == "flash_attention_2":
+            yield "learner.attn_implementation=flash_attention_2 needs cluster.device=cuda: use sdpa"
+
+    def _model_and_schedule_fit(self) -> Iterator[str]:
+        if self.data.warmup is not None and not isinstance(self.model, TinyModelConfig):
+            yield "data.warmup needs model.kind=tiny, and model.kind is pretrained: remove it"
+        if self.learner.num_warmup_steps >= self.run.num_steps:
+            yield (
+                f"learner.num_warmup_steps={self.learner.num_warmup_steps} must be below run.num_steps="
+                f"{self.run.num_steps}, or the learning rate would never be reached: lower it"
+            )

@@ -1,0 +1,24 @@
+"""The `weight_sync` section: the transfer of weights from learner to engines."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from pydantic import Field
+
+from quatro_ray.config.base import Section
+
+
+class WeightSyncConfig(Section):
+    """The transfer of weights from learner to engines, through vLLM's own weight transfer."""
+
+    backend: Literal["auto", "nccl", "gloo"] = "auto"
+    """Transport of the weights. auto: nccl if cluster.device is cuda, else gloo (our CPU back end)."""
+    rendezvous_deadline_s: float = Field(120, gt=0)
+    """Seconds within which learner and engines must connect to each other."""
+    pause_deadline_s: float = Field(30, gt=0)
+    """Seconds within which an engine must pause generation; one that does not is restarted."""
+    transfer_deadline_s: float = Field(300, gt=0)
+    """Seconds within which the weights must arrive. Raise it for large models or slow networks."""
+    resume_deadline_s: float = Field(30, gt=0)
+    """Seconds within which an engine must resume generation and report its version."""
