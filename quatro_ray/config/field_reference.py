@@ -1,19 +1,23 @@
-"""Every field of the configuration, with type, default and meaning, from the models themselves."""
+"""The reference of all fields that `quatro-ray fields` prints, made from the sections themselves."""
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterator
-from typing import Any, get_args, get_origin
+from typing import get_origin
 
-from pydantic import BaseModel
 from pydantic.fields import FieldInfo
 from pydantic_core import PydanticUndefined
 
-from quatro_ray.config import Config
+from quatro_ray.config.field_types import accepts, field_type, kind_of, sections_in
+from quatro_ray.config.schema import Config
 
 
 def describe_fields(section: str | None = None) -> str:
-    """One block a field, `section.field: type = default`; only of one section where it is named.
+    """Describe every field: `section.field: what it accepts; default`, and on the next line its meaning.
+
+    Args:
+        section: describe only this section of the configuration.
 
     Raises:
         KeyError: there is no such section.
@@ -25,43 +29,31 @@ def describe_fields(section: str | None = None) -> str:
 
 
 def _section(path: str, field: FieldInfo) -> Iterator[str]:
-    if get_origin(field.annotation) is dict:
+    if get_origin(field_type(field).bare) is dict:
         path += ".NAME"
-        if field.description:
-            yield f"\n# {path}: " + " ".join(field.description.split())
-    for model in _models(field.annotation):
-        kind = model.model_fields.get("kind")
-        which = f" (kind: {get_args(kind.annotation)[0]})" if kind else ""
+    yield f"\n# {path}: {_one_line(field.description)}"
+    for section in sections_in(field):
+        kind = kind_of(section)
         yield ""
-        yield f"# {path}{which}: {_first_line(model.__doc__)}"
-        for name, inner in model.model_fields.items():
+        yield f"# {path}" + (f" (kind: {kind})" if kind else "") + f": {_one_line(section.__doc__)}"
+        for name, inner in section.model_fields.items():
             if name == "kind":
                 continue
-            if _models(inner.annotation):
+            if any(sections_in(inner)):
                 yield from _section(f"{path}.{name}", inner)
             else:
                 yield _field(f"{path}.{name}", inner)
 
 
 def _field(path: str, field: FieldInfo) -> str:
-    default = "required" if field.default is PydanticUndefined else repr(field.default)
-    rules = ", ".join(str(m) for m in field.metadata)
-    lines = [f"{path}: {_type(field.annotation)} = {default}" + (f"  [{rules}]" if rules else "")]
-    if field.description:
-        lines.append("    " + " ".join(field.description.split()))
-    return "\n".join(lines)
+    default = "required" if field.default is PydanticUndefined else f"default {_value(field.default)}"
+    return f"{path}: {accepts(field)}; {default}\n    {_one_line(field.description)}"
 
 
-def _models(annotation: Any) -> list[type[BaseModel]]:
-    """All in it, however deep: unions, and dictionaries of unions."""
-    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
-        return [annotation]
-    return [model for part in get_args(annotation) for model in _models(part)]
+def _value(value: object) -> str:
+    """Return a default as YAML would have it."""
+    return value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
 
 
-def _type(annotation: Any) -> str:
-    return annotation.__name__ if isinstance(annotation, type) else str(annotation).replace("typing.", "")
-
-
-def _first_line(text: str | None) -> str:
-    return (text or "").strip().splitlines()[0] if text else ""
+def _one_line(text: str | None) -> str:
+    return " ".join((text or "").split())

@@ -1,14 +1,17 @@
 """The configuration: strict, clear about what is wrong, importable without the heavy libraries."""
 
+import re
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 import yaml
 
-from quatro_ray.config import Config, dump_config, load_config
+from quatro_ray.config import Config, Section, dump_config, load_config
 from quatro_ray.config.field_reference import describe_fields
+from quatro_ray.config.field_types import accepts, sections_in
 from quatro_ray.errors import ConfigError
 from tests.make import config, config_tree
 
@@ -48,29 +51,29 @@ def test_overrides(tmp_path: Path) -> None:
     [
         ("learner.lr=1", "learner.lr: unknown field"),
         ("nonsense.x=1", "nonsense: unknown field"),
-        ("learner.learning_rate=-1", "learner.learning_rate=-1: Input should be greater than 0"),
+        ("learner.learning_rate=-1", "learner.learning_rate=-1: must be a number > 0; change it"),
         ("learner.learning_rate=fast", "learner.learning_rate='fast'"),
         ("learner.tokens_per_micro_batch=20", "must hold the longest rollout"),
         ("learner.num_ranks=99", "every rank needs one"),
-        ("objective={kind: ppo}", "'quatro', 'grpo'"),
+        ("objective={kind: ppo}", "objective.kind='ppo': must be one of quatro, grpo, "),
         ("objective={kind: quatro, importance: {truncation: 0.5}}", "truncation=0.5"),
         ("weight_sync.backend=nccl", "weight_sync.backend=nccl needs cluster.device=cuda"),
         ("learner.attn_implementation=flash_attention_2", "needs cluster.device=cuda"),
         ("learner.num_warmup_steps=3", "the learning rate would never be reached"),
-        ("generator.engine_args={seed: 3}", "engine_args may not contain ['seed']"),
+        ("generator.engine_args={seed: 3}", "generator.engine_args may not contain seed"),
         (
             "generator={deterministic: true, num_engines: 2, max_prompt_tokens: 4, max_response_tokens: 4}",
             "num_engines=1",
         ),
         ("model={kind: tiny, hidden_size: 48}", "multiple of 32*num_heads"),
         ("data.train.sums.min_terms=5", "min_terms=5 must be at most max_terms=2"),
-        ("data.train={}", "at least 1 item"),
-        ("data.train.sums.kind=csv", "'jsonl', 'parquet', 'hf', 'reasoning_gym', 'chain_sum'"),
+        ("data.train={}", "data.train={}: must be a mapping with at least 1 entry"),
+        ("data.train.sums.kind=csv", "kind='csv': must be one of jsonl, parquet, hf, reasoning_gym, chain_sum, "),
         ("data.train.f={kind: jsonl, path: x, prompt_template: hello}", "must contain {prompt}"),
-        ("rewards={}", "at least 1 item"),
-        ("rewards.answer.kind=guess", "'integer', 'exact', 'math'"),
-        ("rewards.answer.only=[other]", "no source has that name; there are ['sums']"),
-        ("rewards={a: {kind: exact, only: []}}", "no part judges the source 'sums'"),
+        ("rewards={}", "at least 1 entry"),
+        ("rewards.answer.kind=guess", "must be one of integer, exact, math, "),
+        ("rewards={a: {kind: exact}, b: {kind: exact, only: [x]}}", "rewards.b.only=['x']: no source has that name"),
+        ("rewards={a: {kind: exact, only: []}}", "no reward scores the source 'sums'"),
         ("rewards.shape={kind: regex, pattern: '('}", "must be a regular expression"),
         ("rewards.short={kind: length, max_tokens: 5, buffer_tokens: 6}", "must be at most max_tokens=5"),
         ("rewards.mine={kind: python, function: foo}", "must have the form module:name"),
@@ -85,15 +88,18 @@ def test_overrides(tmp_path: Path) -> None:
         ("run.seed={", "override 'run.seed={': is not YAML (while parsing"),
         ("run.dir=2024-13-45", "month must be in 1..12"),
         ("model={kind: tiny, kind: tiny}", "'kind' stands twice in one mapping"),
-        ("run.seed=5000000000", "should be less than 4294967296"),
-        ("objective={kind: quatro, kl_budget_nats: -1}", "objective.kl_budget_nats=-1: Input should be"),
-        ("objective={kind: quatro, max_eta: .inf}", "objective.max_eta=inf: Input should be a finite number"),
-        ("verifier.exhausted_reward=.nan", "should be a finite number"),
-        ("generator.top_p=0.9", "generator.top_p: 0.9 must be 1"),
-        ("generator.temperature=3", "should be less than or equal to 2"),
+        ("run.seed=5000000000", "must be an integer in [0, 4294967296)"),
+        ("objective={kind: quatro, kl_budget_nats: -1}", "objective.kl_budget_nats=-1: must be a number > 0"),
+        ("objective={kind: quatro, max_eta: .inf}", "objective.max_eta=inf: must be a finite number"),
+        ("verifier.exhausted_reward=.nan", "must be a finite number"),
+        ("generator.top_p=0.9", "generator.top_p=0.9: must be 1: importance ratios"),
+        ("generator.temperature=3", "must be a number in [0.01, 2]"),
         ("evaluation.temperature=0", "set samples_per_query to 1 instead of 8, and pass_at to [1]"),
-        ("generator.engine_args={hf_token: x}", "a token belongs into the environment"),
-        ("rewards.far={kind: http, urls: ['http://x'], token_env: sk-a1}", "is no name of an environment variable"),
+        ("generator.engine_args={hf_token: x}", "a token belongs in the environment"),
+        (
+            "rewards.far={kind: http, urls: ['http://x'], token_env: sk-a1}",
+            "must be the name of an environment variable",
+        ),
         ("rewards.far={kind: sandbox_fusion, urls: ['http://x'], timeout_s: 8}", "must exceed limits.wall_s=8"),
         ("data.eval=@/nowhere.yaml", "the file cannot be read"),
     ],
@@ -145,30 +151,176 @@ def test_import_is_light() -> None:
     assert out.stdout.strip() == "[]"
 
 
-def every_section(model: type) -> list[type]:
-    from pydantic import BaseModel
-
-    found = [model]
-    for field in model.model_fields.values():  # type: ignore[attr-defined]
-        for part in getattr(field.annotation, "__args__", [field.annotation]):
-            if isinstance(part, type) and issubclass(part, BaseModel):
-                found += every_section(part)
-    return found
+def every_section(annotation: object = Config) -> Iterator[type[Section]]:
+    """All sections, and all kinds of those that have several."""
+    for section in sections_in(annotation):
+        yield section
+        for field in section.model_fields.values():
+            yield from every_section(field)
 
 
-def test_every_section_refuses_unknown_keys() -> None:
-    for section in every_section(Config):
-        assert section.model_config["extra"] == "forbid", section  # type: ignore[attr-defined]
+SECTIONS = sorted(set(every_section()), key=lambda section: section.__name__)
+
+
+@pytest.mark.parametrize("section", SECTIONS, ids=lambda section: section.__name__)
+def test_every_section_is_strict_and_says_what_its_fields_are(section: type[Section]) -> None:
+    assert section.model_config["extra"] == "forbid"
+    assert section.__doc__
+    for name, field in section.model_fields.items():
+        if name == "kind":  # the title of the section says which
+            continue
+        meaning = field.description or ""
+        assert len(meaning.split()) >= 2 and meaning.endswith("."), f"{name}: {meaning!r}"
+        assert not re.match(RIDDLE, meaning), f"{name}: {meaning!r}"
+        accepted = accepts(field)
+        assert accepted and not re.search(PYTHON, accepted), f"{name}: {accepted!r}"
+
+
+RIDDLE = r"(Of|By|Where|Who|Whoever|What|With|For|To|From|As|Until|While|Because)\b"
+PYTHON = r"typing|pathlib|Literal|Optional|Annotated|Union|None|dict|tuple|\bint\b|\bstr\b|\bfloat\b|<|\w\(\w+="
+
+
+def test_sections_of_every_kind_are_covered() -> None:
+    names = {section.__name__ for section in SECTIONS}
+    assert {"WarmupConfig", "SandboxLimits", "ImportanceConfig", "VerifiersSourceConfig", "EnvironmentConfig"} <= names
+    assert sum(len(section.model_fields) for section in SECTIONS) > 250
+
+
+def test_the_list_of_fields_is_readable() -> None:
+    text = describe_fields()
+    for line in text.splitlines():
+        if line.startswith("    ") or not line:
+            continue
+        title, _, rest = line.partition(": ")
+        assert rest, line
+        if not title.startswith("#"):
+            assert not re.search(PYTHON.replace("|<", ""), rest), line
+    assert "NAME" in text and "model.num_layers: an integer ≥ 1; default 2" in text
+
+
+@pytest.mark.parametrize(
+    "line",
+    [
+        "run.dir: a path; required",
+        "run.seed: an integer in [0, 4294967296); default 0",
+        "run.resume: one of never, auto; default never",
+        "verifier.num_workers: an integer ≥ 1; default 2",
+        "learner.step_control.probe_share: a number in (0, 1]; default 0.125",
+        "learner.loss_agg_mode: one of token_mean, seq_mean_token_sum, seq_mean_token_mean, seq_mean_token_sum_norm or "
+        "null; default null",
+        "checkpoint.dir: a path or null; default null",
+        "evaluation.pass_at: a list of integers with at least 1 entry; default [1, 8]",
+        "telemetry.tensorboard: true or false; default true",
+        "generator.engine_args: a mapping; default {}",
+        "model.path: a folder or a name on the hub; required",
+        "environments.NAME.function: module:name or path/to/file.py:name; required",
+    ],
+)
+def test_rules_and_defaults_are_words(line: str) -> None:
+    assert line in describe_fields().splitlines()
 
 
 def test_fields_of_named_sections_are_listed() -> None:
     text = describe_fields("rewards")
     assert "# rewards.NAME (kind: math): " in text
-    assert "rewards.NAME.limits.cpu_s: float = 5" in text
+    assert "rewards.NAME.limits.cpu_s: a number > 0; default 5" in text
     assert "data.eval.NAME.max_rows: " in describe_fields("data")
 
 
-@pytest.mark.parametrize("override", ["urls: ['http://me:hunter2@x']", "urls: ['http://x'], token_env: sk-hunter2"])
+def problems(tmp_path: Path, *overrides: str) -> list[str]:
+    with pytest.raises(ConfigError) as caught:
+        load_config(write(tmp_path, config_tree()), list(overrides))
+    heading, *lines = str(caught.value).splitlines()
+    assert heading.endswith(f": {len(lines)} rules are broken")
+    return [line.removeprefix("  ") for line in lines]
+
+
+def test_all_bad_fields_are_reported_together(tmp_path: Path) -> None:
+    found = problems(
+        tmp_path, "run.seed=-1", "learner.lr=1", "verifier.num_workers=many", "rewards.a={kind: length}", "model={}"
+    )
+    assert sorted(line.split(":")[0] for line in found) == [
+        "learner.lr", "model.kind", "rewards.a.buffer_tokens", "rewards.a.max_tokens", "run.seed=-1",
+        "verifier.num_workers='many'",
+    ]  # fmt: skip
+
+
+def test_all_rules_that_span_sections_are_reported_together(tmp_path: Path) -> None:
+    found = problems(
+        tmp_path,
+        "learner.num_ranks=99",
+        "learner.tokens_per_micro_batch=3",
+        "learner.num_warmup_steps=7",
+        "learner.attn_implementation=flash_attention_2",
+        "learner.loss_agg_mode=token_mean",
+        "objective={kind: gspo}",
+        "weight_sync.backend=nccl",
+        "rewards.answer.only=[x]",
+        "rewards.code={kind: code, only: [x], limits: {wall_s: 99}}",
+        "data.train.more={kind: chain_sum, environment: there}",
+    )
+    starts = (
+        "rewards.answer.only=", "rewards.code.only=", "rewards: no reward scores the source 'more'",
+        "rewards: no reward scores the source 'sums'", "data: the source 'more'", "verifier.deadline_s=10 ",
+        "learner.tokens_per_micro_batch=3 ", "learner.num_ranks=99 ", "learner.loss_agg_mode=token_mean ",
+        "weight_sync.backend=nccl ", "learner.attn_implementation=", "learner.num_warmup_steps=7 ",
+    )  # fmt: skip
+    assert [next(s for s in starts if line.startswith(s)) for line in found] == list(starts)
+
+
+def test_all_rules_of_one_section_are_reported_together(tmp_path: Path) -> None:
+    found = problems(tmp_path, "evaluation={temperature: 0, pass_at: [2]}", "generator.min_engines=2")
+    assert [line.split("=")[0] for line in found] == [
+        "generator.min_engines",
+        "evaluation.temperature",
+        "evaluation.pass_at",
+    ]
+
+
+def test_all_bad_overrides_are_reported_together(tmp_path: Path) -> None:
+    found = problems(tmp_path, "learner", "run.seed=1", "run.seed.x=1", "run.seed={")
+    assert [line.split(":")[0] for line in found] == [
+        "override 'learner'",
+        "override 'run.seed.x=1'",
+        "override 'run.seed={'",
+    ]
+
+
+@pytest.mark.parametrize(
+    ("override", "expected"),
+    [
+        ("generator.temprature=1", "did you mean generator.temperature? (`quatro-ray fields generator` lists all)"),
+        ("genertor.temperature=1", "genertor: unknown field; did you mean generator? (`quatro-ray fields` lists all)"),
+        ("objective.kl_budget_nat=1", "did you mean objective.kl_budget_nats?"),
+        ("data.train.sums.max_term=1", "did you mean data.train.sums.max_terms?"),
+        ("rewards.c={kind: code, limits: {cpus: 2}}", "did you mean rewards.c.limits.cpu_s?"),
+        ("generator.zzz=1", "generator.zzz: unknown field; remove it or correct its spelling (`quatro-ray fields gen"),
+        ("evaluation.pass_at=[x]", "evaluation.pass_at.0='x': must be an integer; change it"),
+        ("verifier=", "verifier=null: must be a mapping of fields; change it"),
+        ("data.warmup=4", "data.warmup=4: must be a mapping of fields or null; change it"),
+        (
+            "environments.x={function: 'a:b', params: {a: [2024-01-01]}}",
+            "environments.x.params.a=2024-01-01: must be a JSON value; change it",
+        ),
+    ],
+)
+def test_errors_name_the_field_and_what_it_accepts(tmp_path: Path, override: str, expected: str) -> None:
+    with pytest.raises(ConfigError) as caught:
+        load_config(write(tmp_path, config_tree()), [override])
+    assert expected in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    "override",
+    [
+        "urls: ['http://me:hunter2@x']",
+        "urls: ['http://x'], token_env: sk-hunter2",
+        "urls: 'http://me:hunter2@x'",
+        "urls: ['http://x'], token: hunter2",
+        "urls: ['http://x'], token_env: [hunter2]",
+    ],
+)
 def test_what_may_be_a_secret_is_not_shown(tmp_path: Path, override: str) -> None:
     with pytest.raises(ConfigError) as caught:
         load_config(write(tmp_path, config_tree()), [f"rewards.far={{kind: http, {override}}}"])
