@@ -283,7 +283,7 @@ def test_functions_that_cannot_be_called_say_so_at_the_start(functions: Path) ->
     ("train", "held_out", "rewards", "message"),
     [
         ("calc", "calc", {"kind": "environment"}, None),
-        ("calc", None, {"kind": "integer"}, "train and eval have a source 'sums' each, of different environments"),
+        ("calc", None, {"kind": "integer"}, "the source 'sums' has different environments in train and eval"),
         (
             "abacus",
             "abacus",
