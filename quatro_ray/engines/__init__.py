@@ -1,1 +1,1 @@
-"""vLLM generation and DeepSpeed learning as plain classes, without Ray."""
+"""vLLM generation, DeepSpeed learning and their checkpoints, as plain classes without Ray."""

@@ -1,4 +1,4 @@
-"""Checkpoints on disk: written beside and renamed, with a checksum of every file, the one before kept until then."""
+"""Checkpoints on disk: written to a temporary folder, sealed with a checksum of every file, and then renamed."""
 
 from __future__ import annotations
 
@@ -20,12 +20,18 @@ _WRITING, _DAMAGED = ".writing", ".damaged"
 _CHUNK_BYTES = 2**22
 
 Digests = dict[str, tuple[int, str]]
-"""By file name: its size in bytes and its SHA-256."""
+"""Size in bytes and SHA-256, by file name."""
 
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """One that was checked. `state`: what the controller put in; `step`, `version`: of the learner."""
+    """A checkpoint whose files were checked.
+
+    Attributes:
+        step: optimiser step of the learner.
+        version: policy version of the learner.
+        state: what the controller stored.
+    """
 
     path: Path
     step: int
@@ -34,7 +40,11 @@ class Checkpoint:
 
 
 def digest_files(folder: Path, share: int = 0, num_shares: int = 1) -> Digests:
-    """Of every `num_shares`-th file, read back from the disk: learner ranks divide them."""
+    """Return the digests of every `num_shares`-th file, read back from disk; learner ranks divide the files so.
+
+    Args:
+        share: index of the caller's share, in [0, num_shares).
+    """
     return {p.name: (p.stat().st_size, _sha256(p)) for p in _files(folder)[share::num_shares]}
 
 
@@ -51,10 +61,10 @@ def _sha256(path: Path) -> str:
 
 
 class CheckpointStore:
-    """`step_N` folders in one folder, of which one process at a time is the writer.
+    """The checkpoints of a run, as folders `step_N` in one folder; only one process at a time may write.
 
     Args:
-        keep: how many complete ones stay.
+        keep: number of complete checkpoints to keep.
     """
 
     def __init__(self, folder: Path, keep: int) -> None:
@@ -63,16 +73,18 @@ class CheckpointStore:
         self._newest_bytes = 0
 
     def check_space(self) -> None:
-        """Raises CheckpointError where there is no room for one as large as the last: before anything is written, for
-        ranks that fail in the middle of a collective take the learner with them."""
+        """Raise CheckpointError unless a checkpoint as large as the last one fits on the disk.
+
+        Call it before anything is written: a rank that fails in the middle of a collective takes the learner down.
+        """
         self._folder.mkdir(parents=True, exist_ok=True)
         if shutil.disk_usage(self._folder).free <= self._newest_bytes:
-            for damaged in self._folder.glob(f"step_*{_DAMAGED}"):  # they were kept to be looked at, no longer
+            for damaged in self._folder.glob(f"step_*{_DAMAGED}"):  # kept for inspection only; space is more urgent
                 shutil.rmtree(damaged)
-        check_room(self._folder, self._newest_bytes, "a checkpoint", "make room, or lower checkpoint.keep")
+        check_room(self._folder, self._newest_bytes, "a checkpoint", "free some space, or lower checkpoint.keep")
 
     def begin(self, step: int) -> Path:
-        """An empty folder to write into. What an earlier attempt left half done goes."""
+        """Return an empty folder to write into, and delete what unfinished attempts have left."""
         for rest in self._folder.glob(f"step_*{_WRITING}"):
             shutil.rmtree(rest)
         path = self._folder / f"step_{step}{_WRITING}"
@@ -80,10 +92,15 @@ class CheckpointStore:
         return path
 
     def commit(self, writing: Path, version: int, state: Mapping[str, Any], digests: Digests) -> Checkpoint:
-        """Completes what was written: from the rename on it is there, whatever dies. Then older ones beyond `keep` go.
+        """Complete the checkpoint by a rename, after which it survives any crash; delete old ones beyond `keep`.
+
+        Args:
+            writing: folder that `begin` returned, with all shards in it.
+            state: what the controller needs to resume; JSON.
+            digests: those of the files as their writers saw them.
 
         Raises:
-            CheckpointError: what is on the disk is not what was written.
+            CheckpointError: the disk does not hold what was written.
         """
         try:
             digests = _seal(writing, {"version": version, "step": _step_of(writing), "state": state}, digests)
@@ -92,7 +109,7 @@ class CheckpointStore:
         if what := _damage(writing, thorough=False):
             raise CheckpointError(f"{writing}: {what}")
         path = writing.with_name(writing.name.removesuffix(_WRITING))
-        replace_folder(writing, path)  # there may be one of a line that was abandoned
+        replace_folder(writing, path)  # a checkpoint of an abandoned lineage may have that name
         _sync(path.parent)
         self._newest_bytes = sum(size for size, _ in digests.values())
         for old in self._complete()[self._keep :]:
@@ -101,17 +118,18 @@ class CheckpointStore:
         return _read(path)
 
     def newest(self, damaged: Callable[[str], None]) -> Checkpoint | None:
-        """The newest whose files are what was written; None where there is none.
+        """Return the newest checkpoint whose files are intact, or None.
 
         Args:
-            damaged: is told of each newer one that is not; those are renamed, so that nobody takes them.
+            damaged: called with a message for each newer checkpoint that is damaged; such a folder is renamed, so
+                that it is never loaded.
         """
         for path in self._complete():
             if what := _damage(path, thorough=True):
                 aside = path.with_name(path.name + _DAMAGED)
                 shutil.rmtree(aside, ignore_errors=True)
                 path.rename(aside)
-                damaged(f"{path}: {what}; it is now {aside.name}, and the one before it is used")
+                damaged(f"{path}: {what}; it is now {aside.name}, and the checkpoint before it is used")
                 continue
             checkpoint = _read(path)
             self._newest_bytes = size_of(path)
@@ -119,16 +137,16 @@ class CheckpointStore:
         return None
 
     def newest_step(self) -> int | None:
-        """By name alone; None where there is none."""
+        """Return the step of the newest checkpoint by its name alone, or None."""
         return next(map(_step_of, self._complete()), None)
 
     def oldest_version(self) -> int | None:
-        """Of those that are kept, as far as they can be read; None where there is none."""
+        """Return the least policy version among the checkpoints that can be read, or None."""
         versions = [_read(path).version for path in self._complete() if (path / _STATE).is_file()]
         return min(versions, default=None)
 
     def _complete(self) -> Sequence[Path]:
-        """Newest first."""
+        """Return the folders of complete checkpoints, newest first."""
         if not self._folder.is_dir():
             return []
         found = [p for p in self._folder.glob("step_*") if p.name.removeprefix("step_").isdigit()]
@@ -149,7 +167,11 @@ def _read(path: Path) -> Checkpoint:
 
 
 def _damage(path: Path, *, thorough: bool) -> str | None:
-    """What differs from the manifest; None if nothing does. Thorough: contents too, not only sizes."""
+    """Return what differs from the manifest, or None.
+
+    Args:
+        thorough: compare contents too, not only sizes.
+    """
     try:
         files = json.loads((path / MANIFEST).read_text())["files"]
     except (OSError, ValueError, KeyError, TypeError):
@@ -161,7 +183,7 @@ def _damage(path: Path, *, thorough: bool) -> str | None:
         if (have := file.stat().st_size) != size:
             return f"{name} has {have:,} bytes instead of {size:,}"
         if thorough and _sha256(file) != digest:
-            return f"{name} has another checksum than when it was written"
+            return f"{name} does not have the checksum that it was written with"
     return None
 
 
@@ -179,7 +201,7 @@ def _write(path: Path, value: Any) -> None:
 
 
 def _sync(path: Path) -> None:
-    """Onto the disk: a rename that survives a power failure must not outlive the contents."""
+    """Flush to disk: otherwise a rename could survive a power failure that the contents do not."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
@@ -188,19 +210,24 @@ def _sync(path: Path) -> None:
 
 
 def size_of(folder: Path) -> int:
-    """In bytes, of the files in it."""
+    """Return the bytes of the files in a folder."""
     return sum(p.stat().st_size for p in folder.iterdir())
 
 
 def check_room(folder: Path, num_bytes: int, what: str, remedy: str) -> None:
-    """Raises CheckpointError where the disk of the folder has no more room than that."""
+    """Raise CheckpointError unless the folder's disk has more than `num_bytes` free.
+
+    Args:
+        what: subject of the message, such as "a checkpoint".
+        remedy: what the user can do.
+    """
     free = shutil.disk_usage(folder).free
     if free <= num_bytes:
         raise CheckpointError(f"{folder}: {free:,} bytes are free and {what} takes {num_bytes:,}: {remedy}")
 
 
 def replace_folder(writing: Path, path: Path) -> None:
-    """`writing` becomes `path`; at every moment one of the two is whole."""
+    """Rename `writing` to `path`; at every moment one complete folder exists."""
     aside = path.with_name(path.name + ".old")
     shutil.rmtree(aside, ignore_errors=True)
     if path.exists():

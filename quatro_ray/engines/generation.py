@@ -1,4 +1,4 @@
-"""A vLLM engine that returns whole groups, with behaviour log-probs and the policy version of every token."""
+"""A vLLM engine that samples whole groups, with behaviour log-probs and the policy version of every token."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from quatro_ray.data.chat_template import encode_prompt
 from quatro_ray.engines.vllm_outputs import joined, sampled_so_far, to_rollout
 from quatro_ray.failures import EngineDied
 from quatro_ray.seeding import seed_of
-from quatro_ray.types import Query, Rollout, RolloutGroup, SamplingParams
+from quatro_ray.types import EngineLoad, Query, Rollout, RolloutGroup, SamplingParams
 
 if TYPE_CHECKING:
     from vllm.v1.engine.async_llm import AsyncLLM
@@ -25,7 +25,12 @@ if TYPE_CHECKING:
 
 
 class GenerationEngine:
-    """One AsyncLLM. All methods run on one event loop; those that ask the engine raise EngineDied."""
+    """One AsyncLLM. All methods run on one event loop; those that call vLLM raise EngineDied if its process died.
+
+    Args:
+        model_path: folder or hub name of the starting policy.
+        sync_backend: name of vLLM's weight transfer back end, "nccl" or "gloo".
+    """
 
     def __init__(
         self, model_path: str, config: GeneratorConfig, *, device: Literal["cpu", "cuda"], sync_backend: str, seed: int
@@ -48,7 +53,7 @@ class GenerationEngine:
         return self._llm
 
     async def start(self) -> None:
-        """Loads the model; its weights count as version 0."""
+        """Load the model; its weights are version 0."""
         from vllm.engine.arg_utils import AsyncEngineArgs
         from vllm.v1.engine.async_llm import AsyncLLM
 
@@ -69,14 +74,14 @@ class GenerationEngine:
             "tensor_parallel_size": config.tensor_parallel_size,
             "max_num_seqs": 1 if config.deterministic else config.max_num_seqs,
             "max_model_len": config.max_prompt_tokens + config.max_response_tokens,
-            # what comes back is the distribution that was sampled from: temperature and top-p included
+            # log-probs of the distribution that was sampled from, after temperature and top-p
             "logprobs_mode": "processed_logprobs",
             "weight_transfer_config": {"backend": self._sync_backend},
             "enable_prefix_caching": not config.deterministic,
             "disable_log_stats": True,
         }
         if config.tensor_parallel_size > 1:
-            # inside a placement group vLLM would look for bundles of its own; the actor already has the devices
+            # in a placement group vLLM would look for its own bundles by default; the actor already has the devices
             args["distributed_executor_backend"] = "mp"
         if self._device == "cpu":
             args |= {"kv_cache_memory_bytes": int(config.kv_cache_gib * 2**30), "enforce_eager": True}
@@ -92,46 +97,51 @@ class GenerationEngine:
         group_size: int,
         begun: tuple[Rollout, ...] = (),
     ) -> RolloutGroup:
-        """Samples `group_size` responses, or goes on with those that another engine has begun.
+        """Sample `group_size` responses, or continue those that another engine has begun.
 
-        The cache salt keeps a request that starts under these weights from reading keys and values
-        that others left in the prefix cache.
+        Args:
+            begun: rollouts of an engine that died; those with a finish_reason are kept as they are. Empty to start
+                anew.
 
         Raises:
-            EngineDied: with what was sampled so far.
+            EngineDied: carries what was sampled so far.
             ValueError: the prompt has more than max_prompt_tokens tokens.
         """
         prompt_ids = self._encode(query.prompt)
         async with self._counted():
             if begun:
-                rollouts = await self._go_on(prompt_ids, sampling, begun)
+                rollouts = await self._continue(prompt_ids, sampling, begun)
             else:
                 rollouts = await self._complete(prompt_ids, sampling, group_size)
         self._num_generated_tokens += sum(r.num_tokens for r in rollouts) - sum(r.num_tokens for r in begun)
         return RolloutGroup(group_id, query, np.asarray(prompt_ids, dtype=np.int32), rollouts)
 
     async def complete(self, token_ids: list[int], sampling: SamplingParams, stop: Sequence[str] = ()) -> Rollout:
-        """One turn of an episode: continues the tokens. Spans count from the first new token.
+        """Sample one turn of an episode, which continues `token_ids`.
 
         Args:
-            stop: strings that end the turn; the text ends with the one that was met, and tokens are what was sampled,
-                so that the last one may hold more than the string's end.
+            token_ids: the episode so far.
+            stop: strings that end the turn. The text ends with the string that was met; the tokens are those sampled,
+                so the last one may reach beyond that string.
+
+        Returns:
+            The new tokens alone; spans count from the first of them.
         """
         async with self._counted():
             (rollout,) = await self._complete(token_ids, sampling, 1, stop)
         self._num_generated_tokens += rollout.num_tokens
         return rollout
 
-    async def _go_on(
+    async def _continue(
         self, prompt_ids: list[int], sampling: SamplingParams, begun: tuple[Rollout, ...]
     ) -> tuple[Rollout, ...]:
-        """Raises EngineDied with what has come since then, too."""
+        """Sample the rest of each rollout; EngineDied then carries the new tokens too."""
 
         async def one(index: int, rollout: Rollout) -> Rollout:
             if rollout.finish_reason:
                 return rollout
             so_far = [int(t) for t in rollout.token_ids]
-            # its own draws, not those of its beginning once more
+            # a seed of its own, because the original one would repeat the draws of the beginning
             seed = None if sampling.seed is None else seed_of(sampling.seed + index, "go on", len(so_far))
             left = replace(sampling, max_tokens=sampling.max_tokens - len(so_far), seed=seed)
             try:
@@ -147,11 +157,11 @@ class GenerationEngine:
         try:
             rollouts = tuple(await asyncio.gather(*tasks))
         finally:
-            for task in tasks:  # none goes on where another has failed
+            for task in tasks:  # if one has failed, the others are of no use
                 task.cancel()
         if all(r.finish_reason for r in rollouts):
             return rollouts
-        raise EngineDied("the engine's process died while it went on with what another had begun", rollouts)
+        raise EngineDied("the engine's process died while it continued rollouts of another engine", rollouts)
 
     @asynccontextmanager
     async def _counted(self) -> AsyncIterator[None]:
@@ -178,6 +188,7 @@ class GenerationEngine:
             logprobs=0,  # only the sampled token's
             output_kind=RequestOutputKind.FINAL_ONLY,
         )
+        # the salt keeps a request that starts under these weights from reading keys and values computed under others
         prompt = {"prompt_token_ids": prompt_ids, "cache_salt": f"v{self._version}"}
         request_id = uuid.uuid4().hex
         with _engine_death(lambda: sampled_so_far(self.llm, request_id, n)):
@@ -195,20 +206,19 @@ class GenerationEngine:
             )
         return ids
 
-    def load(self) -> dict[str, int]:
-        """Groups and turns of episodes running now; response tokens that were returned, and that were sampled, so far;
-        and whether the engine's process lives."""
-        return {
-            "num_running": self._num_running,
-            "num_generated_tokens": self._num_generated_tokens,
-            "num_sampled_tokens": self._counter.num_sampled_tokens if self._counter else 0,
-            "is_alive": self._llm is None or not self._llm.errored,
-        }
+    def load(self) -> EngineLoad:
+        """Return what the engine is doing."""
+        return EngineLoad(
+            num_running=self._num_running,
+            num_generated_tokens=self._num_generated_tokens,
+            num_sampled_tokens=self._counter.num_sampled_tokens if self._counter else 0,
+            is_alive=self._llm is None or not self._llm.errored,
+        )
 
-    # Weight transfer: vLLM's own calls, in the order pause → start → update → finish → resume
+    # Weight transfer: vLLM's own calls, in the order init → pause → start → update → finish → resume
 
     async def pause(self) -> int:
-        """Freezes running requests where they are; returns how many groups and turns of episodes there were."""
+        """Freeze running requests, and return how many groups and turns of episodes there are."""
         with _engine_death():
             await self.llm.pause_generation(mode="keep", clear_cache=False)
         return self._num_running
@@ -235,12 +245,12 @@ class GenerationEngine:
         self._version = version
 
     async def policy_version(self) -> int:
-        """As the engine core itself has it."""
+        """Return the version that the engine's own process reports."""
         with _engine_death():
             return int(await self.llm.get_weight_version())
 
     async def weight_checksums(self) -> dict[str, str]:
-        """SHA-256 by parameter of every worker."""
+        """Return the SHA-256 of every worker's parameters by name."""
         merged: dict[str, str] = {}
         for worker in await self.llm.compute_weight_checksums():
             merged |= worker
@@ -254,7 +264,11 @@ class GenerationEngine:
 
 @contextmanager
 def _engine_death(begun: Callable[[], tuple[Rollout, ...]] = tuple) -> Iterator[None]:
-    """vLLM's exception does not leave: whoever gets it in another process would have to load vLLM."""
+    """Translate EngineDeadError to EngineDied, because unpickling vLLM's exception would import vLLM in the caller.
+
+    Args:
+        begun: returns the rollouts that EngineDied carries.
+    """
     from vllm.v1.engine.exceptions import EngineDeadError
 
     try:

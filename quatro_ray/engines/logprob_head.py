@@ -1,4 +1,4 @@
-"""Log-probs and entropy of chosen tokens, chunk by chunk.
+"""Log-probs and entropies of given tokens, computed chunk by chunk.
 
 Shape letters: N tokens, D hidden size, V vocabulary, C tokens of a chunk (at most `chunk_tokens`).
 No [N, V] tensor exists at any time, forward or backward; the largest is [C, V] in float32.
@@ -6,6 +6,7 @@ No [N, V] tensor exists at any time, forward or backward; the largest is [C, V] 
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -13,7 +14,7 @@ from torch import Tensor, nn
 
 
 class _ChunkedLogprobs(torch.autograd.Function):
-    """Backward computes the logits again: d logp/d logits = (onehot(target) − softmax)/temperature."""
+    """The backward pass recomputes the logits: d logp/d logits = (onehot(target) − softmax)/temperature."""
 
     @staticmethod
     def forward(
@@ -48,39 +49,43 @@ class _ChunkedLogprobs(torch.autograd.Function):
 
 
 def _log_softmax(hidden: Tensor, weight: Tensor, temperature: float) -> Tensor:
-    """float32 [C, V]."""
+    """Return log-probs, float32 [C, V], of hidden states [C, D]."""
     return torch.log_softmax((hidden @ weight.T).float() / temperature, dim=-1)
 
 
 def chunked_logprobs(
     hidden: Tensor, weight: Tensor, targets: Tensor, temperature: float, chunk_tokens: int
 ) -> tuple[Tensor, Tensor]:
-    """Log-probability of each target, and entropy of each distribution.
+    """Return the log-prob of each target and the entropy of each distribution.
 
     Args:
-        hidden: [N, D], last hidden states; weight: [V, D], output embedding; targets: int64 [N].
-        temperature: of the sampling, so that the result is the log-prob of the policy that acts.
+        hidden: [N, D], last hidden states.
+        weight: [V, D], output embedding.
+        targets: int64 [N].
+        temperature: that of the sampling, so that log-probs are those of the policy that acts.
+        chunk_tokens: most tokens whose logits exist at a time.
 
     Returns:
-        logprobs float32 [N], nats, with gradient; entropy float32 [N], nats, without.
+        Log-probs, float32 [N], nats, with gradient; entropies, float32 [N], nats, without.
     """
-    return _ChunkedLogprobs.apply(hidden, weight, targets, temperature, chunk_tokens)
+    apply: Callable[..., tuple[Tensor, Tensor]] = _ChunkedLogprobs.apply
+    return apply(hidden, weight, targets, temperature, chunk_tokens)
 
 
 class LogprobHead(nn.Module):
-    """Takes the place of a language-model head: same parameter, but returns log-probs instead of logits.
+    """Replacement of a language-model head: the same parameter, but log-probs instead of logits.
 
-    A module of its own, so that ZeRO-3's hooks gather the weight once around all chunks.
+    It is a module, so that ZeRO-3's hooks gather the weight once for all chunks.
     """
 
     def __init__(self, head: nn.Linear, temperature: float, chunk_tokens: int) -> None:
         super().__init__()
         if head.bias is not None:
-            raise ValueError("output heads with a bias are not supported; the model must have lm_head.bias = None")
+            raise ValueError("lm_head has a bias, which is not supported; choose a model with lm_head.bias = None")
         self.weight: nn.Parameter = head.weight
         self.temperature: float = temperature
         self.chunk_tokens: int = chunk_tokens
 
     def forward(self, hidden: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
-        """hidden [N, D], targets int64 [N] → logprobs [N], entropy [N]."""
+        """Return log-probs [N] and entropies [N], nats, given hidden states [N, D] and targets, int64 [N]."""
         return chunked_logprobs(hidden, self.weight, targets, self.temperature, self.chunk_tokens)

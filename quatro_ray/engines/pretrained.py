@@ -1,4 +1,4 @@
-"""What is to be known of a model before anything starts: its tokenizer, and whether it can be trained."""
+"""Checks of the model before anything starts: whether its tokenizer loads, and whether it can be trained."""
 
 from __future__ import annotations
 
@@ -13,11 +13,15 @@ _NEUTRAL: dict[str, tuple[Any, ...]] = {
     "logit_scale": (None, 1.0),
     "logits_scaling": (None, 1.0),
 }
-"""Fields of a model's configuration that change logits after the head, and their values that do not."""
+"""Fields of a model's configuration that change logits after the head, each with its values that change nothing."""
 
 
 def load_tokenizer(path: str) -> Any:
-    """Raises ConfigError where the folder or the hub has none that loads."""
+    """Load a tokenizer from a folder or the hub.
+
+    Raises:
+        ConfigError: there is none, or it does not load.
+    """
     from transformers import AutoTokenizer
 
     try:
@@ -27,17 +31,20 @@ def load_tokenizer(path: str) -> Any:
 
 
 def tokenizer_of(config: Config) -> Any:
-    """Of the model that is trained; a tiny one need not be there yet."""
+    """Return the tokenizer of the model to train; that of a tiny model exists before the model does."""
     if isinstance(config.model, TinyModelConfig):
         return make_tokenizer()
     return load_tokenizer(config.model.path)
 
 
 def check_can_be_trained(config: Config) -> None:
-    """
+    """Check that the learner can compute the model's log-probs, and that prompt and response fit its positions.
+
+    The learner computes log-probs from the head's weight itself (engines/logprob_head.py), so a model that scales or
+    caps its logits after the head is refused.
+
     Raises:
-        ConfigError: prompt and response together exceed the model's positions; or its logits are scaled or capped after
-            the head, whose log-probs the learner computes itself (engines/logprob_head.py).
+        ConfigError: the model does not load, or a check fails.
     """
     if isinstance(config.model, TinyModelConfig):
         return _check_positions(config, MAX_POSITIONS)
@@ -51,10 +58,10 @@ def check_can_be_trained(config: Config) -> None:
     for name, neutral in _NEUTRAL.items():
         if (value := getattr(model, name, None)) not in neutral:
             raise ConfigError(
-                f"model.path={path}: its {name}={value} changes logits after the head, and the learner's log-probs "
-                "would not be those of the engines; choose another model"
+                f"model.path={path}: {name}={value} changes logits after the head, so the learner's log-probs would "
+                "differ from those of the engines; choose another model"
             )
-    if "factor" not in (getattr(model, "rope_parameters", None) or {}):  # else positions are stretched
+    if "factor" not in (getattr(model, "rope_parameters", None) or {}):  # with a factor, RoPE stretches the positions
         _check_positions(config, getattr(model, "max_position_embeddings", None))
 
 

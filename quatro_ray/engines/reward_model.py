@@ -1,4 +1,4 @@
-"""A reward model in vLLM's pooling interface: one logit for prompt and response."""
+"""A reward model behind vLLM's pooling interface: one logit for a prompt with its response."""
 
 from __future__ import annotations
 
@@ -34,7 +34,11 @@ class RewardModelEngine:
         return self._llm
 
     async def start(self) -> None:
-        """Loads the model. Raises ConfigError where it is none that gives one score to a text."""
+        """Load the model.
+
+        Raises:
+            ConfigError: the model does not give exactly one score to a text.
+        """
         from vllm.engine.arg_utils import AsyncEngineArgs
         from vllm.v1.engine.async_llm import AsyncLLM
 
@@ -56,14 +60,14 @@ class RewardModelEngine:
         return args | {"gpu_memory_utilization": config.gpu_memory_utilization}
 
     async def score(self, prompt: str, response: str) -> float:
-        """The logit of the model's one label after the last token; higher is better, in no particular range.
+        """Return the logit of the model's label after the last token: unbounded, and higher is better.
 
-        A chat is rendered with the reward model's own template. What is longer than max_tokens loses its beginning:
-        the end of a response tells most about it.
+        A chat is rendered with the reward model's own template. A text longer than max_tokens is cut at its
+        beginning, because the end of a response says most about it.
 
         Raises:
-            TimeoutError: vLLM did not answer within timeout_s; its request is aborted.
-            ValueError: there is nothing to score, or the template refuses the messages.
+            TimeoutError: vLLM did not answer within timeout_s; the request is aborted.
+            ValueError: prompt and response have no tokens, or the template refuses the messages.
             RuntimeError: the logit is not finite.
         """
         token_ids = encode_conversation(self.llm.get_tokenizer(), prompt, response)[-self._config.max_tokens :]
@@ -78,7 +82,7 @@ class RewardModelEngine:
     async def _logit(self, token_ids: list[int]) -> float:
         from vllm import PoolingParams
 
-        # by default vLLM applies a sigmoid, which saturates: good answers would all be worth 1
+        # by default vLLM applies a sigmoid, which saturates: all good answers would have a reward of 1
         params = PoolingParams(task="classify", use_activation=False)
         async for output in self.llm.encode({"prompt_token_ids": token_ids}, params, uuid.uuid4().hex):
             if output.finished:
@@ -92,10 +96,13 @@ class RewardModelEngine:
 
 
 def _check(model: Any, config: ModelRewardConfig) -> None:
-    """Before vLLM loads it: of a model without a score head, vLLM would make one from weights that nobody trained."""
+    """Raise ConfigError unless the model has a score head with one label.
+
+    Without a score head vLLM would not fail: it would make one from weights that were never trained for it.
+    """
     architectures = model.architectures or []
     if not any(name.endswith(_SUFFIX) for name in architectures):
-        raise ConfigError(f"path={config.path!r} must be a model …{_SUFFIX}, and its config.json names {architectures}")
+        raise ConfigError(f"path={config.path!r} must be a model …{_SUFFIX}, but its config.json names {architectures}")
     if model.num_labels != 1:
         raise ConfigError(f"path={config.path!r} must be a model with one label; it has {model.num_labels}")
     positions = getattr(model, "max_position_embeddings", config.max_tokens)

@@ -1,8 +1,9 @@
-"""What a step measured, summed over micro-batches and ranks; ratios stay numerator and denominator until the end."""
+"""Metrics of a step, summed over micro-batches and ranks; rates stay numerator and denominator until the end.
+
+Shape letters: Q queries, G rollouts of a query, N tokens of a micro-batch.
+"""
 
 from __future__ import annotations
-
-from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -11,16 +12,21 @@ from torch import Tensor
 from quatro_ray.algorithms.advantages import group_mean, realised_kl
 from quatro_ray.algorithms.importance import effective_sample_share, sequence_sums
 from quatro_ray.engines.batches import TokenBatch
+from quatro_ray.types import StepMetrics
 
 _SUMS = ("tokens", "loss", "entropy", "limited", "on_version_tokens", "on_version_error", "reference_kl")
 _MAX_STALENESS_BIN = 256
 RATIO_BIN_NATS = 0.1
 RATIO_BINS = 41
-"""Bins of log π_θ/β, RATIO_BIN_NATS wide, the middle one around 0; the outermost hold all beyond."""
+"""Number of bins of log π_θ/β, each RATIO_BIN_NATS wide and the middle one around 0; the outermost hold all beyond."""
 
 
 class Collector:
-    """Filled by one rank during a step; `reduce` is a collective."""
+    """Accumulates what one rank sees during a step; `reduce` is a collective.
+
+    Args:
+        num_cells: Q·G.
+    """
 
     def __init__(self, num_cells: int, device: torch.device) -> None:
         self._sums = torch.zeros(len(_SUMS), dtype=torch.float64, device=device)
@@ -29,7 +35,13 @@ class Collector:
         self._ratios = torch.zeros(RATIO_BINS, dtype=torch.float64, device=device)
 
     def add(self, t: TokenBatch, entropy: Tensor, per_token_loss: Tensor, limited: Tensor) -> None:
-        """All [N]; `limited`: tokens on which a clip, cut or mask of the loss acted."""
+        """Add a micro-batch.
+
+        Args:
+            entropy: [N], nats.
+            per_token_loss: [N], not normalised.
+            limited: bool [N], tokens on which a clip, a truncation or a mask of the loss acted.
+        """
         mask = t.is_response
         difference = (t.policy_logprobs.detach() - t.behavior_logprobs).double() * mask
         on_version = mask & (t.staleness == 0)
@@ -44,13 +56,19 @@ class Collector:
         self._ratios += _counts((difference[mask] / RATIO_BIN_NATS).round().long() + RATIO_BINS // 2, RATIO_BINS)
 
     def add_reference_kl(self, per_token: Tensor, mask: Tensor) -> None:
+        """Add KL(π_θ ‖ π_ref) of a micro-batch: [N], nats, counted where mask, bool [N], is True."""
         self._add("reference_kl", per_token * mask)
 
     def _add(self, name: str, values: Tensor) -> None:
         self._sums[_SUMS.index(name)] += values.double().sum()
 
-    def reduce(self, rewards: Tensor, valid: Tensor) -> dict[str, Any]:
-        """Metrics of the global batch, the same on every rank; lists are values per query."""
+    def reduce(self, rewards: Tensor, valid: Tensor) -> StepMetrics:
+        """Return the metrics of the global batch, the same on every rank; a collective.
+
+        Args:
+            rewards: float64 [Q, G].
+            valid: bool [Q, G].
+        """
         for tensor in (self._sums, self._log_ratio, self._staleness, self._ratios):
             dist.all_reduce(tensor)
         total = dict(zip(_SUMS, self._sums.tolist(), strict=True))
@@ -63,7 +81,7 @@ class Collector:
         return {
             "reward/mean": float(reward.mean()),
             "reward/frac_zero_std": float(zero_std.double().mean()),
-            "policy_gradient/loss": total["loss"] / tokens,  # no measure of progress
+            "policy_gradient/loss": total["loss"] / tokens,  # does not measure progress
             "policy_gradient/limited_share": total["limited"] / tokens,
             "policy/entropy": total["entropy"] / tokens,
             "policy/realised_kl_nats": realised_kl(log_ratio, valid).tolist(),
@@ -71,7 +89,7 @@ class Collector:
             "rollout_corr/eff_sample_size": float(effective_sample_share(weights[valid], valid[valid])),
             "rollout_corr/query_eff_sample_size": effective_sample_share(weights, valid).tolist(),
             "rollout_corr/log_ratio_tokens": [int(n) for n in self._ratios.tolist()],
-            # agreement of engine and learner where both had the same weights; None where no token is on version
+            # agreement of engine and learner under the same weights; None if no token is from this version
             "rollout_corr/logprob_abs_diff": total["on_version_error"] / total["on_version_tokens"]
             if total["on_version_tokens"]
             else None,
@@ -83,5 +101,5 @@ class Collector:
 
 
 def _counts(bins: Tensor, size: int) -> Tensor:
-    """int64 [n] → float64 [size]; what lies outside counts in the outermost."""
+    """Count the indices in each bin, int64 [n] → float64 [size]; those outside count in the outermost bins."""
     return torch.bincount(bins.clamp(0, size - 1), minlength=size).double()

@@ -1,4 +1,4 @@
-"""A Qwen2-architecture model from scratch, in Hugging Face format."""
+"""A small model of the Qwen2 architecture with random weights, in Hugging Face format."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from quatro_ray.engines.tiny_tokenizer import MAX_POSITIONS
 
 
 def make_model(config: TinyModelConfig, tokenizer: Qwen2Tokenizer, seed: int) -> Qwen2ForCausalLM:
-    """Random weights, float32. The generator's and the learner's view of it are the same files."""
+    """Return a model with random float32 weights."""
     torch.manual_seed(seed)
     return Qwen2ForCausalLM(
         Qwen2Config(

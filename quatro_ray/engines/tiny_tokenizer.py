@@ -1,4 +1,4 @@
-"""The tokenizer of tiny models; its import loads no torch."""
+"""The tokenizer of tiny models; importing this module loads no torch."""
 
 from __future__ import annotations
 
@@ -10,10 +10,10 @@ MAX_POSITIONS = 512
 
 
 def make_tokenizer() -> Qwen2Tokenizer:
-    """One token a byte: a byte-level BPE without merges, so that any text is encoded and none is unknown.
+    """Return a tokenizer with one token per byte: a byte-level BPE without merges, to which no text is unknown.
 
-    It is of the class that `AutoTokenizer` picks for Qwen2 models whatever their files say; another class
-    would come back with this one's rules, and other tokens.
+    The class is the one that `AutoTokenizer` picks for Qwen2 models whatever their files say; a tokenizer of another
+    class would be loaded as this one, and encode to other tokens.
     """
     vocabulary = [PAD, EOS, *sorted(pre_tokenizers.ByteLevel.alphabet())]
     return Qwen2Tokenizer(

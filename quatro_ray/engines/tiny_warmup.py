@@ -1,4 +1,7 @@
-"""Supervised warm-up of a tiny model: to a policy that RL has something to learn from."""
+"""Supervised warm-up of a tiny model, which makes it a policy that RL can improve.
+
+Shape letters: B demonstrations of a batch, T tokens of the longest.
+"""
 
 from __future__ import annotations
 
@@ -19,7 +22,7 @@ from quatro_ray.types import Query
 
 _CHECK_EVERY = 50
 _SAMPLES_PER_CHECK = 4
-"""Of each held-out question."""
+"""Samples per held-out question in each check."""
 _IGNORE = -100
 
 
@@ -30,10 +33,17 @@ def warm_up(
     seed: int,
     path: Path,
 ) -> Iterator[str]:
-    """Makes the model, trains it until `target_pass_rate` of samples on held-out questions are right, saves it.
+    """Make a model, train it on demonstrations until it answers held-out questions well enough, and save it.
+
+    Training ends when the share of right samples reaches config.warmup.target_pass_rate, or after max_steps.
+
+    Args:
+        train: questions whose answers are the demonstrations.
+        held_out: questions for the pass rate.
+        path: folder to save the model in.
 
     Yields:
-        Lines of progress for people.
+        Lines of progress to show.
     """
     tokenizer = make_tokenizer()
     model = make_model(config, tokenizer, seed)
@@ -67,7 +77,7 @@ def _step(model: Qwen2ForCausalLM, optimizer: torch.optim.Optimizer, batch: tupl
 
 
 def _encode(tokenizer: Qwen2Tokenizer, batch: Sequence[Query]) -> tuple[Tensor, Tensor]:
-    """int64 [B, T] tokens, padded on the right, and labels with _IGNORE outside of answers."""
+    """Return tokens, int64 [B, T], padded on the right, and labels, int64 [B, T], _IGNORE outside answers."""
     rows = [(tokenizer.encode(q.prompt), [*tokenizer.encode(q.answer), tokenizer.eos_token_id]) for q in batch]
     width = max(len(p) + len(a) for p, a in rows)
     tokens = torch.full((len(rows), width), tokenizer.pad_token_id)
@@ -80,7 +90,10 @@ def _encode(tokenizer: Qwen2Tokenizer, batch: Sequence[Query]) -> tuple[Tensor, 
 
 @torch.no_grad()
 def pass_rate(model: Qwen2ForCausalLM, tokenizer: Qwen2Tokenizer, queries: Sequence[Query]) -> float:
-    """Share of answers at temperature 1 that are the demonstrated ones; prompts of one length go together."""
+    """Return the share of samples at temperature 1 that equal the demonstrated answer.
+
+    Prompts of equal length are sampled together.
+    """
     generator = torch.Generator().manual_seed(0)
     longest = max(len(tokenizer.encode(q.answer)) for q in queries) + 1
     by_length: dict[int, list[Query]] = {}

@@ -1,4 +1,4 @@
-"""How many tokens an engine has sampled so far, told at every one of its steps: the sign that it is not hung."""
+"""Count of the tokens that an engine has sampled, updated at each engine step: it shows that the engine is alive."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from vllm.v1.metrics.loggers import StatLoggerBase
 
 
 class TokenCounter:
-    """`factory` is what AsyncLLM takes in `stat_loggers`."""
+    """Counts sampled tokens; pass its `factory` to AsyncLLM in `stat_loggers`."""
 
     def __init__(self) -> None:
         self.num_sampled_tokens = 0

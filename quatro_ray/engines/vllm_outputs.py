@@ -1,9 +1,10 @@
-"""From what vLLM returns to rollouts: whole ones, and what an engine that died had sampled so far."""
+"""Conversion of vLLM's outputs to rollouts, including what an engine that died had sampled so far."""
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Protocol
 
 import numpy as np
 
@@ -14,14 +15,32 @@ if TYPE_CHECKING:
     from vllm.v1.engine.async_llm import AsyncLLM
 
 
+class _Logprob(Protocol):
+    logprob: float
+
+
+class _Span(Protocol):
+    version: str
+    start: int
+    end: int
+
+
 def to_rollout(completion: CompletionOutput) -> Rollout:
     assert completion.logprobs is not None and completion.weight_versions is not None
     rollout = _rollout(completion.token_ids, completion.logprobs, completion.weight_versions)
     return replace(rollout, text=completion.text, finish_reason=completion.finish_reason or "")
 
 
-def _rollout(token_ids: Any, logprobs: Any, versions: Any) -> Rollout:
-    """Unfinished and without text. `logprobs`: by position, of the sampled token; `versions`: spans of vLLM's."""
+def _rollout(
+    token_ids: Sequence[int], logprobs: Iterable[Mapping[int, _Logprob]], versions: Iterable[_Span]
+) -> Rollout:
+    """Make an unfinished rollout without text.
+
+    Args:
+        token_ids: [T], the sampled tokens.
+        logprobs: [T], for each position a mapping from token to log-prob that holds at least the sampled token.
+        versions: vLLM's spans, covering [0, T).
+    """
     values = [position[token].logprob for position, token in zip(logprobs, token_ids, strict=True)]
     return Rollout(
         token_ids=np.asarray(token_ids, dtype=np.int32),
@@ -33,10 +52,11 @@ def _rollout(token_ids: Any, logprobs: Any, versions: Any) -> Rollout:
 
 
 def sampled_so_far(llm: AsyncLLM, request_id: str, n: int) -> tuple[Rollout, ...]:
-    """The n rollouts of a request whose engine died, in order; those without a finish_reason are to be continued.
+    """Return the n rollouts of a request whose engine died, in order; empty if nothing was sampled.
 
-    vLLM's front end, in this process, has every token that the engine's process sent; it tells of log-probs and
-    versions only when a request is finished, so that they are read from its records. Empty where nothing was sampled.
+    Rollouts without a finish_reason have to be continued. vLLM's front end, in this process, has every token that the
+    engine's process sent. It returns log-probs and versions only for finished requests, so they are read from its
+    internal records.
     """
     states = [s for s in llm.output_processor.request_states.values() if s.external_req_id == request_id]
     rollouts = [_rollout([], [], [])] * n
@@ -54,7 +74,12 @@ def sampled_so_far(llm: AsyncLLM, request_id: str, n: int) -> tuple[Rollout, ...
 
 
 def joined(first: Rollout, rest: Rollout, text: str) -> Rollout:
-    """`rest` goes on where `first` ends; `text` is of both."""
+    """Append `rest` to `first`.
+
+    Args:
+        rest: its spans count from its own first token.
+        text: text of the whole rollout.
+    """
     shift = first.num_tokens
     spans = [*first.spans, *(VersionSpan(s.version, s.start + shift, s.end + shift) for s in rest.spans)]
     if first.spans and rest.spans and first.spans[-1].version == rest.spans[0].version:

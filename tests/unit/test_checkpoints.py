@@ -41,7 +41,7 @@ def test_the_newest_ones_are_kept_and_say_what_they_are(tmp_path: Path) -> None:
     ("damage", "what"),
     [
         (lambda p: (p / "rank_1.pt").write_text("weightsweight"), "rank_1.pt has 13 bytes instead of 14"),
-        (lambda p: (p / "rank_0.pt").write_text("weighst"), "rank_0.pt has another checksum"),
+        (lambda p: (p / "rank_0.pt").write_text("weighst"), "rank_0.pt does not have the checksum"),
         (lambda p: (p / "rank_0.pt").unlink(), "rank_0.pt is missing"),
         (lambda p: (p / "state.json").write_text("{}"), "state.json has 2 bytes"),
         (lambda p: (p / "manifest.json").write_text("{"), "manifest.json cannot be read"),
@@ -88,7 +88,7 @@ def test_a_disk_without_room_is_told_before_anything_is_written(
     write(store, 1, "x" * 1000)
     usage = shutil.disk_usage(tmp_path)
     monkeypatch.setattr(shutil, "disk_usage", lambda path: usage._replace(free=2000))
-    with pytest.raises(CheckpointError, match=r"2,000 bytes are free and a checkpoint takes 3,\d+: make room"):
+    with pytest.raises(CheckpointError, match=r"2,000 bytes are free and a checkpoint takes 3,\d+: free some space"):
         store.check_space()
     again = CheckpointStore(tmp_path, keep=1)
     again.newest(print)
