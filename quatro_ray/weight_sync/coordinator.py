@@ -1,8 +1,8 @@
-"""One owner drives a whole weight update: pause → (connect) → transfer → resume → verify, a deadline on each phase.
+"""Coordinates a weight update: pause → (connect) → transfer → resume → verify, with a deadline on each phase.
 
-An engine is given work only while it is known to hold a whole version. One that fails a phase by itself is taken out
-and comes back by a later update. Where the transfer fails, every engine of it may hold a part of the new weights, and
-vLLM cannot start a layer's update over: all of them are started again.
+An engine gets work only while it is known to hold a whole version. An engine that fails a phase by itself is removed,
+and a later update takes it in again after its restart. If the transfer fails, every engine in it may hold part of the
+new weights, and vLLM cannot restart the update of a layer, so all of them are restarted.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ import asyncio
 import time
 from collections.abc import Awaitable, Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any, Generic, Protocol, TypeVar
 
 from quatro_ray.config import WeightSyncConfig
 from quatro_ray.errors import WeightSyncError
@@ -20,24 +20,55 @@ from quatro_ray.timeouts import within
 
 
 class Sender(Protocol):
-    """What an update needs of the learner; both raise TransferFailed or LearnerLost."""
+    """The learner's part in an update; both methods raise TransferFailed or LearnerLost."""
 
     async def open_transfer(self, engines: Sequence[Any]) -> None: ...
     async def send_weights(self, version: int) -> None: ...
 
 
-class Engines(Protocol):
-    """What an update needs of the fleet (actors/fleet.py): members with a `client` that pauses, resumes and tells its
-    version."""
+class Engine(Protocol):
+    """A generation engine, as far as an update calls it (engines/generation.py:GenerationEngine)."""
 
-    async def some_to_sync(self) -> list[Any]: ...
-    async def synced(self, member: Any) -> None: ...
-    def lost(self, member: Any, why: str, *, core_died: bool = False) -> None: ...
+    async def pause(self) -> int: ...
+    async def resume(self) -> None: ...
+    async def policy_version(self) -> int: ...
+
+
+class Slot(Protocol):
+    """An engine's place in the fleet (actors/fleet.py:EngineSlot)."""
+
+    @property
+    def client(self) -> Engine: ...
+    def update_begins(self) -> None: ...
+    def update_ends(self) -> None: ...
+
+
+SlotT = TypeVar("SlotT", bound=Slot)
+
+
+class Engines(Protocol[SlotT]):
+    """The fleet's part in an update (actors/fleet.py:Fleet)."""
+
+    async def some_to_sync(self) -> list[SlotT]:
+        """Wait until at least one engine can take weights, and return all that can."""
+
+    async def synced(self, slot: SlotT, /) -> None:
+        """Record that the engine holds the new version."""
+
+    def lost(self, slot: SlotT, /, why: str, *, core_died: bool = False) -> None:
+        """Remove the engine and have it restarted."""
 
 
 @dataclass(frozen=True)
 class Update:
-    """What one update did. `num_in_flight`: groups that were being generated and went on afterwards."""
+    """Outcome of one update.
+
+    Attributes:
+        version: the policy version that the engines hold now.
+        num_in_flight: groups and turns of episodes that were paused and then continued.
+        pause_s: time during which generation was paused, seconds.
+        transfer_s: time of the transfer alone, seconds.
+    """
 
     version: int
     num_in_flight: int
@@ -45,49 +76,59 @@ class Update:
     transfer_s: float
 
 
-class WeightSyncCoordinator:
-    """Requests that run during an update are kept: they continue under the new weights."""
+class WeightSyncCoordinator(Generic[SlotT]):
+    """Brings engines to a new policy version. Running requests are kept and continue under the new weights.
+
+    Args:
+        engine_deadline_s: how long an update waits for a first engine if none is there.
+    """
 
     MAX_TRIES = 5
 
-    def __init__(self, engines: Engines, sender: Sender, config: WeightSyncConfig, engine_deadline_s: float) -> None:
-        """`engine_deadline_s`: for the first engine to be there, where none is."""
+    def __init__(
+        self, engines: Engines[SlotT], sender: Sender, config: WeightSyncConfig, engine_deadline_s: float
+    ) -> None:
         self._engines = engines
         self._sender = sender
         self._config = config
         self._engine_deadline_s = engine_deadline_s
-        self._connected: list[Any] = []
+        self._connected: list[SlotT] = []
+        self._last_failure = ""
 
     def disconnect(self) -> None:
-        """The learner's end is gone: the next update connects anew."""
+        """Forget the connection, because the learner's end is gone; the next update makes a new one."""
         self._connected = []
 
     async def update(self, version: int) -> Update:
-        """Brings all engines to `version`; returns when at least one has it.
+        """Bring the engines to `version`, and return when at least one has it.
 
         Raises:
-            WeightSyncError: no engine could be brought to it, tries included.
-            LearnerLost: the learner is the one that failed.
+            WeightSyncError: no engine took the version in MAX_TRIES tries.
+            LearnerLost: the learner failed.
         """
-        why = ""
+        self._last_failure = "no engine was there"
         for _ in range(self.MAX_TRIES):
             try:
-                members = await within(self._engine_deadline_s, self._engines.some_to_sync())
+                slots = await within(self._engine_deadline_s, self._engines.some_to_sync())
             except TimeoutError as error:
-                raise WeightSyncError(f"no engine ran within {self._engine_deadline_s:g} s; {why}") from error
+                raise WeightSyncError(
+                    f"no engine ran within {self._engine_deadline_s:g} s; the last failure: {self._last_failure}"
+                ) from error
             try:
-                if (update := await self._once(version, members)) is not None:
+                if (update := await self._once(version, slots)) is not None:
                     return update
             except TransferFailed as failure:
-                why = str(failure)
-        raise WeightSyncError(f"no engine took version {version} in {self.MAX_TRIES} tries; the last: {why}")
+                self._last_failure = str(failure)
+        raise WeightSyncError(
+            f"no engine took version {version} in {self.MAX_TRIES} tries; the last failure: {self._last_failure}"
+        )
 
-    async def _once(self, version: int, members: list[Any]) -> Update | None:
-        """None where no engine is left that holds the version."""
+    async def _once(self, version: int, slots: list[SlotT]) -> Update | None:
+        """Try once; return None if no engine is left that holds the version."""
         start = time.monotonic()
-        for member in members:
-            member.paused = True
-        in_flight = await self._each(members, "pause", self._config.pause_deadline_s)
+        for slot in slots:
+            slot.update_begins()
+        in_flight = await self._each(slots, "pause", self._config.pause_deadline_s)
         paused = list(in_flight)
         if not paused:
             return None
@@ -98,57 +139,65 @@ class WeightSyncCoordinator:
         resumed = await self._each(paused, "resume", self._config.resume_deadline_s)
         paused_s = time.monotonic() - start
         have = await self._each(list(resumed), "policy_version", self._config.resume_deadline_s)
-        for member, reported in have.items():
-            member.paused = False
+        for slot, reported in have.items():
+            slot.update_ends()
             if reported == version:
-                await self._engines.synced(member)
+                await self._engines.synced(slot)
             else:
-                self._engines.lost(member, f"reports version {reported} after an update to version {version}")
+                self._lost(slot, f"reports version {reported} after an update to version {version}")
         if version not in have.values():
             return None
-        return Update(version, sum(in_flight[m] for m in have), paused_s, sent - sending)
+        return Update(version, sum(in_flight[slot] for slot in have), paused_s, sent - sending)
 
-    async def _connect(self, members: list[Any]) -> None:
-        """Nothing where the members are those of the last update. Raises TransferFailed; no weights were touched."""
-        if self._connected == members:
+    async def _connect(self, slots: list[SlotT]) -> None:
+        """Connect the learner to exactly these engines, unless they are those of the last update.
+
+        Raises:
+            TransferFailed: the connection failed; no weights were touched.
+        """
+        if self._connected == slots:
             return
         self._connected = []
         try:
-            await self._sender.open_transfer([m.client for m in members])
+            await self._sender.open_transfer([slot.client for slot in slots])
         except TransferFailed:
-            alive = await self._each(members, "policy_version", self._config.resume_deadline_s)
-            if len(alive) == len(members):  # all answer, so that nobody can be blamed alone
-                for member in members:
-                    self._engines.lost(member, "could not be connected to the learner")
+            alive = await self._each(slots, "policy_version", self._config.resume_deadline_s)
+            if len(alive) == len(slots):  # all answer, so the fault cannot be laid at one of them
+                for slot in slots:
+                    self._lost(slot, "could not be connected to the learner")
             raise
-        self._connected = members
+        self._connected = slots
 
-    async def _send(self, version: int, members: list[Any]) -> None:
+    async def _send(self, version: int, slots: list[SlotT]) -> None:
         try:
             await self._sender.send_weights(version)
-        except BaseException as error:  # a cancellation as well: what they hold is unknown
+        except BaseException as error:  # after a cancellation, too, it is unknown what the engines hold
             self._connected = []
-            for member in members:
-                self._engines.lost(member, f"its weights are in doubt, the update to version {version} failed: {error}")
+            for slot in slots:
+                self._lost(slot, f"its weights are in doubt, the update to version {version} failed: {error}")
             raise
 
-    async def _each(self, members: list[Any], method: str, deadline_s: float) -> dict[Any, Any]:
-        """By member, what it answered; one that did not is lost."""
+    async def _each(self, slots: list[SlotT], method: str, deadline_s: float) -> dict[SlotT, Any]:
+        """Call a method of all engines, and return the answers by slot; engines that do not answer are lost."""
 
-        async def ask(member: Any) -> Any:
-            work: Awaitable[Any] = getattr(member.client, method)()
+        async def ask(slot: SlotT) -> Any:
+            work: Awaitable[Any] = getattr(slot.client, method)()
             return await within(deadline_s, work)
 
-        answers = await asyncio.gather(*(ask(m) for m in members), return_exceptions=True)
-        found = {}
-        for member, answer in zip(members, answers, strict=True):
+        answers = await asyncio.gather(*(ask(slot) for slot in slots), return_exceptions=True)
+        found: dict[SlotT, Any] = {}
+        for slot, answer in zip(slots, answers, strict=True):
             if isinstance(answer, TimeoutError):
-                self._engines.lost(member, f"weight sync: {method!r} missed its deadline of {deadline_s:g} s")
+                self._lost(slot, f"weight sync: {method!r} missed its deadline of {deadline_s:g} s")
             elif isinstance(answer, Exception):
                 core_died = getattr(answer, "core_died", False)
-                self._engines.lost(member, f"weight sync: {method!r} failed: {answer}", core_died=core_died)
+                self._lost(slot, f"weight sync: {method!r} failed: {answer}", core_died=core_died)
             elif isinstance(answer, BaseException):
                 raise answer
             else:
-                found[member] = answer
+                found[slot] = answer
         return found
+
+    def _lost(self, slot: SlotT, why: str, *, core_died: bool = False) -> None:
+        self._last_failure = why
+        self._engines.lost(slot, why, core_died=core_died)

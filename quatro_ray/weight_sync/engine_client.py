@@ -1,25 +1,34 @@
-"""The trainer's view of all engines, as vLLM's trainer side expects it (VLLMWeightSyncClient)."""
+"""The trainer's client of all engines; implements vLLM's VLLMWeightSyncClient."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, Protocol
+
+
+class Submit(Protocol):
+    """Starts a call of an engine's method and returns its future."""
+
+    def __call__(self, engine: Any, method: str, *args: Any) -> Any: ...
 
 
 class EngineClient:
     """Fans every call out to all engines at the same time; each phase has its deadline.
 
     Args:
-        engines: opaque handles; submit(engine, method, *args) starts a call and returns its future.
-        wait: collects futures within seconds, or raises.
-        workers_per_engine: tensor-parallel size; engine i's workers are ranks 1 + i·size and on.
+        engines: handles that only `submit` looks into.
+        submit: starts a call.
+        wait: collects futures within a number of seconds, or raises.
+        workers_per_engine: tensor-parallel size; the workers of engine i are the ranks from 1 + i·size on.
+        rendezvous_deadline_s: for connecting.
+        transfer_deadline_s: for each of the calls of an update.
     """
 
     def __init__(
         self,
         engines: Sequence[Any],
-        submit: Callable[..., Any],
-        wait: Callable[[list[Any], float], list[Any]],
+        submit: Submit,
+        wait: Callable[[list[Any], float], object],
         *,
         workers_per_engine: int,
         rendezvous_deadline_s: float,
@@ -32,10 +41,13 @@ class EngineClient:
         self._rendezvous_deadline_s = rendezvous_deadline_s
         self._transfer_deadline_s = transfer_deadline_s
         self.version = 0
-        """Of the weights that are sent next; the caller sets it before each update."""
+        """Version of the weights that are sent next; the caller sets it before each update."""
 
     def init_weight_transfer_engine(self, init_info: dict[str, Any]) -> None:
-        """vLLM hands out one offset for all; engines that are not data-parallel copies need one each."""
+        """Connect all engines, each with its own rank offset.
+
+        vLLM gives one offset for all, which suits data-parallel replicas; our engines are independent of each other.
+        """
         futures = [
             self._submit(
                 engine,
@@ -53,7 +65,7 @@ class EngineClient:
         self._all("update_weights", update_info)
 
     def finish_weight_update(self, weight_version: str | None = None) -> None:
-        """Stamps `version`; vLLM's trainer side itself passes none."""
+        """Stamp the engines with `self.version`; vLLM's trainer side passes no version."""
         self._all("finish_weight_update", self.version)
 
     def _all(self, method: str, *args: Any) -> None:

@@ -1,7 +1,7 @@
 """vLLM weight transfer over gloo, for machines without an accelerator.
 
-The counterpart of vLLM's NCCL back end, with the same life: rendezvous once, then per update
-start → receive (one broadcast a tensor, trainer is rank 0) → finish.
+It has the life cycle of vLLM's NCCL back end: one rendezvous, then for each update start → receive → finish. A tensor
+is sent by one broadcast from rank 0, the trainer.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from vllm.distributed.weight_transfer.base import (
 
 @dataclass(kw_only=True)
 class GlooInitInfo(WeightTransferInitInfo):
-    """What a worker needs to join: it is rank `rank_offset` + its rank inside the engine."""
+    """What a worker needs to join; its rank is `rank_offset` plus its rank inside the engine."""
 
     master_address: str
     master_port: int
@@ -38,7 +38,7 @@ class GlooInitInfo(WeightTransferInitInfo):
 
 @dataclass
 class GlooUpdateInfo(WeightTransferUpdateInfo):
-    """Metadata of one update, one entry a tensor, in the order of the broadcasts."""
+    """Metadata of one update: one entry per tensor, in the order of the broadcasts."""
 
     names: list[str]
     dtype_names: list[str]
@@ -47,7 +47,7 @@ class GlooUpdateInfo(WeightTransferUpdateInfo):
 
 @dataclass
 class GlooTrainerInitInfo(TrainerInitInfo):
-    """`world_size` counts the sending trainer rank and every engine worker."""
+    """What a trainer rank needs to join. `world_size`: the sending trainer rank and every engine worker."""
 
     backend: ClassVar[str] = "gloo"
 
@@ -58,9 +58,10 @@ class GlooTrainerInitInfo(TrainerInitInfo):
 
 
 def _join(address: str, port: int, rank: int, world_size: int, timeout_s: float) -> ProcessGroup:
-    return stateless_init_torch_distributed_process_group(
+    group: ProcessGroup = stateless_init_torch_distributed_process_group(
         address, port, rank, world_size, backend="gloo", timeout=timedelta(seconds=timeout_s)
     )
+    return group
 
 
 def _broadcast(group: ProcessGroup, tensor: torch.Tensor) -> None:
@@ -98,8 +99,11 @@ class GlooWeightTransferEngine(WeightTransferEngine[GlooInitInfo, GlooUpdateInfo
         self._repack_tied_heads()
 
     def _repack_tied_heads(self) -> None:
-        """vLLM's CPU linear layers compute with a packed copy of their weight. A head that shares the
-        embedding's weight receives no tensor of its own, so its copy would stay that of the first policy."""
+        """Pack the weights of tied heads again.
+
+        vLLM's CPU linear layers compute with a packed copy of their weight. A head that shares the embedding's weight
+        receives no tensor of its own, so its copy would stay that of the first policy.
+        """
         from vllm.model_executor.layers.vocab_parallel_embedding import ParallelLMHead
 
         for layer in self.model.modules():
@@ -107,7 +111,7 @@ class GlooWeightTransferEngine(WeightTransferEngine[GlooInitInfo, GlooUpdateInfo
                 layer.quant_method.process_weights_after_loading(layer)
 
     def update_weights(self, update_info: dict[str, Any]) -> None:
-        """As the base class, without its accelerator synchronise: there is none here."""
+        """Receive one update; overrides the base class, which would synchronise an accelerator."""
         self.receive_weights(self.parse_update_info(update_info))
 
     def receive_weights(self, update_info: GlooUpdateInfo) -> None:
@@ -138,7 +142,7 @@ class GlooTrainerWeightTransferEngine(TrainerWeightTransferEngine[GlooTrainerIni
         cls, init_info: GlooTrainerInitInfo, *, client: VLLMWeightSyncClient, source: WeightSource | None = None
     ) -> Self:
         if source is None:
-            raise ValueError("the gloo back end sends a WeightSource; none was given")
+            raise ValueError("the gloo back end needs a WeightSource to send; pass source=")
         if not init_info.is_sender:
             return cls(client=client, source=source, is_sender=False, group=None)
         address, port, world_size = init_info.master_address, init_info.master_port, init_info.world_size
@@ -149,7 +153,7 @@ class GlooTrainerWeightTransferEngine(TrainerWeightTransferEngine[GlooTrainerIni
             world_size=world_size,
             timeout_s=init_info.timeout_s,
         )
-        # the workers block until rank 0 is there, so the call to them runs beside our own
+        # the workers block until rank 0 joins, so the call to them must run beside our own
         with ThreadPoolExecutor(max_workers=1) as executor:
             future = executor.submit(client.init_weight_transfer_engine, asdict(worker_info))
             group = _join(address, port, 0, world_size, init_info.timeout_s)
@@ -176,9 +180,9 @@ class GlooTrainerWeightTransferEngine(TrainerWeightTransferEngine[GlooTrainerIni
             for expected, (name, tensor) in zip(meta, self.source, strict=True):
                 assert name == expected.name, f"the source yielded {name}, its metadata says {expected.name}"
                 _broadcast(self._group, tensor.contiguous())
-            future.result()  # the client's own calls carry the deadline
+            future.result()  # without a timeout, because the client's own calls have the deadline
         finally:
-            # a failed broadcast leaves the other side blocked: joining its thread would hide the error
+            # after a failed broadcast the other side stays blocked; joining its thread would hide the error
             executor.shutdown(wait=False)
         self.client.finish_weight_update()
 

@@ -1,11 +1,21 @@
-"""Opens the trainer's end of the weight transfer, for either back end."""
+"""Opens the trainer's end of the weight transfer, for both back ends."""
 
 from __future__ import annotations
 
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, Protocol
 
 from quatro_ray.weight_sync.engine_client import EngineClient
 from quatro_ray.weight_sync.vllm_plugin import register
+
+if TYPE_CHECKING:
+    from vllm.distributed.weight_transfer.base import WeightSource
+
+
+class Transfer(Protocol):
+    """vLLM's trainer engine, as far as the learner uses it."""
+
+    def send_weights(self) -> None:
+        """Send all weights; a collective over the learner ranks."""
 
 
 def open_transfer(
@@ -17,15 +27,18 @@ def open_transfer(
     num_workers: int,
     deadline_s: float,
     client: EngineClient,
-    source: Any,
-) -> Any:
-    """Called on every learner rank. Rank 0 meets the workers; the others only join its gathers.
+    source: WeightSource,
+) -> Transfer:
+    """Open this learner rank's end; call it on every rank.
+
+    Rank 0 meets the workers at `master_address`; the other ranks only take part in its gathers.
 
     Args:
+        rank: that of the learner.
         num_workers: engine workers over all engines.
-
-    Returns:
-        vLLM's trainer engine, whose `send_weights()` is a collective over the learner ranks.
+        deadline_s: for the rendezvous, and with gloo for each broadcast.
+        client: calls the engines.
+        source: the weights in checkpoint format.
     """
     from vllm.distributed.weight_transfer.factory import WeightTransferTrainerFactory
 
@@ -40,4 +53,5 @@ def open_transfer(
         from vllm.distributed.weight_transfer.nccl_engine import NCCLTrainerInitInfo
 
         init_info = NCCLTrainerInitInfo(master_address, master_port, world_size, rank=rank)
-    return WeightTransferTrainerFactory.trainer_init(init_info, client=client, source=source)
+    transfer: Transfer = WeightTransferTrainerFactory.trainer_init(init_info, client=client, source=source)
+    return transfer

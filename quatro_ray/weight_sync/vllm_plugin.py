@@ -1,4 +1,4 @@
-"""Entry point `vllm.general_plugins`: every vLLM process calls `register` when it starts."""
+"""Entry point of the group `vllm.general_plugins`: every vLLM process calls `register` when it starts."""
 
 from __future__ import annotations
 
@@ -13,13 +13,13 @@ _MODULE = "quatro_ray.weight_sync.gloo"
 
 
 def register() -> None:
-    """Adds our CPU back end to vLLM's factories; safe to call again, as vLLM may.
+    """Add our CPU back end to vLLM's factories; calling it again changes nothing, and vLLM does call it again.
 
-    A process that vLLM starts also dies with the one that started it: one that was left would keep memory and devices.
+    A process that vLLM started is also made to die with its parent, because an orphan would keep memory and devices.
     """
     if (parent := multiprocessing.parent_process()) is not None:
         ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
-        if os.getppid() != parent.pid:  # it died before we could ask for that
+        if os.getppid() != parent.pid:  # the parent died before prctl took effect
             os.kill(os.getpid(), signal.SIGKILL)
     from vllm.distributed.weight_transfer.factory import WeightTransferEngineFactory, WeightTransferTrainerFactory
 

@@ -11,9 +11,12 @@ from vllm.distributed.weight_transfer.base import ParamMeta, WeightSource, layer
 
 
 class ZeroWeightSource(WeightSource):
-    """Gathers one layer at a time, in the same order on all ranks: iterating is a collective.
+    """Iterates over full parameters, gathered one layer at a time in the same order on all ranks: a collective.
 
     At most one layer exists in full at any time.
+
+    Args:
+        parameters: by name in a Hugging Face checkpoint.
     """
 
     def __init__(self, parameters: Mapping[str, nn.Parameter]) -> None:
@@ -34,8 +37,11 @@ class ZeroWeightSource(WeightSource):
 
     @contextmanager
     def whole_pass(self) -> Iterator[None]:
-        """What is left of the one pass inside the `with` is gone through at its end, also after an error: the other
-        ranks are in it, and would wait for ever."""
+        """Guarantee that this rank takes part in one whole pass over the weights, even after an error in the body.
+
+        On leaving the `with` block, the rest of the pass begun in it is iterated, or a whole pass if none was begun.
+        Otherwise the other ranks, which are in that pass, would wait for ever.
+        """
         self._pass = None
         try:
             yield
@@ -48,7 +54,7 @@ class ZeroWeightSource(WeightSource):
 
         for group in self._groups:
             with torch.no_grad(), zero.GatheredParameters([self._parameters[name] for name in group]):
-                # clones outlive the gather, which a sender that overlaps its sends needs
+                # clones outlive the gather; a sender that overlaps its sends needs that
                 full = [(name, self._parameters[name].detach().clone()) for name in group]
             yield from full
 

@@ -15,6 +15,7 @@ from pydantic import TypeAdapter
 from quatro_ray.actors.learner import LearnerActor
 from quatro_ray.config import LearnerConfig, ObjectiveConfig
 from quatro_ray.engines.learner_spec import LearnerSpec
+from quatro_ray.replay.buffer import LeasedBatch
 from quatro_ray.replay.packing import pack
 from quatro_ray.replay.staleness import Lineage
 from quatro_ray.types import Outcome, Query, Rollout, RolloutGroup, Score, VersionSpan
@@ -43,7 +44,7 @@ class Learners:
         return found
 
     def train(self, groups: tuple[RolloutGroup, ...], version: int = 0) -> dict[str, Any]:
-        first, second = self.call("train_step", (groups, Lineage.unbroken(version)), version)
+        first, second = self.call("train_step", LeasedBatch(groups, Lineage.unbroken(version)), version)
         assert first == second  # what a step says is the same on every rank
         return first
 

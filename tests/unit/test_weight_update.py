@@ -38,28 +38,34 @@ class Engine:
 
 class EngineSlot:
     def __init__(self, client: Engine) -> None:
-        self.client, self.paused = client, False
+        self.client, self.is_updating = client, False
+
+    def update_begins(self) -> None:
+        self.is_updating = True
+
+    def update_ends(self) -> None:
+        self.is_updating = False
 
 
 class Fleet:
-    """Members leave when they are lost, and none comes back."""
+    """Slots leave when they are lost, and none comes back."""
 
     def __init__(self, *engines: Engine) -> None:
-        self.members = [EngineSlot(e) for e in engines]
+        self.slots = [EngineSlot(e) for e in engines]
         self.holding: list[EngineSlot] = []
         self.whys: list[str] = []
 
     async def some_to_sync(self) -> list[EngineSlot]:
-        while not self.members:
+        while not self.slots:
             await asyncio.sleep(0.01)
-        return list(self.members)
+        return list(self.slots)
 
-    async def synced(self, member: EngineSlot) -> None:
-        self.holding.append(member)
+    async def synced(self, slot: EngineSlot) -> None:
+        self.holding.append(slot)
 
-    def lost(self, member: EngineSlot, why: str) -> None:
-        if member in self.members:
-            self.members.remove(member)
+    def lost(self, slot: EngineSlot, why: str, *, core_died: bool = False) -> None:
+        if slot in self.slots:
+            self.slots.remove(slot)
             self.whys.append(why)
 
 
@@ -98,8 +104,8 @@ def test_a_whole_update() -> None:
     first, second = update(fleet, sender, 4, 5)
     assert (first.version, first.num_in_flight, second.version) == (4, 5, 5)
     assert len(sender.connections) == 1  # the same engines need no new connection
-    assert all(m.client.calls == ["pause", "resume", "policy_version"] * 2 for m in fleet.members)
-    assert len(fleet.holding) == 4 and not any(m.paused for m in fleet.members)
+    assert all(m.client.calls == ["pause", "resume", "policy_version"] * 2 for m in fleet.slots)
+    assert len(fleet.holding) == 4 and not any(m.is_updating for m in fleet.slots)
 
 
 @pytest.mark.parametrize("phase", ["pause", "resume", "policy_version"])
@@ -113,7 +119,7 @@ def test_an_engine_that_misses_a_phase_is_taken_out_and_the_others_go_on(phase: 
 def test_after_a_failed_transfer_no_engine_of_it_is_trusted() -> None:
     """It may hold a part of the new weights."""
     fleet, sender = Fleet(Engine(), Engine()), Sender(send=TransferFailed("broken pipe"))
-    with pytest.raises(WeightSyncError, match=r"no engine ran within 0\.3 s; broken pipe"):
+    with pytest.raises(WeightSyncError, match=r"no engine ran within 0\.3 s; the last failure: broken pipe"):
         update(fleet, sender, 7)
     assert len(fleet.whys) == 2 and not fleet.holding
     assert all("in doubt, the update to version 7 failed: broken pipe" in why for why in fleet.whys)
