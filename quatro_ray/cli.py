@@ -11,20 +11,26 @@ import typer
 
 from quatro_ray.config import dump_config, load_config
 from quatro_ray.errors import ConfigError, Preempted, QuatroError
+from quatro_ray.telemetry.logs import log_to_stderr
 
 app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False, help=__doc__)
 
 ConfigPath = Annotated[Path, typer.Argument(help="YAML file; configs/ has examples.", metavar="CONFIG.yaml")]
 Overrides = Annotated[list[str] | None, typer.Argument(help="section.field=value …", metavar="[SECTION.FIELD=VALUE]…")]
+Verbose = Annotated[
+    bool, typer.Option("--verbose", "-v", help="Log notes, events and the output of all actors to the terminal.")
+]
 
 
 @app.command()
-def train(config: ConfigPath, overrides: Overrides = None) -> None:
-    """Train, then print where the report is."""
+def train(config: ConfigPath, overrides: Overrides = None, verbose: Verbose = False) -> None:
+    """Train, then print the path of the report."""
+    if verbose:
+        log_to_stderr()
     loaded = load_config(config, overrides)
     from quatro_ray.jobs.train import train as run
 
-    print(f"report: {run(loaded)}")
+    print(f"report: {run(loaded, verbose=verbose)}")
 
 
 @app.command(name="eval")
@@ -34,13 +40,16 @@ def evaluate(
     model: Annotated[str | None, typer.Option(help="Folder or hub name; default: the export in run.dir.")] = None,
     checkpoint: Annotated[str | None, typer.Option(help="A checkpoint of run.dir by its tag, as step_100.")] = None,
     out: Annotated[Path | None, typer.Option(help="Where results go; default: evaluation/ in run.dir.")] = None,
+    verbose: Verbose = False,
 ) -> None:
     """Evaluate a model on every set of data.eval; needs no learner."""
+    if verbose:
+        log_to_stderr()
     loaded = load_config(config, overrides)
     from quatro_ray.jobs.evaluate import evaluate_model
 
     folder = out or loaded.run.dir / "evaluation"
-    for result in evaluate_model(loaded, model, checkpoint, folder):
+    for result in evaluate_model(loaded, model, checkpoint, folder, verbose=verbose):
         print(result.line())
     print(f"written: {folder}")
 
@@ -96,7 +105,7 @@ def report(run_dir: Annotated[Path, typer.Argument(help="Directory of a finished
 
 
 def main() -> None:
-    """Prints errors that a user can cause in one line, and exits with 2; with 143 where it was told to end."""
+    """Run the command line. An error that a user can cause is one line and exit status 2; SIGTERM gives status 143."""
     try:
         app()
     except Preempted as error:
