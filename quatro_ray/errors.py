@@ -1,14 +1,14 @@
-"""The exceptions that a user can meet. Each message names what is wrong, the rule, and what to do."""
+"""The exceptions that a user can see. Each message names what is wrong, the rule, and what to do."""
 
 
 def last_line(error: BaseException) -> str:
-    """What an exception says in the end; remote ones carry a whole traceback in their text."""
+    """Return the last line of an exception's text; that of a remote exception holds a whole traceback."""
     lines = str(error).strip().splitlines()
     return lines[-1] if lines else type(error).__name__
 
 
 class QuatroError(Exception):
-    """Base of all errors that the command line prints in one line, without a traceback."""
+    """Base class of all errors that the command line prints in one line, without a traceback."""
 
 
 class ConfigError(QuatroError):
@@ -24,7 +24,7 @@ class ClusterError(QuatroError):
 
 
 class StallError(QuatroError):
-    """A wait ran past its deadline; the message says what everyone was doing."""
+    """A wait ran past its deadline; the message says what every component was doing."""
 
 
 class WeightSyncError(QuatroError):
@@ -32,24 +32,24 @@ class WeightSyncError(QuatroError):
 
 
 class CheckpointError(QuatroError):
-    """A checkpoint that cannot be written, or is not what was written."""
+    """A checkpoint that cannot be written, or whose content differs from what was written."""
 
 
 class TrainingDiverged(QuatroError):
-    """Numbers of the learner are not finite any more; starting it again would end the same way."""
+    """Loss or gradient stays non-finite; a restart from the checkpoint would end the same way."""
 
 
 class Preempted(QuatroError):
-    """The run was told to end before it was done; with `run.resume: auto` the same command goes on."""
+    """SIGTERM ended the run before its last step; with `run.resume: auto` the same command continues it."""
 
 
 class LedgerError(QuatroError):
-    """A transition that the life of a group does not allow."""
+    """A state transition that the life cycle of a group does not allow."""
 
 
 class DiskFull(LedgerError):
-    """The ledger cannot be written for want of room; nothing of the transition was done."""
+    """The disk is too full to write the ledger; the transition was rolled back."""
 
 
 class SandboxError(QuatroError):
-    """No sandbox that holds; the message says what is missing or leaks, and what to do."""
+    """The sandbox does not isolate programs; the message says what is missing or leaks, and what to do."""

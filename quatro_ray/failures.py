@@ -1,4 +1,4 @@
-"""Internal failures: what the parts of a run tell each other. Errors that a user meets are in errors.py.
+"""Internal failures, raised by one component and handled by another. Errors that a user sees are in errors.py.
 
 EngineDied         raised by engines/generation.py; becomes EngineLost in actors/generator_client.py.
 EngineLost         raised by actors/generator_client.py; actors/fleet.py starts a new engine, and
@@ -18,9 +18,10 @@ from quatro_ray.types import DropReason, Rollout
 
 
 class EngineDied(Exception):
-    """The engine's own process is gone, or failed for good; only a new one helps.
+    """The engine's own process is gone or failed for good, so the engine must be replaced.
 
-    `begun`: the rollouts of the group under way, as far as they came, for `generate` of another engine.
+    Attributes:
+        begun: partial rollouts of the group, from which `generate` of another engine continues.
     """
 
     def __init__(self, message: str, begun: tuple[Rollout, ...] = ()) -> None:
@@ -32,10 +33,11 @@ class EngineDied(Exception):
 
 
 class EngineLost(Exception):
-    """The engine or its actor is gone; what it was doing is to be done by another.
+    """The engine or its actor is gone; another engine must take over its groups.
 
-    `core_died`: its actor lives, and tells of the other groups as well; `begun`: the rollouts of the group under way,
-    as far as they came.
+    Attributes:
+        begun: partial rollouts of the group, from which another engine continues.
+        core_died: the actor is alive and reports each of its groups; only the engine's process died.
     """
 
     def __init__(self, message: str, begun: tuple[Rollout, ...] = (), *, core_died: bool = False) -> None:
@@ -44,7 +46,7 @@ class EngineLost(Exception):
 
 
 class GenerationFailed(Exception):
-    """One try; after the last one the group is to be dropped for `reason`."""
+    """One attempt to generate a group failed; after the last attempt the group is dropped for `reason`."""
 
     def __init__(self, reason: DropReason, detail: str) -> None:
         super().__init__(f"{reason}: {detail}")
@@ -52,10 +54,10 @@ class GenerationFailed(Exception):
 
 
 class EnvironmentFailed(Exception):
-    """The machinery failed, not the policy; the group is to be generated again or dropped for `reason`."""
+    """The environment failed, not the policy; the group is generated again or dropped for `reason`."""
 
     def __init__(self, reason: DropReason, detail: str) -> None:
-        super().__init__(reason, detail)  # both, for it travels between processes
+        super().__init__(reason, detail)  # both, because unpickling in another process calls __init__ with them
         self.reason = reason
         self.detail = detail
 
@@ -64,7 +66,7 @@ class EnvironmentFailed(Exception):
 
 
 class VerifierFailed(Exception):
-    """The machinery failed, retries included; the group is to be dropped for `reason`."""
+    """The verifier failed, retries included; the group is dropped for `reason`."""
 
     def __init__(self, reason: DropReason, detail: str) -> None:
         super().__init__(f"{reason}: {detail}")
@@ -72,12 +74,12 @@ class VerifierFailed(Exception):
 
 
 class RewardUnavailable(Exception):
-    """The machinery failed, not the answer: never a reward."""
+    """The verifier failed, not the answer, so the rollout gets no reward."""
 
 
 class LearnerLost(Exception):
-    """A rank died, failed or hung: all are to be started again from a checkpoint."""
+    """A learner rank died, failed or hung; all ranks must be restarted from a checkpoint."""
 
 
 class TransferFailed(Exception):
-    """The learner lives; an engine died, or the connection failed."""
+    """A weight transfer failed although the learner is alive: an engine died, or the connection broke."""

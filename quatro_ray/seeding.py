@@ -1,4 +1,4 @@
-"""Seeds that depend on what they are for, and on nothing else: neither timing nor the place where it runs."""
+"""Seeds derived from their purpose alone, so that neither timing nor placement changes what is drawn."""
 
 from __future__ import annotations
 
@@ -6,6 +6,6 @@ import hashlib
 
 
 def seed_of(seed: int, *what: str | int) -> int:
-    """31 bits, from another seed and what is to be drawn."""
+    """Return a seed of 31 bits, derived from another seed and a name for what is to be drawn."""
     digest = hashlib.sha256("/".join(map(str, (seed, *what))).encode()).digest()
     return int.from_bytes(digest[:4], "big") >> 1

@@ -1,4 +1,4 @@
-"""Waiting that ends."""
+"""Deadlines for waiting, without the lost cancellations of asyncio.wait_for."""
 
 from __future__ import annotations
 
@@ -10,21 +10,21 @@ T = TypeVar("T")
 
 
 async def within(deadline_s: float, work: Awaitable[T]) -> T:
-    """`work`, or TimeoutError after `deadline_s`.
+    """Return the result of `work`. Raises TimeoutError after `deadline_s` seconds.
 
-    Not asyncio.wait_for: in Python 3.11 that swallows a cancellation that arrives as the work ends, and whoever was
-    to be stopped goes on.
+    This does not use asyncio.wait_for: in Python 3.11 that swallows a cancellation that arrives while the work ends, so
+    the cancelled task would keep running.
     """
     async with asyncio.timeout(deadline_s):
         return await work
 
 
 class Overtaken(Exception):
-    """What was waited for meanwhile came first; the work was cancelled."""
+    """The event was set before the work was done; the work was cancelled."""
 
 
 async def unless(event: asyncio.Event, work: Coroutine[Any, Any, T]) -> T:
-    """`work`, or Overtaken where the event is set first."""
+    """Return the result of `work`. Raises Overtaken if the event is set first."""
     scope = asyncio.timeout(None)
 
     async def end_the_work() -> None:

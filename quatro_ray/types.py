@@ -1,4 +1,4 @@
-"""The data that goes round the ring. Frozen, with the shape of every field.
+"""The data that generators, verifiers, buffer and learner exchange. Frozen, with the shape of every field.
 
 Shape letters: G rollouts of a query, P prompt tokens, T response tokens.
 """
@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 
 
 class GroupState(StrEnum):
-    """The life of a group: pending → generating → verifying → ready → leased → trained | dropped."""
+    """The life cycle of a group: pending → generating → verifying → ready → leased → trained | dropped."""
 
     PENDING = "pending"
     GENERATING = "generating"
@@ -27,7 +27,7 @@ class GroupState(StrEnum):
 
 
 class DropReason(StrEnum):
-    """Why a group was dropped. Every drop has one, and a counter."""
+    """Why a group was dropped. Every dropped group has one reason, and each reason is counted."""
 
     STALE = "stale"  # older than max_staleness when it was to be leased
     GENERATOR_ERROR = "generator_error"  # the engine failed on it, retries included
@@ -54,7 +54,15 @@ class Outcome(StrEnum):
 
 @dataclass(frozen=True)
 class Query:
-    """One prompt with what its rewards need. `query_id` is unique within a run; `source`: of the configuration."""
+    """One prompt with what its rewards need.
+
+    Attributes:
+        query_id: unique within a run.
+        prompt: the text that the policy continues.
+        answer: the label, for rewards that compare with one.
+        metadata: further text fields, for rewards and environments.
+        source: name of its data source in the configuration.
+    """
 
     query_id: str
     prompt: str
@@ -68,12 +76,12 @@ class Response:
     """What a reward sees of a rollout.
 
     Attributes:
-        text: what the policy wrote; of several turns the last one.
-        num_tokens: what the policy sampled, in all turns.
-        truncated: it met a limit of tokens or turns, not its own end.
-        transcript: all turns, with what the environment put in between; empty where there is no environment.
-        environment: what the episode returned, by name.
-        exhausted: the episode used up its limits twice; it returned nothing.
+        text: text of the policy; if there are several turns, the last one.
+        num_tokens: tokens that the policy sampled, in all turns.
+        truncated: a limit of tokens or turns ended it, not the policy.
+        transcript: all turns and the environment's text between them; empty if there is no environment.
+        environment: values that the episode returned, by name.
+        exhausted: the episode exceeded its resource limits twice, so it returned nothing.
     """
 
     text: str
@@ -86,7 +94,7 @@ class Response:
 
 @dataclass(frozen=True)
 class Turn:
-    """What the policy said. `truncated`: it met a limit of tokens, not its own end or a stop string."""
+    """One turn of the policy in an episode; `truncated` if a token limit ended it, not the policy or a stop string."""
 
     text: str
     truncated: bool
@@ -122,14 +130,16 @@ class Rollout:
     """One sampled response.
 
     Attributes:
-        token_ids: int32 [T], the response; includes the end-of-sequence token where one was sampled.
-        behavior_logprobs: float32 [T], nats, of the distribution the token was sampled from; 0 where it was not.
-        sampled: bool [T], False for what an environment put in between turns: context, not trained on. None: all.
+        token_ids: int32 [T], the response; includes the end-of-sequence token if one was sampled.
+        behavior_logprobs: float32 [T], nats, under the distribution the token was sampled from; 0 if not sampled.
         spans: contiguous, covering [0, T).
-        text: what the policy wrote; of several turns the last one.
-        finish_reason: "stop"; "length": met a limit of tokens or turns; "exhausted": see Response.
-        score: None until verified.
-        transcript, environment: of an episode, see Response.
+        text: text of the policy; if there are several turns, the last one.
+        finish_reason: "stop"; "length" if a limit of tokens or turns ended it; "exhausted", see Response.
+        score: None until it is scored.
+        sampled: bool [T], False for tokens of the environment between turns, which are context and not trained on.
+            If None, all tokens were sampled.
+        transcript: see Response.
+        environment: see Response.
     """
 
     token_ids: NDArray[np.int32]
@@ -144,25 +154,27 @@ class Rollout:
 
     @property
     def num_tokens(self) -> int:
-        """Those of the environment included."""
+        """Length T of the response, tokens of the environment included."""
         return len(self.token_ids)
 
     @property
     def num_sampled(self) -> int:
+        """Number of tokens that the policy sampled."""
         return int(self.is_sampled().sum())
 
     @property
     def num_turns(self) -> int:
-        """Of the policy: runs of tokens that it sampled."""
+        """Number of the policy's turns, which are maximal runs of sampled tokens."""
         sampled = self.is_sampled()
         return int(sampled[0]) + int((sampled[1:] & ~sampled[:-1]).sum())
 
     def is_sampled(self) -> NDArray[np.bool_]:
-        """bool [T]."""
+        """Return bool [T]: True if the policy sampled the token."""
         return np.ones(self.num_tokens, dtype=np.bool_) if self.sampled is None else self.sampled
 
     @property
     def response(self) -> Response:
+        """The rollout as rewards see it."""
         return Response(
             self.text,
             self.num_sampled,
@@ -173,7 +185,7 @@ class Rollout:
         )
 
     def versions(self) -> NDArray[np.int64]:
-        """int64 [T]: the policy version of each token, -1 where it was not sampled."""
+        """Return int64 [T]: the policy version that sampled each token, -1 for tokens that were not sampled."""
         out = np.empty(self.num_tokens, dtype=np.int64)
         for span in self.spans:
             out[span.start : span.end] = span.version
@@ -190,17 +202,18 @@ class RolloutGroup:
     rollouts: tuple[Rollout, ...]
 
     def rewards(self) -> NDArray[np.float64]:
-        """float64 [G]; raises ValueError where a rollout has no score yet."""
+        """Return float64 [G]. Raises ValueError if a rollout has no score yet."""
         if any(r.score is None for r in self.rollouts):
             raise ValueError(f"group {self.group_id} has rollouts without a score")
         return np.array([r.score.reward for r in self.rollouts if r.score], dtype=np.float64)
 
     @property
     def num_tokens(self) -> int:
-        """What the policy sampled, in all rollouts."""
+        """Number of tokens that the policy sampled, in all rollouts."""
         return sum(r.num_sampled for r in self.rollouts)
 
     def summary(self) -> GenerationSummary:
+        """Return what the controller records of a generated group."""
         return GenerationSummary(
             num_tokens=self.num_tokens,
             multi_version_rollouts=sum(len({s.version for s in r.spans}) > 1 for r in self.rollouts),
@@ -208,10 +221,12 @@ class RolloutGroup:
 
     @property
     def oldest_version(self) -> int:
+        """The oldest policy version that sampled a token of the group."""
         return min(s.version for r in self.rollouts for s in r.spans)
 
     @property
     def newest_version(self) -> int:
+        """The newest policy version that sampled a token of the group."""
         return max(s.version for r in self.rollouts for s in r.spans)
 
 
@@ -274,7 +289,7 @@ class EngineLoad:
 
 @dataclass(frozen=True)
 class SamplingParams:
-    """How responses are drawn. Behaviour log-probs are of exactly this distribution."""
+    """How responses are sampled. Behaviour log-probs refer to exactly this distribution."""
 
     temperature: float
     top_p: float
@@ -289,11 +304,11 @@ class MicroBatch:
     Attributes:
         token_ids: int64 [N], inputs.
         position_ids: int64 [N], starting at 0 for each sequence (this is what separates them).
-        target_ids: int64 [N], the token that follows; 0 where `is_response` is False.
-        is_response: bool [N], True where the target is a token that the policy sampled.
+        target_ids: int64 [N], the next token; 0 if not `is_response`.
+        is_response: bool [N], True if the policy sampled the target.
         rollout_index: int64 [N], row into the step's flat [Q*G] list of rollouts, -1 for padding.
-        behavior_logprobs: float32 [N], nats, 0 where not `is_response`.
-        staleness: int64 [N], optimiser steps since the policy that sampled the target; 0 where not `is_response`.
+        behavior_logprobs: float32 [N], nats; 0 if not `is_response`.
+        staleness: int64 [N], optimiser steps since the policy that sampled the target; 0 if not `is_response`.
     """
 
     token_ids: NDArray[np.int64]
@@ -311,8 +326,10 @@ class LearnerBatch:
 
     Attributes:
         micro_batches: [ranks][micro-batches].
-        rewards: float64 [Q, G]; valid: bool [Q, G], False where a group is smaller than G.
-        num_tokens: response tokens over all ranks; num_rollouts: rollouts over all ranks.
+        rewards: float64 [Q, G].
+        valid: bool [Q, G], False for the missing rollouts of a group smaller than G.
+        num_tokens: response tokens over all ranks.
+        num_rollouts: rollouts over all ranks.
     """
 
     micro_batches: tuple[tuple[MicroBatch, ...], ...]
@@ -329,14 +346,16 @@ measure."""
 
 @dataclass(frozen=True)
 class EvaluationResult:
-    """One held-out set under one policy version.
+    """The result of one held-out set under one policy version.
 
     Attributes:
-        pass_at: by k, unbiased. pass_at[1] is avg@n: the share of right responses.
-        rollouts: of the first questions, as rollouts.jsonl has them.
-        pass_at_1_error: standard error of pass@1 over questions, those being a sample of what could be asked.
-        majority: maj@n, share of questions whose most frequent answer is right.
-        num_unique_correct: distinct right answers (text of the answer, white space aside), summed over questions.
+        pass_at: unbiased pass@k by k. pass_at[1] is avg@n: the share of correct responses.
+        pass_at_1_error: standard error of pass@1 over questions, as a sample of all questions that could be asked.
+        majority: maj@n, the share of questions whose most frequent answer is correct.
+        num_unique_correct: distinct correct answers (text without outer white space), summed over questions.
+        truncated_share: share of responses that a limit of tokens or turns ended.
+        num_tokens: response tokens that were sampled.
+        rollouts: groups of the first questions, in the form of rollouts.jsonl.
     """
 
     name: str
@@ -354,22 +373,23 @@ class EvaluationResult:
     rollouts: tuple[dict[str, Any], ...] = ()
 
     def line(self) -> str:
-        """For people."""
+        """Return the result in one line for people."""
         error = f" ± {self.pass_at_1_error:.3f}"
         rates = "  ".join(f"pass@{k} {v:.3f}{error if k == 1 else ''}" for k, v in self.pass_at.items())
         n = self.samples_per_query
         return f"{rates}  maj@{n} {self.majority:.3f}  ({self.name}, {self.num_queries} held-out questions)"
 
     def to_dict(self) -> dict[str, Any]:
-        """Without the rollouts."""
+        """Return a JSON object without the rollouts, which `from_dict` reads."""
         return vars(self) | {"pass_at": {str(k): v for k, v in self.pass_at.items()}, "rollouts": ()}
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> EvaluationResult:
+        """Restore a result, without its rollouts, from what `to_dict` returned."""
         return cls(**{**values, "pass_at": {int(k): v for k, v in values["pass_at"].items()}, "rollouts": ()})
 
     def record(self) -> dict[str, Any]:
-        """Flat, for evaluations.jsonl."""
+        """Return a flat record for evaluations.jsonl."""
         rates = {f"pass_at_{k}": v for k, v in self.pass_at.items()}
         return {
             "set": self.name,
