@@ -1,4 +1,4 @@
-"""What the controller counts itself, to be held against the ledger; a checkpoint has it."""
+"""Counters that the controller keeps independently of the ledger, to be compared with it; checkpoints hold them."""
 
 from __future__ import annotations
 
@@ -12,35 +12,41 @@ from quatro_ray.types import EvaluationResult, GenerationSummary, GroupSummary
 
 @dataclass
 class RewardCounters:
-    """Of rollouts scored since it was last read: each part of the reward, and how the scoring ended."""
+    """Counts of the rollouts scored since the last `read`.
 
-    parts: dict[str, list[float]] = field(default_factory=dict)
+    Attributes:
+        values: values of each reward by its name.
+        outcomes: rollouts by how their scoring ended.
+    """
+
+    values: dict[str, list[float]] = field(default_factory=dict)
     outcomes: Counter[str] = field(default_factory=Counter)
     num_truncated: int = 0
     num_turns: int = 0
 
     def add(self, summary: GroupSummary) -> None:
+        """Count a scored group."""
         for values in summary.reward_values:
             for name, value in values.items():
-                self.parts.setdefault(name, []).append(value)
+                self.values.setdefault(name, []).append(value)
         self.outcomes.update(summary.outcomes)
         self.num_truncated += summary.truncated
         self.num_turns += sum(summary.turns)
 
     def read(self) -> dict[str, float]:
-        """Metrics; starts again from nothing."""
+        """Return the metrics and reset all counts."""
         num = max(1, self.outcomes.total())
-        metrics = {f"reward/part_{name}": sum(v) / len(v) for name, v in self.parts.items()}
+        metrics = {f"reward/part_{name}": sum(v) / len(v) for name, v in self.values.items()}
         metrics |= {f"verifier/{name}_share": n / num for name, n in self.outcomes.items() if name != "ok"}
         metrics["rollout/truncated_share"] = self.num_truncated / num
         metrics["rollout/turns"] = self.num_turns / num
-        self.parts, self.outcomes, self.num_truncated, self.num_turns = {}, Counter(), 0, 0
+        self.values, self.outcomes, self.num_truncated, self.num_turns = {}, Counter(), 0, 0
         return metrics
 
 
 @dataclass
 class StepCounters:
-    """Of the steps that the policy has come through: where it falls back, this does too."""
+    """Counts of the steps in the policy's lineage. When the policy falls back to a checkpoint, so do they."""
 
     trained_tokens: int = 0
     learner_steps: int = 0
@@ -50,6 +56,7 @@ class StepCounters:
     staleness_tokens: Counter[int] = field(default_factory=Counter)
 
     def add(self, metrics: Mapping[str, Any], num_in_flight: int) -> None:
+        """Count an optimiser step during whose weight update `num_in_flight` groups were being generated."""
         self.learner_steps += 1
         self.skipped_steps += int(metrics["step/skipped"])
         self.weight_updates += 1
@@ -58,17 +65,27 @@ class StepCounters:
         self.staleness_tokens.update(metrics["off_policy/staleness_tokens"])
 
     def to_dict(self) -> dict[str, Any]:
+        """Return a JSON object for a checkpoint."""
         return vars(self) | {"staleness_tokens": {str(k): v for k, v in self.staleness_tokens.items()}}
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> StepCounters:
+        """Restore what `to_dict` returned."""
         staleness = Counter({int(k): v for k, v in values["staleness_tokens"].items()})
         return cls(**{**values, "staleness_tokens": staleness})
 
 
 @dataclass
 class Counters:
-    """`steps_lost`: optimiser steps that were made and abandoned; the losses below count events."""
+    """All counts of a run.
+
+    Attributes:
+        multi_version_rollouts: rollouts whose tokens were sampled under more than one policy version.
+        steps_lost: optimiser steps that were made and then abandoned.
+        groups_requeued: groups that were given to another engine.
+        groups_continued: requeued groups that the other engine continued from their partial rollouts.
+        resumed: number of times that the run was resumed.
+    """
 
     steps: StepCounters = field(default_factory=StepCounters)
     generated_tokens: int = 0
@@ -80,7 +97,6 @@ class Counters:
     steps_lost: int = 0
     groups_requeued: int = 0
     groups_continued: int = 0
-    """Of the requeued ones, those that another engine goes on with from the tokens so far."""
     resumed: int = 0
 
     _COUNTS: ClassVar[tuple[str, ...]] = (
@@ -89,7 +105,7 @@ class Counters:
     )  # fmt: skip
 
     def to_dict(self) -> dict[str, Any]:
-        """For a checkpoint; without the rewards of the step under way."""
+        """Return a JSON object for a checkpoint, without the rewards of the current step."""
         return {
             "steps": self.steps.to_dict(),
             "outcomes": dict(self.outcomes),
@@ -98,12 +114,12 @@ class Counters:
         }
 
     def restore(self, values: Mapping[str, Any]) -> None:
-        """From what `to_dict` gave."""
+        """Restore what `to_dict` returned."""
         self.steps = StepCounters.from_dict(values["steps"])
         self.outcomes = Counter(values["outcomes"])
         self.evaluations = [EvaluationResult.from_dict(e) for e in values["evaluations"]]
         for name in self._COUNTS:
-            setattr(self, name, values.get(name, 0))  # an older one lacks some
+            setattr(self, name, values.get(name, 0))  # older checkpoints lack some
 
     def generated(self, summary: GenerationSummary) -> None:
         """Count a group that was generated."""
@@ -144,6 +160,6 @@ class Counters:
         self.evaluations = [e for e in self.evaluations if e.step <= step]
 
     def health(self) -> dict[str, float]:
-        """Metrics, since the run began."""
+        """Return the counts of losses since the run began, as metrics."""
         names = ("learner_restarts", "steps_lost", "groups_requeued", "groups_continued", "resumed")
         return {f"health/{name}": float(getattr(self, name)) for name in names}

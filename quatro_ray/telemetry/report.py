@@ -1,13 +1,22 @@
-"""The run as one HTML file that needs nothing else: numbers, plots as inline SVG, a few rollouts."""
+"""The report: one self-contained HTML file with the summary, plots as inline SVG and a few rollouts."""
 
 from __future__ import annotations
 
 import html
 import io
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+_Record = dict[str, Any]
+"""A line of a file of the run, which is JSON."""
+_Get = Callable[[_Record], float | None]
+"""Reads a value to plot from the metrics of a step; None if the step has none."""
 
 _PHASE_COLOURS = {
     "wait": "#d9d9d9",
@@ -25,7 +34,7 @@ _STYLE = (
 
 
 def write_report(run_dir: Path) -> Path:
-    """From the files of the run directory alone; returns the path of report.html."""
+    """Write report.html from the files of a finished run's directory alone; return its path."""
     import matplotlib
 
     matplotlib.use("svg")
@@ -89,27 +98,27 @@ def write_report(run_dir: Path) -> Path:
     return path
 
 
-def _read(path: Path) -> list[dict[str, Any]]:
+def _read(path: Path) -> list[_Record]:
     return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
 
 
-def _scalar(key: str) -> Any:
+def _scalar(key: str) -> _Get:
     return lambda m: m.get(key)
 
 
-def _mean(key: str) -> Any:
+def _mean(key: str) -> _Get:
     return lambda m: sum(m[key]) / len(m[key]) if m.get(key) else None
 
 
-def _largest(key: str) -> Any:
+def _largest(key: str) -> _Get:
     return lambda m: max(m[key]) if m.get(key) else None
 
 
-def _flat(metrics: Sequence[dict[str, Any]], key: str) -> list[float]:
+def _flat(metrics: Sequence[_Record], key: str) -> list[float]:
     return [value for m in metrics for value in m.get(key, [])]
 
 
-def _figure(title: str, xlabel: str) -> tuple[Any, Any]:
+def _figure(title: str, xlabel: str) -> tuple[Figure, Axes]:
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(6, 3.2), layout="constrained")
@@ -118,14 +127,14 @@ def _figure(title: str, xlabel: str) -> tuple[Any, Any]:
     return figure, axes
 
 
-def _svg(figure: Any) -> str:
+def _svg(figure: Figure) -> str:
     buffer = io.StringIO()
     figure.savefig(buffer, format="svg", metadata={"Date": None})
     text = buffer.getvalue()
     return f"<div>{text[text.index('<svg') :]}</div>"
 
 
-def _lines(title: str, metrics: Sequence[dict[str, Any]], series: dict[str, Any]) -> str:
+def _lines(title: str, metrics: Sequence[_Record], series: Mapping[str, _Get]) -> str:
     figure, axes = _figure(title, "optimiser step")
     for label, get in series.items():
         points = [(m["step"], get(m)) for m in metrics if get(m) is not None]
@@ -138,7 +147,7 @@ def _lines(title: str, metrics: Sequence[dict[str, Any]], series: dict[str, Any]
     return _svg(figure)
 
 
-def _pass_rates(evaluations: Sequence[dict[str, Any]]) -> str:
+def _pass_rates(evaluations: Sequence[_Record]) -> str:
     figure, axes = _figure("Held-out questions", "optimiser step")
     for name in dict.fromkeys(e["set"] for e in evaluations):
         of = [e for e in evaluations if e["set"] == name]
@@ -164,8 +173,8 @@ def _bars(title: str, counts: dict[str, int], xlabel: str) -> str:
     return _svg(figure)
 
 
-def _ratios(metrics: Sequence[dict[str, Any]]) -> str:
-    """log π_θ/β of all trained tokens; bins as in engines/step_metrics.py, the middle one around 0."""
+def _ratios(metrics: Sequence[_Record]) -> str:
+    """Plot log π_θ/β of all trained tokens; bins as in engines/step_metrics.py, the middle one around 0."""
     counts = [sum(column) for column in zip(*(m["rollout_corr/log_ratio_tokens"] for m in metrics), strict=True)]
     figure, axes = _figure("Importance ratios of trained tokens", "log π_θ/β, nats; the ends hold all beyond")
     axes.bar([0.1 * (i - len(counts) // 2) for i in range(len(counts))], counts, width=0.09)
@@ -174,8 +183,8 @@ def _ratios(metrics: Sequence[dict[str, Any]]) -> str:
     return _svg(figure)
 
 
-def _timeline(timeline: Sequence[dict[str, Any]]) -> str:
-    """The learner's phases as bars, the number of groups that each engine works on as lines."""
+def _timeline(timeline: Sequence[_Record]) -> str:
+    """Plot the learner's phases as bars and the number of groups in each engine as lines."""
     from matplotlib.patches import Patch
 
     figure, axes = _figure("What learner and generators were doing", "seconds")
@@ -193,16 +202,16 @@ def _timeline(timeline: Sequence[dict[str, Any]]) -> str:
     return _svg(figure)
 
 
-def _table(summary: dict[str, Any]) -> str:
+def _table(summary: _Record) -> str:
     rows = (f"<tr><th>{html.escape(k)}</th><td>{html.escape(_show(v))}</td></tr>" for k, v in summary.items())
     return "<table>" + "".join(rows) + "</table>"
 
 
-def _show(value: Any) -> str:
+def _show(value: object) -> str:
     if isinstance(value, dict):
         return ", ".join(f"{k}: {_show(v)}" for k, v in value.items())
     return f"{value:.4g}" if isinstance(value, float) else str(value)
 
 
-def _rollouts(groups: Sequence[dict[str, Any]]) -> str:
+def _rollouts(groups: Sequence[_Record]) -> str:
     return "".join(f"<pre>{html.escape(json.dumps(g, indent=1)[:2000])}</pre>" for g in groups)
