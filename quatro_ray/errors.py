@@ -8,7 +8,7 @@ def last_line(error: BaseException) -> str:
 
 
 class QuatroError(Exception):
-    """Base class of all errors that the command line prints in one line, without a traceback."""
+    """Base class of all errors that the command line prints without a traceback."""
 
 
 class ConfigError(QuatroError):

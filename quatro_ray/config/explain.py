@@ -1,4 +1,4 @@
-"""From pydantic's errors to one line for each broken rule: field, value, rule, remedy."""
+"""Translates pydantic's errors to one line for each broken rule: field, value, rule, remedy."""
 
 from __future__ import annotations
 

@@ -34,8 +34,7 @@ def _section(path: str, field: FieldInfo) -> Iterator[str]:
     yield f"\n# {path}: {_one_line(field.description)}"
     for section in sections_in(field):
         kind = kind_of(section)
-        yield ""
-        yield f"# {path}" + (f" (kind: {kind})" if kind else "") + f": {_one_line(section.__doc__)}"
+        yield (f"\n# {path} (kind: {kind}): " if kind else "# ") + _one_line(section.__doc__)
         for name, inner in section.model_fields.items():
             if name == "kind":
                 continue

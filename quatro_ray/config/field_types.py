@@ -1,4 +1,4 @@
-"""What a field accepts, in words, and the sections that its type holds."""
+"""Describes in words what a field accepts, and finds the sections that its type holds."""
 
 from __future__ import annotations
 

@@ -37,7 +37,7 @@ class TinyModelConfig(Section):
     num_heads: int = Field(2, ge=1)
     """Attention heads per layer."""
     warmup: WarmupConfig = WarmupConfig()
-    """Supervised training before RL."""
+    """The warm-up, without which random weights would earn no reward."""
 
     def broken_rules(self) -> Iterator[str]:
         if self.hidden_size % (32 * self.num_heads):

@@ -48,7 +48,7 @@ class QuatroConfig(Section):
     """Queries whose residuals contain −log ρ_i. always: all. active: only those beyond their budget (complementary
     slackness)."""
     importance: ImportanceConfig = ImportanceConfig()
-    """Correction for the drift of the policy since sampling."""
+    """Weights π_θ/β of the per-token losses."""
 
 
 class _Clipped(Section):
@@ -166,7 +166,7 @@ class ReinforceConfig(Section):
 
     kind: Literal["reinforce"]
     importance: ImportanceConfig = ImportanceConfig()
-    """Correction for the drift of the policy since sampling."""
+    """Weights π_θ/β of the per-token losses."""
 
 
 ObjectiveConfig = Annotated[

@@ -28,13 +28,13 @@ class _Extracting(_Reward):
 
 
 class IntegerRewardConfig(_Extracting):
-    """1 if the answer is the expected integer, digit by digit, else 0. Suits arithmetic: `5+7` is not 12."""
+    """Scores 1 if the answer is the expected integer, digit by digit, else 0. Suits arithmetic: `5+7` is not 12."""
 
     kind: Literal["integer"]
 
 
 class ExactRewardConfig(_Extracting):
-    """1 if the answer equals the expected one apart from white space at the ends, else 0."""
+    """Scores 1 if the answer equals the expected one apart from white space at the ends, else 0."""
 
     kind: Literal["exact"]
     ignore_case: bool = False
@@ -42,7 +42,7 @@ class ExactRewardConfig(_Extracting):
 
 
 class MathRewardConfig(_Extracting):
-    """1 if math-verify finds the answer equal to the expected one, as number, set or expression, else 0."""
+    """Scores 1 if math-verify finds the answer equal to the expected one, as number, set or expression, else 0."""
 
     kind: Literal["math"]
     extract: Extraction = "boxed"
@@ -53,7 +53,7 @@ class MathRewardConfig(_Extracting):
 
 
 class RegexRewardConfig(_Reward):
-    """1 if the pattern matches the response, else 0."""
+    """Scores 1 if the pattern matches the response, else 0."""
 
     kind: Literal["regex"]
     pattern: Annotated[str, Accepts("a regular expression")]
@@ -72,7 +72,7 @@ class RegexRewardConfig(_Reward):
 
 
 class FormatRewardConfig(_Reward):
-    """1 if the response consists of these tags, once each and in this order, with nothing outside them, else 0."""
+    """Scores 1 if the response consists of these tags, once each in this order, and nothing outside them, else 0."""
 
     kind: Literal["format"]
     tags: tuple[str, ...] = Field(("think", "answer"), min_length=1)
@@ -80,7 +80,7 @@ class FormatRewardConfig(_Reward):
 
 
 class LengthRewardConfig(_Reward):
-    """0 up to max_tokens − buffer_tokens, then falling linearly to −1 at max_tokens. DAPO, arXiv 2503.14476, eq. 13."""
+    """Scores 0 up to max_tokens − buffer_tokens, then linearly to −1 at max_tokens. DAPO, arXiv 2503.14476, eq. 13."""
 
     kind: Literal["length"]
     max_tokens: int = Field(ge=1)
@@ -102,7 +102,7 @@ class ReasoningGymRewardConfig(_Extracting):
 
 
 class SandboxLimits(Section):
-    """Limits of one program that runs in the sandbox."""
+    """Limits of one program in the sandbox."""
 
     cpu_s: float = Field(5, gt=0)
     """CPU time, in seconds."""

@@ -11,7 +11,7 @@ from quatro_ray.config.base import AbsolutePath, Section
 
 
 class RunConfig(Section):
-    """The run itself: its directory, seed and length."""
+    """The run itself, and what happens to an earlier one in its directory."""
 
     dir: AbsolutePath
     """Directory of everything that the run writes. Must be empty or absent, unless `overwrite` or `resume` is set."""

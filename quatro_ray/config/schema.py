@@ -26,35 +26,35 @@ class Config(Section):
     """Everything that a run depends on."""
 
     run: RunConfig
-    """Directory, seed and length of the run."""
+    """Directory, seed and length."""
     model: ModelConfig
     """The model that is trained."""
     data: DataConfig
-    """Sources of queries, for training and evaluation."""
+    """Queries for training, evaluation and the warm-up."""
     rewards: dict[str, RewardConfig] = Field(min_length=1)
     """Rewards by name; a response receives their weighted sum. The first one decides whether it counts as correct."""
     environments: dict[str, EnvironmentConfig] = Field({})
     """Environments by name; a source of data names the one in which its rollouts are episodes."""
     generator: GeneratorConfig
-    """Engines that sample rollouts."""
+    """Sampling: engines, lengths, deadlines."""
     verifier: VerifierConfig = VerifierConfig()
-    """Processes that score rollouts."""
+    """Scoring: processes, limits, deadlines."""
     filters: FilterConfig = FilterConfig()
-    """Filters of scored groups."""
+    """Groups that are dropped before training."""
     replay: ReplayConfig
-    """Batch arithmetic and the buffer between generators and learner."""
+    """Batch size, group size and staleness."""
     objective: ObjectiveConfig
     """The method: how rewards become a loss."""
     learner: LearnerConfig
-    """Training: ranks, optimiser, memory."""
+    """Training: ranks, optimiser, memory, deadlines."""
     weight_sync: WeightSyncConfig = WeightSyncConfig()
-    """Transfer of weights from learner to engines."""
+    """Back end and deadlines of weight updates."""
     evaluation: EvaluationConfig = EvaluationConfig()
-    """Evaluation during and after the run."""
+    """Frequency, size and sampling of evaluations."""
     checkpoint: CheckpointConfig = CheckpointConfig()
-    """Checkpoints, from which the run resumes."""
+    """Frequency, place and number of checkpoints."""
     telemetry: TelemetryConfig = TelemetryConfig()
-    """Records of the run."""
+    """Further records."""
     cluster: ClusterConfig = ClusterConfig()
     """Devices, CPU reservations and cluster deadlines."""
 
