@@ -1,1 +1,1 @@
-"""Processes that can be killed, for code of users and text of models: both sides of their pipes, and pools of them."""
+"""Isolation of user code and model text: worker processes that can be killed, and the bubblewrap sandbox."""

@@ -1,14 +1,14 @@
 """Builds the command line that runs a program in a bubblewrap sandbox.
 
-What the program finds: an empty environment; /usr, the libraries and the Python installation, read-only; a /tmp of
-bounded size; a /proc of its own processes; no network; an unprivileged user without capabilities who can make no
-further namespaces; limits on everything that can be counted for a process.
+Inside, the program has an empty environment; /usr, the libraries and the Python installation, read-only; a /tmp of
+bounded size; a /proc with its own processes only; no network; an unprivileged user without capabilities that cannot
+create namespaces; and limits on every resource that the kernel counts for a process.
 
-Started by root, bubblewrap runs as `nobody` all the same: the kernel's limit on processes does not bind root, and not
-root's namespaces either. `nobody` cannot reach a Python below /root, so root first mounts it where `nobody` can.
+If root starts it, bubblewrap still runs as `nobody`, because the kernel's limit on processes does not apply to root,
+nor to root's namespaces. `nobody` cannot reach a Python below /root, so root first mounts it where `nobody` can.
 
-What it does not defend against: faults of the kernel; the use of all cores until the deadline; a flood of empty files
-in /tmp (each holds about 1 kB of kernel memory until the program ends).
+The sandbox does not defend against faults of the kernel; the use of all cores until the deadline; or a flood of empty
+files in /tmp (each holds about 1 kB of kernel memory until the program ends).
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ from quatro_ray.isolation.seccomp import seccomp_filter
 from quatro_ray.isolation.worker_pool import Launch
 
 FILES = "/box"
-"""Where `files` are, read-only; the current folder is the writable /tmp."""
+"""The read-only folder of `files` inside the sandbox; the current folder is the writable /tmp."""
 _NOBODY = "65534"
 _STAGE = "/tmp"
 _TMP_MIB = 64
@@ -48,20 +48,21 @@ def sandboxed(
     files: Mapping[str, str] | None = None,
     status_fd: int | None = None,
 ) -> Iterator[Launch]:
-    """Start the process inside the `with`, in a session of its own; the descriptors close at its end.
+    """Yield the command line of a sandboxed process.
 
-    The process dies with the thread that started it. To end it, kill its process group.
+    Start the process inside the `with`, in a session of its own; the descriptors are closed when the `with` ends. The
+    process dies with the thread that started it. To end it, kill its process group.
 
     Args:
-        command: absolute path of the program and its arguments, as seen inside.
-        limits: of each process; wall_s is not enforced here, and memory_mib is not of all processes together.
-        read_only: files and folders that can be read inside, at the same path, besides the Python installation.
-        env: the whole environment; none by default.
-        files: text by name, found in /box.
-        status_fd: bubblewrap writes its JSON status there.
+        command: absolute path of the program inside the sandbox, and its arguments.
+        limits: of each process. wall_s is not enforced here, and memory_mib bounds each process, not their sum.
+        read_only: files and folders that are readable inside, at the same path, besides the Python installation.
+        env: the whole environment; empty by default.
+        files: text of files in /box, by name.
+        status_fd: descriptor to which bubblewrap writes its JSON status.
 
     Raises:
-        SandboxError: a program is missing.
+        SandboxError: a program that the sandbox needs is not installed.
     """
     descriptors: list[int] = []
     try:
@@ -82,9 +83,15 @@ def sandboxed(
 def in_the_sandbox(
     program: str, memory_mib: int, *, read_only: Sequence[Path] = (), env: Mapping[str, str] | None = None
 ) -> Callable[[], AbstractContextManager[Launch]]:
-    """A worker of isolation/worker_pool.py: no network, nothing to write to but a small /tmp. `program`: a module."""
+    """Return a launcher of workers (isolation/worker_pool.py) that have no network and can only write to a small /tmp.
+
+    Args:
+        program: name of a module.
+        memory_mib: limit of each process's address space.
+        read_only, env: as for `sandboxed`.
+    """
     package = Path(quatro_ray.__file__).parent
-    # the worker lives for many items: its time is the pool's to limit
+    # a worker handles many items, so the pool limits its time
     limits = SandboxLimits(cpu_s=_NEVER_S, wall_s=_NEVER_S, memory_mib=memory_mib)
     variables = {"PYTHONPATH": str(package.parent), "OMP_NUM_THREADS": "1"} | dict(env or {})
     command = [sys.executable, "-m", program]
@@ -99,12 +106,12 @@ def sandbox_command(
     env: Mapping[str, str],
     options: Sequence[str],
 ) -> list[str]:
-    """The command line. `options` are bubblewrap's, for what it inherits by descriptor."""
+    """Return the command line; `options`: bubblewrap's options for the descriptors that it inherits."""
     paths = _outermost([*_python_folders(), *read_only])
     staged = [f"{_STAGE}/{i}" if os.geteuid() == 0 else str(path) for i, path in enumerate(paths)]
     binds = [part for source, path in zip(staged, paths, strict=True) for part in ("--ro-bind", source, str(path))]
     variables = [part for name, value in env.items() for part in ("--setenv", name, value)]
-    # env -i: bubblewrap's own first environment can be read inside, as /proc/1/environ.
+    # env -i: bubblewrap's own environment could be read inside, as /proc/1/environ.
     start = [_program("env"), "-i", *(_become_nobody(paths, staged) if os.geteuid() == 0 else [])]
     return [
         *start, _program("bwrap"),
@@ -112,7 +119,7 @@ def sandbox_command(
         "--unshare-pid", "--unshare-net", "--unshare-ipc", "--unshare-uts", "--unshare-cgroup-try",
         "--hostname", "sandbox", "--new-session", "--die-with-parent", "--clearenv", *variables,
         "--perms", "1777", "--size", str(_TMP_MIB << 20), "--tmpfs", "/tmp", "--chdir", "/tmp",
-        *_system(), *binds,  # after /tmp, for what is to be read may lie there
+        *_system(), *binds,  # after /tmp, because a folder to be mounted may lie in /tmp
         "--proc", "/proc", "--remount-ro", "/proc", "--dev", "/dev", "--remount-ro", "/dev",
         "--dir", FILES, *options,
         "--remount-ro", "/",
@@ -121,7 +128,7 @@ def sandbox_command(
 
 
 def _become_nobody(paths: Sequence[Path], staged: Sequence[str]) -> list[str]:
-    """In front of bubblewrap, for root: mounts `paths` where everyone can reach them, then gives up being root."""
+    """Return the command that root runs before bubblewrap: it mounts `paths` at `staged`, then becomes `nobody`."""
     binds = [part for path, stage in zip(paths, staged, strict=True) for part in ("--ro-bind", str(path), stage)]
     return [
         _program("bwrap"), "--die-with-parent", "--dev-bind", "/", "/", "--tmpfs", "/tmp", *binds, "--",
@@ -131,7 +138,10 @@ def _become_nobody(paths: Sequence[Path], staged: Sequence[str]) -> list[str]:
 
 
 def _limited(limits: SandboxLimits) -> list[str]:
-    """Inside, because outside of it the number of processes would be counted over everything the user runs."""
+    """Return the command that sets the limits.
+
+    It runs inside the sandbox, because outside of it the kernel would count all processes of the user.
+    """
     file_bytes = limits.output_kib << 10
     return [
         _program("prlimit"), f"--cpu={math.ceil(limits.cpu_s)}", f"--as={limits.memory_mib << 20}",
@@ -141,7 +151,7 @@ def _limited(limits: SandboxLimits) -> list[str]:
 
 
 def _system() -> list[str]:
-    """/usr, the folders that are links into it on most systems, and what the loader and Python read of /etc."""
+    """Return the options for /usr, the folders that are links into it on most systems, and the needed files of /etc."""
     options = ["--ro-bind", "/usr", "/usr"]
     for path in map(Path, ("/bin", "/sbin", "/lib", "/lib32", "/lib64", "/libx32")):
         if path.is_symlink():
@@ -154,12 +164,12 @@ def _system() -> list[str]:
 
 
 def _python_folders() -> list[Path]:
-    """Of this interpreter: the virtual environment, and the installation that it was made from."""
+    """Return the folders of this interpreter's virtual environment, and of the installation that it was made from."""
     return [Path(sys.prefix), Path(sys.base_prefix), Path(sys.executable).resolve().parent.parent]
 
 
 def _outermost(paths: Sequence[Path]) -> list[Path]:
-    """Without those that lie in another one or in /usr, which is there anyway."""
+    """Return the paths that lie neither in another one nor in /usr, which is always mounted."""
     unique = sorted({Path(os.path.abspath(path)) for path in paths})
     others = [*unique, Path("/usr")]
     return [path for path in unique if path != Path("/usr") and not any(other in path.parents for other in others)]
@@ -173,6 +183,7 @@ def _program(name: str) -> str:
 
 
 def _memory_file(content: bytes) -> int:
+    """Return the descriptor of a file in memory."""
     descriptor = os.memfd_create("sandbox")
     with os.fdopen(os.dup(descriptor), "wb") as file:
         file.write(content)

@@ -1,4 +1,6 @@
-"""Run by itself, in the sandbox, by self_test.py: tries what is forbidden and prints what worked, as JSON."""
+"""The program that self_test.py runs in the sandbox: tries what is forbidden and prints what worked, as JSON."""
+
+from __future__ import annotations
 
 import ctypes
 import functools
@@ -8,64 +10,77 @@ import signal
 import socket
 import sys
 import time
+from collections.abc import Callable
+from typing import TypedDict
 
 CLONE_NEWUSER = 0x10000000
 
 
-def works(action):
+class Given(TypedDict):
+    """What self_test.py writes to standard input, as JSON."""
+
+    canary: str
+    port: int
+    memory_bytes: int
+    max_processes: int
+    file_bytes: int
+
+
+def works(action: Callable[[], object]) -> bool:
+    """Return whether the action returns something; None, OSError and MemoryError say that it was refused."""
     try:
         return action() is not None
     except (OSError, MemoryError):
         return False
 
 
-def read(path):
+def read(path: str) -> bytes:
     with open(path, "rb") as file:
         return file.read()
 
 
-def write(path):
+def write(path: str) -> str:
     with open(path, "wb") as file:
         return file.name
 
 
-def connect(host, port):
+def connect(host: str, port: int) -> socket.socket:
     return socket.create_connection((host, port), timeout=0.3)
 
 
-def call(name, *arguments):
+def call(name: str, *arguments: int) -> str:
     if ctypes.CDLL(None).__getattr__(name)(*arguments) < 0:
         raise OSError(name)
     return name
 
 
-def clone_namespace():
-    """A fork into a user namespace of its own; the filter of system calls looks at no flags of clone."""
+def clone_namespace() -> int | None:
+    """Fork into a new user namespace; the seccomp filter does not look at the flags of clone."""
     number = {"x86_64": 56, "aarch64": 220}[os.uname().machine]
-    child = ctypes.CDLL(None, use_errno=True).syscall(number, CLONE_NEWUSER | signal.SIGCHLD, 0, 0, 0, 0)
+    child: int = ctypes.CDLL(None, use_errno=True).syscall(number, CLONE_NEWUSER | signal.SIGCHLD, 0, 0, 0, 0)
     if child == 0:
         os._exit(0)
     return child if child > 0 else None
 
 
-def foreign_variables():
-    """Names of environment variables that any visible process has, besides those that the shell of it all sets."""
+def foreign_variables() -> set[str] | None:
+    """Return the environment variables of all visible processes, except those that bubblewrap and Python set."""
     text = b"\0".join(read(f"/proc/{pid}/environ") for pid in os.listdir("/proc") if pid.isdigit())
     return {entry.split(b"=")[0].decode() for entry in text.split(b"\0") if entry} - {"PWD", "LC_CTYPE"} or None
 
 
-def big_file(num_bytes):
+def big_file(num_bytes: int) -> str:
     with open("/tmp/big", "wb") as file:
         file.write(bytes(num_bytes + 1))
         return file.name
 
 
-def status(name):
+def status(name: str) -> str:
     return next(line.split()[1] for line in read("/proc/self/status").decode().splitlines() if line.startswith(name))
 
 
-def fork_until_refused(limit):
-    """Children in sessions of their own, which stay."""
+def fork_until_refused(limit: int) -> int:
+    """Fork children, each in a session of its own, that outlive this program."""
     for _ in range(limit + 1):
         if os.fork() == 0:
             os.setsid()
@@ -74,9 +89,11 @@ def fork_until_refused(limit):
     return limit
 
 
-def leaks(given):
+def leaks(given: Given) -> list[str]:
+    """Return what the sandbox should have refused."""
     outside = ["/x", "/usr/x", "/etc/x", "/box/x", "/dev/x", "/dev/shm/x", "/proc/sys/kernel/shmmax", given["canary"]]
-    tried = {"the network of this machine can be reached": lambda: connect("127.0.0.1", given["port"])}
+    tried: dict[str, Callable[[], object]] = {}
+    tried["the network of this machine can be reached"] = lambda: connect("127.0.0.1", given["port"])
     tried["there are network interfaces"] = lambda: {name for _, name in socket.if_nameindex()} - {"lo"} or None
     tried["files of the user can be read"] = lambda: read(given["canary"])
     for path in outside:

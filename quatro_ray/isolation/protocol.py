@@ -1,7 +1,9 @@
-"""What a worker's program does at its end of the pipes. Loads neither torch nor ray, so that limits mean something.
+"""The worker's side of the pipes between a worker process and its parent.
 
-Frames are a length (4 bytes, big-endian) and JSON, over the process's first standard input and output; what the
-user's code prints goes to standard error.
+It imports neither torch nor ray, whose memory would make the worker's memory limit meaningless.
+
+A frame is a length (4 bytes, big-endian) and JSON. Frames use the process's original standard input and output; what
+the user's code prints goes to standard error.
 """
 
 from __future__ import annotations
@@ -16,14 +18,17 @@ from collections.abc import Callable, Iterator
 from typing import Any, BinaryIO
 
 MAX_FRAME_BYTES = 64 * 2**20
+Message = dict[str, Any]
+"""The JSON object in a frame; its fields are those of the worker's program."""
 _PR_SET_PDEATHSIG = 1
 
 
-def serve(make: Callable[[dict[str, Any]], Callable[[Pipes, dict[str, Any]], dict[str, Any]]]) -> None:
-    """Runs until the pipe closes: a first frame says what is wanted, each further one is answered.
+def serve(make_handler: Callable[[Message], Handler]) -> None:
+    """Answer requests until the pipe closes. The first frame configures the worker; each later one is a request.
 
     Args:
-        make: from the first frame to what answers requests. What it raises goes to the parent, as a message.
+        make_handler: makes the function that answers requests, from the first frame. The message of an exception that
+            it raises is sent to the parent.
     """
     pipes = _take_pipes()
     _die_with_parent()
@@ -33,64 +38,74 @@ def serve(make: Callable[[dict[str, Any]], Callable[[Pipes, dict[str, Any]], dic
     resource.setrlimit(resource.RLIMIT_AS, (hello["memory_bytes"],) * 2)
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
     try:
-        answer = make(hello)
-    except Exception as error:  # the parent turns it into a message for the user
+        handler = make_handler(hello)
+    except Exception as error:  # the parent raises it as a ConfigError
         pipes.write({"error": f"{error}"})
         return
     pipes.write({"ready": True})
     inherited = _max_rss_bytes()
     for request in pipes.requests():
-        reply = _answered(answer, pipes, request)
+        reply = _answer(handler, pipes, request)
         peak = _max_rss_bytes()
         pipes.write(reply | {"peak_rss_bytes": peak if peak > inherited else 0})
 
 
-def _answered(
-    answer: Callable[[Pipes, dict[str, Any]], dict[str, Any]], pipes: Pipes, request: dict[str, Any]
-) -> dict[str, Any]:
+def _answer(handler: Handler, pipes: Pipes, request: Message) -> Message:
     try:
-        return answer(pipes, request)
+        return handler(pipes, request)
     except (MemoryError, RecursionError) as error:
         return {"exhausted": type(error).__name__}
-    except Exception as error:  # what fails says so; the parent never makes a 0 of it
+    except Exception as error:  # reported as a failure; the parent never turns it into a reward of 0
         return {"error": f"{type(error).__name__}: {error}"[:500]}
 
 
 class Pipes:
-    """To and from the parent."""
+    """The two pipes to and from the parent."""
 
     def __init__(self, requests: BinaryIO, replies: BinaryIO) -> None:
         self._requests = requests
         self._replies = replies
 
-    def read(self) -> Any | None:
-        """None at the end of the stream."""
+    def read(self) -> Message | None:
+        """Return the next message, or None at the end of the stream."""
         head = self._requests.read(4)
         if len(head) < 4:
             return None
         size = int.from_bytes(head, "big")
         body = self._requests.read(size)
-        return json.loads(body) if len(body) == size else None
+        if len(body) < size:
+            return None
+        message: Message = json.loads(body)
+        return message
 
-    def requests(self) -> Iterator[Any]:
+    def requests(self) -> Iterator[Message]:
+        """Yield messages until the stream ends."""
         while (request := self.read()) is not None:
             yield request
 
-    def write(self, value: Any) -> None:
-        self._replies.write(frame(value))
+    def write(self, message: Message) -> None:
+        self._replies.write(frame(message))
         self._replies.flush()
 
 
-def frame(value: Any) -> bytes:
-    """Raises ValueError where it is longer than MAX_FRAME_BYTES."""
-    body = json.dumps(value).encode()
+Handler = Callable[[Pipes, Message], Message]
+"""Answers one request; it may exchange further messages through the pipes before it returns the answer."""
+
+
+def frame(message: Message) -> bytes:
+    """Return the bytes of a frame.
+
+    Raises:
+        ValueError: the message is longer than MAX_FRAME_BYTES.
+    """
+    body = json.dumps(message).encode()
     if len(body) > MAX_FRAME_BYTES:
-        raise ValueError(f"a frame has {len(body)} bytes, at most {MAX_FRAME_BYTES} are allowed")
+        raise ValueError(f"a frame may have at most {MAX_FRAME_BYTES} bytes, not {len(body)}")
     return len(body).to_bytes(4, "big") + body
 
 
 def _take_pipes() -> Pipes:
-    """Under other numbers, so that nothing a user's code prints or reads can get into them."""
+    """Move the pipes to other descriptors, so that what the user's code prints or reads cannot get into them."""
     requests, replies = os.fdopen(os.dup(0), "rb"), os.fdopen(os.dup(1), "wb")
     nothing = os.open(os.devnull, os.O_RDONLY)
     os.dup2(nothing, 0)
@@ -99,11 +114,12 @@ def _take_pipes() -> Pipes:
 
 
 def _die_with_parent() -> None:
+    """Ask the kernel to kill this process when the thread that started it ends."""
     ctypes.CDLL(None, use_errno=True).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
     if os.getppid() == 1 and os.getpid() != 2:  # the parent died before the call; under bwrap the parent is pid 1
         sys.exit(1)
 
 
 def _max_rss_bytes() -> int:
-    """Counts what the parent had when it forked; what exceeds that is this program's own."""
+    """Return the peak resident memory; it starts at what the parent had when it forked."""
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024

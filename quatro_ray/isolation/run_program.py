@@ -1,4 +1,4 @@
-"""Runs one program in the sandbox, to its end or to its limits, and leaves nothing of it behind."""
+"""Runs one program in the sandbox until it ends or meets a limit, and then kills every process that it started."""
 
 from __future__ import annotations
 
@@ -20,8 +20,9 @@ from quatro_ray.errors import SandboxError
 from quatro_ray.isolation.bubblewrap import sandboxed
 
 RunOutcome = Literal["ok", "timeout", "output", "memory"]
-"""ok: it ended by itself, whatever its return code; else the limit of SandboxLimits at which it was killed.
-Limits of single processes (cpu_s, memory_mib) show in the return code instead."""
+"""How a run ended: "ok" if the program ended by itself, with whatever return code, else the limit that killed it.
+
+The limits of single processes (cpu_s, memory_mib) show in the return code instead."""
 
 _STDERR_BYTES = 4096
 _CHUNK_BYTES = 1 << 16
@@ -31,7 +32,13 @@ _KILL_DEADLINE_S = 10
 
 @dataclass(frozen=True)
 class Finished:
-    """`returncode`: 128 + n after signal n, -1 when it was killed at a limit. `stderr_tail`: its last 4 kB."""
+    """The result of a run.
+
+    Attributes:
+        returncode: 128 + n after signal n; -1 if the program was killed at a limit.
+        stdout: at most output_kib.
+        stderr_tail: last 4 kB of standard error.
+    """
 
     returncode: int
     stdout: bytes
@@ -48,16 +55,16 @@ def run(
     read_only: Sequence[Path] = (),
     env: Mapping[str, str] | None = None,
 ) -> Finished:
-    """Runs `command`; returns within wall_s and the moment that killing takes. Safe to call from many threads.
+    """Run `command` and return within wall_s, plus the time that killing takes. Many threads may call this.
 
-    memory_mib bounds each process by the kernel, and all processes together by a check every 50 ms, so several
-    processes can exceed it for that long.
+    The kernel bounds the memory of each process by memory_mib. A check every 50 ms bounds their sum, which can exceed
+    memory_mib in between.
 
     Args:
-        command, files, read_only, env: as for `sandboxed`.
+        command, files, read_only, env: as for isolation/bubblewrap.py:sandboxed.
 
     Raises:
-        SandboxError: the sandbox did not start, or did not die when killed.
+        SandboxError: the sandbox did not start, or did not die when it was killed.
     """
     deadline = time.monotonic() + limits.wall_s
     status_read, status_write = os.pipe()
@@ -82,7 +89,7 @@ def run(
 
 
 class _Running:
-    """A sandbox at work: what goes in, what came out, and the process that takes all others along when it dies."""
+    """A sandbox that is running: its input, its output so far, and its process 1, whose death kills all others."""
 
     def __init__(self, process: subprocess.Popen[bytes], status_fd: int, stdin: bytes, limits: SandboxLimits) -> None:
         assert process.stdin and process.stdout and process.stderr
@@ -96,7 +103,7 @@ class _Running:
             self._stderr: bytearray(),
             status_fd: bytearray(),
         }
-        self._init: tuple[int, int] | None = None  # id, and descriptor, of the sandbox's process 1
+        self._init: tuple[int, int] | None = None  # process id and pidfd of the sandbox's process 1
         self._has_begun = False
         self._exit_code: int | None = None
         self._selector = selectors.DefaultSelector()
@@ -121,7 +128,7 @@ class _Running:
                 stream.close()
 
     def until_end(self, deadline: float) -> RunOutcome:
-        """Until the program has ended or met a limit; what it started may go on."""
+        """Wait until the program ends or meets a limit; processes that it started may still run."""
         check_at = time.monotonic() + _CHECK_MEMORY_S
         while self._exit_code is None and self._status_is_open():
             now = time.monotonic()
@@ -137,7 +144,7 @@ class _Running:
         return "ok"
 
     def kill(self) -> None:
-        """Kills process 1: the kernel then kills the others, and lets it go only when they are gone."""
+        """Kill process 1: the kernel then kills the others, and process 1 ends only when they are gone."""
         if self._init is None:
             os.killpg(self._process.pid, signal.SIGKILL)
         else:
@@ -149,20 +156,25 @@ class _Running:
         self._process.wait(_KILL_DEADLINE_S)
 
     def drain(self) -> None:
-        """The rest of what it wrote before it died: as much as the pipes hold."""
+        """Read what is left in the pipes: the output from before the kill."""
         end = time.monotonic() + _KILL_DEADLINE_S
         self._close_stdin()
         while self._selector.get_map() and time.monotonic() < end:
             self._step(0.1)
 
     def finished(self, outcome: RunOutcome) -> Finished:
+        """Return the result.
+
+        Raises:
+            SandboxError: the program never started.
+        """
         if outcome == "ok" and self._exit_code is None:
             said = self._output[self._stderr].decode(errors="replace").strip()
             raise SandboxError(f"the sandbox did not start ({said or 'no message'}): {ADVICE}")
         if not self._has_begun:
             raise SandboxError(
                 f"the sandbox did not start within wall_s={self._limits.wall_s:g}: the machine is too busy; raise "
-                "it, or run less beside"
+                "wall_s, or run fewer processes on this machine"
             )
         stdout = bytes(self._output[self._stdout])
         if outcome == "ok" and len(stdout) > self._limits.output_kib << 10:
@@ -183,7 +195,7 @@ class _Running:
     def _write(self) -> None:
         try:
             self._pending = self._pending[os.write(self._stdin, self._pending[:_CHUNK_BYTES]) :]
-        except BrokenPipeError:  # it does not read its input, which is its right
+        except BrokenPipeError:  # the program need not read its input
             self._pending = self._pending[:0]
         if not self._pending:
             self._close_stdin()
@@ -223,22 +235,22 @@ ADVICE = (
 def _open_process(pid: int) -> tuple[int, int] | None:
     try:
         return pid, os.pidfd_open(pid)
-    except ProcessLookupError:  # ended already, and everything in the sandbox with it
+    except ProcessLookupError:  # it has ended, and everything in the sandbox with it
         return None
 
 
 def _send_kill(pidfd: int) -> None:
-    with contextlib.suppress(ProcessLookupError):  # ended already, which is what we want
+    with contextlib.suppress(ProcessLookupError):  # it has ended
         signal.pidfd_send_signal(pidfd, signal.SIGKILL)
 
 
 def _memory_bytes(pid: int) -> int:
-    """Of a process and all below it; pages that they share are counted once."""
+    """Return the memory of a process and its descendants; pages that they share are counted once."""
     try:
         tasks = os.listdir(f"/proc/{pid}/task")
         children = [child for task in tasks for child in Path(f"/proc/{pid}/task/{task}/children").read_text().split()]
         rollup = Path(f"/proc/{pid}/smaps_rollup").read_text()
-    except (FileNotFoundError, ProcessLookupError):  # it ended while we looked
+    except (FileNotFoundError, ProcessLookupError):  # the process ended meanwhile
         return 0
     own = sum(int(line.split()[1]) << 10 for line in rollup.splitlines() if line.startswith("Pss:"))
     return own + sum(_memory_bytes(int(child)) for child in children)

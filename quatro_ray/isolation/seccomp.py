@@ -1,7 +1,7 @@
-"""The system calls that a sandboxed program is refused, as a seccomp filter for bubblewrap.
+"""The seccomp filter for bubblewrap: system calls that are refused to a sandboxed program.
 
-Namespaces and limits hold most of it. The filter closes what they leave open: System V memory and queues, which no
-limit of a process counts, and parts of the kernel that a judged program has no use for (ptrace, keys, bpf, io_uring,
+Namespaces and limits do most of the isolation. The filter closes what they leave open: System V memory and queues,
+which no limit of a process counts, and parts of the kernel that no scored program needs (ptrace, keys, bpf, io_uring,
 mounts). A refused call fails with EPERM.
 """
 
@@ -31,7 +31,7 @@ _REFUSED = {
     "swapon": (167, 224), "swapoff": (168, 225), "quotactl": (179, 60), "acct": (163, 89), "syslog": (103, 116),
 }  # fmt: skip
 _AUDIT_ARCH = {"x86_64": 0xC000003E, "aarch64": 0xC00000B7}
-_X32 = 0x40000000  # x86_64 numbers the same calls a second time from here on
+_X32 = 0x40000000  # x86_64 has a second set of numbers for the same calls, from here on
 _LOAD, _JUMP_EQUAL, _JUMP_AT_LEAST, _RETURN = 0x20, 0x15, 0x35, 0x06
 _NUMBER_OFFSET, _ARCH_OFFSET = 0, 4  # in struct seccomp_data
 _KILL, _ALLOW, _REFUSE = 0x80000000, 0x7FFF0000, 0x00050000 | errno.EPERM
@@ -42,17 +42,20 @@ def _instruction(code: int, value: int, if_true: int = 0, if_false: int = 0) -> 
 
 
 def seccomp_filter(machine: str | None = None) -> bytes:
-    """The filter in the kernel's classic BPF, for this machine unless another is named.
+    """Return the filter in the kernel's classic BPF.
+
+    Args:
+        machine: "x86_64" or "aarch64"; the processor of this machine by default.
 
     Raises:
-        SandboxError: for other processors than x86_64 and aarch64.
+        SandboxError: the processor is another one.
     """
     machine = machine or platform.machine()
     if machine not in _AUDIT_ARCH:
-        raise SandboxError(f"the sandbox knows the system calls of x86_64 and aarch64, not of {machine}: run elsewhere")
+        raise SandboxError(f"the sandbox supports x86_64 and aarch64, not {machine}: run on another machine")
     column = list(_AUDIT_ARCH).index(machine)
     numbers = sorted(row[column] for row in _REFUSED.values())
-    # Each jump goes to the last instruction; between stand the tests still to come and the one that allows.
+    # Each jump goes to the last instruction, over the remaining tests and the instruction that allows the call.
     tests = [
         _instruction(_JUMP_AT_LEAST if number == _X32 else _JUMP_EQUAL, number, if_true=len(numbers) - i + 1)
         for i, number in enumerate([_X32, *numbers])

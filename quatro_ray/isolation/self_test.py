@@ -1,4 +1,4 @@
-"""Tries, when a run starts, whether the sandbox holds on this machine."""
+"""Tests, when a run starts, whether the sandbox holds on this machine."""
 
 from __future__ import annotations
 
@@ -19,10 +19,10 @@ _PROBE = Path(__file__).with_name("probe.py").read_text(encoding="utf-8")
 
 
 def self_test() -> None:
-    """Runs a program in the sandbox that tries what is forbidden: probe.py. Takes about half a second.
+    """Run isolation/probe.py in the sandbox, which tries what is forbidden. This takes about half a second.
 
     Raises:
-        SandboxError: it does not start, or something leaks; says which.
+        SandboxError: the sandbox does not start, or it leaks; the message says what leaks.
     """
     marker = f"quatro-ray-sandbox-{secrets.token_hex(8)}"
     with (
@@ -40,10 +40,14 @@ def self_test() -> None:
             "file_bytes": _LIMITS.output_kib << 10,
         }
         leaks = _probe(marker, json.dumps(given).encode())
-        leaks += [] if canary.read_text() == "canary" and os.listdir(home) == ["canary"] else ["files outside change"]
+        leaks += (
+            []
+            if canary.read_text() == "canary" and os.listdir(home) == ["canary"]
+            else ["files outside of it can be changed"]
+        )
     leaks += ["processes outlive the program"] if _marked(marker) else []
     if leaks:
-        raise SandboxError(f"the sandbox leaks on this machine: {'; '.join(leaks)}. Don't run programs here; {ADVICE}")
+        raise SandboxError(f"the sandbox leaks on this machine: {'; '.join(leaks)}. Do not run programs here; {ADVICE}")
 
 
 def _probe(marker: str, given: bytes) -> list[str]:
@@ -60,18 +64,18 @@ def _probe(marker: str, given: bytes) -> list[str]:
 
 
 def _home() -> Path:
-    """The user's own folder; where there is none to write in, the one for temporary files."""
+    """Return the user's home folder, or the folder for temporary files if the home folder is not writable."""
     home = Path.home()
     return home if os.access(home, os.W_OK) else Path(tempfile.gettempdir())
 
 
 def _marked(marker: str) -> list[str]:
-    """Ids of the processes that have the marker in their command line."""
+    """Return the ids of the processes that have the marker in their command line."""
     found = []
     for entry in os.listdir("/proc"):
         try:
             if entry.isdigit() and marker.encode() in Path(f"/proc/{entry}/cmdline").read_bytes():
                 found.append(entry)
-        except (FileNotFoundError, ProcessLookupError):  # it ended while we looked
+        except (FileNotFoundError, ProcessLookupError):  # the process ended meanwhile
             continue
     return found

@@ -1,38 +1,39 @@
-"""Processes that die when they must: every item ends within its deadline, whatever its text does."""
+"""Pools of worker processes that are killed at their deadline, so every item ends in time, whatever its text does."""
 
 from __future__ import annotations
 
 import asyncio
+import json
 import os
 import signal
 import sys
 from collections.abc import Awaitable, Callable
 from contextlib import AbstractContextManager, nullcontext, suppress
 from dataclasses import dataclass
-from typing import Any, TypeVar
+from typing import TypeVar
 
 from quatro_ray.errors import ConfigError
-from quatro_ray.isolation.protocol import frame
+from quatro_ray.isolation.protocol import Message, frame
 from quatro_ray.timeouts import within
 
 T = TypeVar("T")
 _REAP_DEADLINE_S = 10.0
 _ENDED_FROM_OUTSIDE = {-signal.SIGKILL, -signal.SIGTERM, -signal.SIGINT, -signal.SIGHUP}
-"""Return codes that an item cannot cause in a process that runs none of its text: the machine's doing."""
+"""Return codes that an item cannot cause in a process that executes none of its text; the machine causes them."""
 _RETIRE_ABOVE = 0.5
-"""Share of the memory limit that a worker may have used and still go on: Python does not give memory back."""
+"""Share of the memory limit above which a worker is replaced after an item: Python does not return memory."""
 
 
 @dataclass(frozen=True)
 class Launch:
-    """For Popen: `args`, and the descriptors that must be passed."""
+    """The command line of a process, and the descriptors that it inherits."""
 
     argv: list[str]
     pass_fds: tuple[int, ...] = ()
 
 
 class WorkerLost(Exception):
-    """The process is gone, or never came up; `by_item`: the item used its limits up, as far as one can tell."""
+    """The process ended or never started; `by_item`: as far as one can tell, because the item exceeded its limits."""
 
     def __init__(self, detail: str, *, by_item: bool) -> None:
         super().__init__(detail)
@@ -40,11 +41,11 @@ class WorkerLost(Exception):
 
 
 class Exhausted(Exception):
-    """The item used its limits up twice, the second time alone in a fresh process."""
+    """The item exceeded its limits twice, the second time alone in a fresh process."""
 
 
 class Worker:
-    """One process, which does one item at a time."""
+    """One worker process, which handles one item at a time."""
 
     def __init__(self, process: asyncio.subprocess.Process) -> None:
         self._process = process
@@ -55,8 +56,13 @@ class Worker:
         self.peak_rss_bytes = 0
 
     @classmethod
-    async def start(cls, launch: Launch, hello: dict[str, Any], deadline_s: float) -> Worker:
-        """Raises ConfigError where the program refuses `hello`, WorkerLost where the process does not come up."""
+    async def start(cls, launch: Launch, hello: Message, deadline_s: float) -> Worker:
+        """Start a process and send it its first frame.
+
+        Raises:
+            ConfigError: the program refuses `hello`.
+            WorkerLost: the process does not start.
+        """
         process = await asyncio.create_subprocess_exec(
             *launch.argv,
             stdin=asyncio.subprocess.PIPE,
@@ -73,11 +79,14 @@ class Worker:
             raise ConfigError(answer["error"])
         return worker
 
-    async def ask(self, request: dict[str, Any], deadline_s: float) -> dict[str, Any]:
-        """The answer; the timer starts now. Whatever else happens, the process is gone afterwards.
+    async def ask(self, request: Message, deadline_s: float) -> Message:
+        """Return the answer to a request. If this raises, the process has been killed.
+
+        Args:
+            deadline_s: counts from this call.
 
         Raises:
-            WorkerLost: it missed the deadline, or ended, or ran out of memory or of stack.
+            WorkerLost: the process missed the deadline, ended, or ran out of memory or stack.
         """
         try:
             answer = await within(deadline_s, self._exchange(request))
@@ -89,7 +98,7 @@ class Worker:
             complaint = bytes(self._complaints).decode(errors="replace").strip().splitlines()
             detail = f"the worker ended with {code}" + (f": {complaint[-1]}" if complaint else "")
             raise WorkerLost(detail, by_item=code not in _ENDED_FROM_OUTSIDE) from None
-        except BaseException:  # cancelled in the middle: the pipe is out of step
+        except BaseException:  # cancelled in the middle of a frame: the pipe is out of step
             await self.kill()
             raise
         if "exhausted" in answer:
@@ -97,28 +106,28 @@ class Worker:
             raise WorkerLost(answer["exhausted"], by_item=True)
         return answer
 
-    async def _exchange(self, request: dict[str, Any]) -> dict[str, Any]:
-        import json
-
+    async def _exchange(self, request: Message) -> Message:
         assert self._process.stdin and self._process.stdout
         self._process.stdin.write(frame(request))
         await self._process.stdin.drain()
         size = int.from_bytes(await self._process.stdout.readexactly(4), "big")
-        answer = json.loads(await self._process.stdout.readexactly(size))
-        # 0: no more than this process had when it forked, so nothing that would tell of growth
+        answer: Message = json.loads(await self._process.stdout.readexactly(size))
+        # 0: no more than the parent had when it forked, so there is no growth to see
         self.peak_rss_bytes = answer.get("peak_rss_bytes", 0)
         return answer
 
     async def _listen(self) -> None:
-        """Keeps the end of what it says on standard error, and the pipe from filling up."""
+        """Keep the end of what the process writes to standard error, and keep the pipe from filling up."""
         assert self._process.stderr
         while data := await self._process.stderr.read(65536):
             self._complaints += data
             del self._complaints[:-2000]
 
     async def kill(self) -> int:
-        """Ends its whole process group, reaps it, returns its exit status (negative: the signal). Once: the number of a
-        group that was reaped may be another's by now."""
+        """Kill the process group, reap the process and return its exit status, which is negative for a signal.
+
+        Later calls only return the status: the id of a group that was reaped may belong to another one by then.
+        """
         if self._exit_status is not None:
             return self._exit_status
         with suppress(ProcessLookupError):
@@ -126,7 +135,7 @@ class Worker:
                 self._process.stdin.close()
         exited = self._process.returncode
         if exited is None:
-            # one that is ending already keeps its own status; one that is not is killed
+            # a process that is already ending keeps its own status; any other one is killed
             with suppress(TimeoutError):
                 exited = await within(0.05, self._process.wait())
         with suppress(ProcessLookupError, PermissionError):
@@ -138,7 +147,7 @@ class Worker:
 
 
 def _environment() -> dict[str, str]:
-    """Of this process, without what belongs to Ray, its token above all; modules are found as here."""
+    """Return this process's environment without Ray's variables, above all its token, and with the same module path."""
     own = {k: v for k, v in os.environ.items() if not k.startswith("RAY_")}
     return own | {
         "PYTHONPATH": os.pathsep.join(p for p in sys.path if p),
@@ -148,25 +157,27 @@ def _environment() -> dict[str, str]:
 
 
 def in_the_open(program: str) -> Callable[[], AbstractContextManager[Launch]]:
-    """A worker that sees the machine as this process does. `program`: a module."""
+    """Return a launcher of workers without a sandbox; `program`: the name of a module."""
     return lambda: nullcontext(Launch([sys.executable, "-m", program]))
 
 
 class ProcessPool:
-    """Up to `num_workers` processes. An item that uses up its limits is tried once more, alone in a fresh one.
+    """A pool of at most `num_workers` processes.
 
-    All methods run on one event loop, in a thread that outlives the pool: workers die with it.
+    An item that exceeds its limits is tried once more, alone in a fresh process. All methods run on one event loop, in
+    a thread that outlives the pool: workers die with the thread that started them.
 
     Args:
-        launch: how a process is started.
-        hello: its first frame; `memory_bytes` of address space is the limit of its memory.
-        recycle_after: items that a worker does before it is replaced.
+        launch: gives the command line of a new process.
+        hello: first frame to each process.
+        memory_mib: limit of a process's address space.
+        recycle_after: number of items after which a worker is replaced.
     """
 
     def __init__(
         self,
         launch: Callable[[], AbstractContextManager[Launch]],
-        hello: dict[str, Any],
+        hello: Message,
         *,
         num_workers: int,
         memory_mib: int,
@@ -183,13 +194,13 @@ class ProcessPool:
         self.num_replaced = 0
 
     async def start(self, num: int) -> None:
-        """`num` processes now; the others when they are needed.
+        """Start `num` processes; the others start when they are needed.
 
         Raises:
             ConfigError: the program refuses `hello`.
-            WorkerLost: no process comes up.
+            WorkerLost: a process does not start.
         """
-        first = await self._spawn()  # by itself: what is wrong with the configuration is said once
+        first = await self._spawn()  # alone, so that an error in the configuration is reported once
         self._idle = [first, *await asyncio.gather(*(self._spawn() for _ in range(num - 1)))]
 
     async def close(self) -> None:
@@ -204,12 +215,17 @@ class ProcessPool:
             raise WorkerLost(f"a worker process did not start: {error}", by_item=False) from error
 
     async def use(self, item: Callable[[Worker], Awaitable[T]]) -> T:
-        """Waits for a free process and gives it to `item`, which ends by itself; where the process is lost, once more.
+        """Wait for a free process and return what `item` returns for it.
+
+        If the process is lost because of the item, `item` is called once more with a fresh process.
+
+        Args:
+            item: must end by itself; it uses deadlines.
 
         Raises:
-            Exhausted: twice lost through the item's fault.
-            WorkerLost: lost through no fault of the item.
-            Exception: what `item` raises; the process is gone then.
+            Exhausted: the process was lost twice because of the item.
+            WorkerLost: the process was lost through no fault of the item.
+            Exception: what `item` raises; the process is killed then.
         """
         async with self._slots:
             try:
