@@ -91,8 +91,8 @@ def _bare(items: list[tuple[Query, Response]], pool: ProcessPoolExecutor, score:
 
 async def _isolated(items: list[tuple[Query, Response]], pool: RewardProcesses) -> tuple[list[float], float]:
     begun = time.perf_counter()
-    judged = await asyncio.gather(*(pool.judge(query, response, ["answer"]) for query, response in items))
-    return [j.parts["answer"] if j.parts else -1.0 for j in judged], time.perf_counter() - begun
+    scores = await asyncio.gather(*(pool.score(query, response, ["answer"]) for query, response in items))
+    return [s.values["answer"] if s.values else -1.0 for s in scores], time.perf_counter() - begun
 
 
 async def measure() -> dict[str, float]:

@@ -1,1 +1,1 @@
-"""What a response is worth: one small interface, rewards made of parts, and processes that can be killed."""
+"""Rewards: functions that score a response, the processes and servers that run them, and their weighted sum."""

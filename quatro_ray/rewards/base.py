@@ -1,29 +1,40 @@
-"""The interface of a reward. docs/rewards.md starts with one in ten lines."""
+"""The interfaces of a reward. docs/rewards.md starts with a reward in ten lines."""
 
 from __future__ import annotations
 
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 from quatro_ray.types import Query, Response
 
 
 class Reward(Protocol):
-    """Judges one response, in a worker process that is killed when it misses its deadline.
+    """Scores one response in a worker process, which is killed if it misses its deadline.
 
-    A pure function of its arguments. It raises where it cannot judge and never guesses: an exception is retried and
-    then drops the group with that reason; it is no reward of 0.
+    A reward is a pure function of its arguments. If it cannot score a response it raises and never guesses: the
+    scoring is retried, then the group is dropped with that reason. An exception is never a reward of 0.
     """
 
     def __call__(self, query: Query, response: Response) -> float: ...
 
 
+@runtime_checkable
+class CheckingReward(Protocol):
+    """A reward that can tell, when the data is loaded, whether it can score responses to a query."""
+
+    def check(self, query: Query) -> str | None:
+        """Return why responses to the query cannot be scored, or None if they can."""
+        ...
+
+
 class RemoteReward(Protocol):
-    """Asks a server, in the event loop of the verifier actor; holds its own time limits.
+    """Asks a server for the reward, in the event loop of the verifier actor, and enforces its own time limits."""
 
-    Raises:
-        RewardUnavailable: the server did not judge, retries included.
-    """
+    async def __call__(self, query: Query, response: Response) -> float:
+        """Return the reward.
 
-    async def __call__(self, query: Query, response: Response) -> float: ...
+        Raises:
+            RewardUnavailable: the server gave no reward, retries included.
+        """
+        ...
 
     async def close(self) -> None: ...

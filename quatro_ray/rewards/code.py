@@ -12,10 +12,10 @@ from quatro_ray.types import Query, Response
 
 
 class CodeReward:
-    """1 where the program passes the query's test cases; see cases.py for their forms.
+    """The share of the query's test cases that the program passes, or, with `all_tests`, 1 if it passes all of them.
 
-    A program that fails, or meets a limit, is wrong. It takes up to wall_s for each test case. It starts sandboxes, so
-    the process that calls it must not be in one itself.
+    rewards/program_cases.py has the forms of test cases. A program that fails or exceeds a limit does not pass. Each
+    test case takes at most wall_s. The reward starts sandboxes, so its own process must not run in one.
     """
 
     def __init__(self, config: CodeRewardConfig) -> None:
@@ -23,11 +23,16 @@ class CodeReward:
         self._all_tests = config.all_tests
 
     def check(self, query: Query) -> str | None:
-        """Why the query's test cases cannot be used; None where they can."""
+        """Return why the query's test cases cannot be used, or None if they can."""
         return check_cases(query)
 
     def __call__(self, query: Query, response: Response) -> float:
-        """Raises ValueError for test cases that cannot be used, SandboxError where the sandbox fails."""
+        """Return the reward, from 0 to 1.
+
+        Raises:
+            ValueError: the test cases cannot be used.
+            SandboxError: the sandbox failed.
+        """
         program = extract_program(response.text)
         cases = parse_cases(query.answer)
         return share((self._passes(program, case) for case in cases), len(cases), all_tests=self._all_tests)

@@ -1,4 +1,4 @@
-"""Where in a response the answer stands."""
+"""Extracts the answer from a response."""
 
 from __future__ import annotations
 
@@ -9,17 +9,17 @@ from quatro_ray.config import Extraction
 _BOX = re.compile(r"\\boxed\s*\{")
 _NUMBER = re.compile(r"[+-]?(?:\d{1,3}(?:,\d{3})+|\d+)(?:\.\d+)?(?!\d)")
 _TAIL_CHARS = 4000
-"""A last number is looked for in so much of the end: longer tails only cost time."""
+"""Length of the response's end that is searched for the last number: searching more only costs time."""
 
 
-def extract(text: str, where: Extraction) -> str | None:
-    """The answer, white space at its ends aside; None where the response does not mark one."""
-    found = _FINDERS[where](text)
+def extract(text: str, extraction: Extraction) -> str | None:
+    """Return the answer without white space at its ends, or None if the response does not mark one."""
+    found = _FINDERS[extraction](text)
     return None if found is None else found.strip()
 
 
 def last_box(text: str) -> str | None:
-    """Content of the last `\\boxed{…}`, its braces matched. A box that is not closed is none."""
+    """Return the content of the last closed `\\boxed{…}`, whose braces match, or None if there is none."""
     for match in reversed(list(_BOX.finditer(text))):
         end = _closing_brace(text, match.end())
         if end is not None:
@@ -48,7 +48,7 @@ def _last_answer_tag(text: str) -> str | None:
 
 
 def _after_hashes(text: str) -> str | None:
-    """GSM8K's mark: the rest of the line after the last ####."""
+    """Return the rest of the line after the last ####, which marks the answer in GSM8K."""
     _, mark, rest = text.rpartition("####")
     return rest.strip().split("\n", 1)[0] if mark else None
 

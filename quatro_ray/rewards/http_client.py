@@ -1,6 +1,6 @@
-"""POSTs JSON to one of several servers that do the same, and says plainly when none of them answered.
+"""POSTs JSON to one of several equivalent servers, with retries.
 
-What is judged here is only the transport: a server that answers with a JSON object has answered, whatever it says.
+Only the transport counts here: any JSON object in a successful response is an answer, whatever its content.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ import random
 import re
 from datetime import UTC, datetime
 from email.utils import parsedate_to_datetime
-from typing import Any, Protocol
+from typing import Protocol
 
 import httpx
 from tenacity import AsyncRetrying, retry_if_exception_type, stop_after_attempt, wait_exponential_jitter
@@ -24,15 +24,15 @@ from quatro_ray.rewards.endpoints import Endpoints
 
 MAX_ANSWER_BYTES = 16 * 2**20
 MAX_RETRY_AFTER_S = 30.0
-"""What a server asks for beyond this is not waited for: the tries run out instead, and the failure shows."""
+"""Longest Retry-After that is honoured: beyond it, the tries run out and the failure becomes visible."""
 EXCERPT_BYTES = 500
 PAUSE_S = 0.2
-"""Before the second try; doubles from try to try up to MAX_PAUSE_S. On top comes up to PAUSE_S at random."""
+"""Pause before the second try. It doubles with every try up to MAX_PAUSE_S, plus a random jitter of up to PAUSE_S."""
 MAX_PAUSE_S = 8.0
 
 
 class RemoteConfig(Protocol):
-    """The part of the configuration that a client needs: what HTTP rewards have in common."""
+    """The fields of the configuration that a client needs, which all HTTP rewards have."""
 
     @property
     def urls(self) -> tuple[str, ...]: ...
@@ -47,13 +47,13 @@ class RemoteConfig(Protocol):
 
 
 class _Failed(Exception):
-    """A try that is over; the message says how it ended."""
+    """A try failed; the message says how, and no other try is made unless it is a _Transient."""
 
     url = ""
 
 
-class _Passing(_Failed):
-    """The next try may go better. `retry_after_s`: the server asked to be left alone that long, else 0."""
+class _Transient(_Failed):
+    """A try failed, but the next one may succeed; `retry_after_s`: seconds that the server asked to wait, or 0."""
 
     def __init__(self, message: str, retry_after_s: float = 0.0) -> None:
         super().__init__(message)
@@ -61,20 +61,20 @@ class _Passing(_Failed):
 
 
 class JsonClient:
-    """One client for all callers of an event loop.
+    """A client that all callers of an event loop share.
 
-    Requests go round the urls, and past those that failed a moment ago (rewards/endpoints.py). Tried again, with
-    growing pauses: time-outs, lost connections, 429 (after Retry-After) and 5xx. Every other failure is final.
+    Requests go to the urls in turn, and pass over those that failed recently (rewards/endpoints.py). Time-outs, lost
+    connections, 429 (after Retry-After) and 5xx are retried with growing pauses. Every other failure is final.
 
-    Redirects are not followed, since the bearer token would travel with them. Proxies and certificates come from the
+    Redirects are not followed, because the bearer token would be sent along. Proxies and certificates come from the
     environment (HTTPS_PROXY, NO_PROXY, SSL_CERT_FILE), as for curl; loopback addresses never go through a proxy.
 
     Args:
         config: urls, token_env, timeout_s, max_tries, max_concurrency.
-        transport: in place of the network, for tests.
+        transport: replaces the network, in tests.
 
     Raises:
-        ConfigError: the variable that token_env names is not set or holds no token; a url cannot be parsed.
+        ConfigError: the variable that token_env names is not set or holds no valid token, or a url cannot be parsed.
     """
 
     def __init__(self, config: RemoteConfig, *, transport: httpx.AsyncBaseTransport | None = None) -> None:
@@ -82,7 +82,7 @@ class JsonClient:
         self._token = _token(config.token_env)
         self._endpoints = Endpoints([_parsed(url) for url in config.urls])
         self._slots = asyncio.Semaphore(config.max_concurrency)
-        # an encoded answer could unpack to far more than the bound on its size
+        # identity: a compressed answer could unpack to far more than MAX_ANSWER_BYTES
         headers = {"Content-Type": "application/json", "Accept": "application/json", "Accept-Encoding": "identity"}
         if self._token:
             headers["Authorization"] = f"Bearer {self._token}"
@@ -95,22 +95,26 @@ class JsonClient:
             transport=transport,
         )
 
-    async def post(self, path: str, body: dict[str, Any]) -> dict[str, Any]:
-        """The answer to `body`, posted to a url with `path` behind it ("" for the url itself).
+    async def post(self, path: str, body: dict[str, object]) -> dict[str, object]:
+        """POST `body` and return the answer.
 
-        Waits for its turn first where max_concurrency requests are under way; each of those holds its place for no
-        longer than timeout_s and what its server asked for by Retry-After.
+        If max_concurrency requests are in flight, this waits until one of them ends; each takes no longer than
+        timeout_s plus what its server asked for by Retry-After.
+
+        Args:
+            path: appended to the url; "" for the url itself.
 
         Raises:
-            RewardUnavailable: no usable answer; names the url of the last try, how it ended, and how many there were.
-            ValueError: the body cannot be written as JSON (it holds a NaN, say).
+            RewardUnavailable: no try gave an answer; the message has the url and the failure of the last try, and the
+                number of tries.
+            ValueError: the body cannot be written as JSON (because of a NaN, for example).
         """
-        # ASCII only: half a surrogate pair in a response could not be encoded otherwise
+        # ASCII only: a lone surrogate in a response could not be encoded otherwise
         content = json.dumps(body, allow_nan=False).encode("ascii")
         retrying = AsyncRetrying(
             stop=stop_after_attempt(self._config.max_tries),
             wait=wait_exponential_jitter(initial=PAUSE_S, max=MAX_PAUSE_S, jitter=PAUSE_S),
-            retry=retry_if_exception_type(_Passing),
+            retry=retry_if_exception_type(_Transient),
             reraise=True,
         )
         try:
@@ -123,25 +127,25 @@ class JsonClient:
     async def close(self) -> None:
         await self._http.aclose()
 
-    async def _try(self, path: str, content: bytes) -> dict[str, Any]:
+    async def _try(self, path: str, content: bytes) -> dict[str, object]:
         async with self._slots:
             endpoint = self._endpoints.pick()
-            # a server that asked for peace gets it; at random so that not all callers come back at once
+            # wait as long as the server asked; the jitter keeps the callers from coming back all at once
             await asyncio.sleep(self._endpoints.closed_s(endpoint) * random.uniform(1, 1.1))
             url = endpoint.url.rstrip("/") + path if path else endpoint.url
             try:
                 answer = await self._request(url, content)
             except _Failed as error:
                 error.url = url
-                if isinstance(error, _Passing):
+                if isinstance(error, _Transient):
                     self._endpoints.failed(endpoint, error.retry_after_s)
                 raise
             self._endpoints.worked(endpoint)
             return answer
 
-    async def _request(self, url: str, content: bytes) -> dict[str, Any]:
+    async def _request(self, url: str, content: bytes) -> dict[str, object]:
         try:
-            # httpx's own time-outs are for each read: a server that trickles would never meet them
+            # httpx's own time-outs are for each read: a server that sends a byte at a time would never exceed them
             async with (
                 asyncio.timeout(self._config.timeout_s),
                 self._http.stream("POST", url, content=content) as response,
@@ -149,9 +153,9 @@ class JsonClient:
                 await _check_status(response)
                 return _parse(await _read(response), response.status_code)
         except (TimeoutError, httpx.TimeoutException) as error:
-            raise _Passing(f"no answer within timeout_s={self._config.timeout_s:g} s") from error
+            raise _Transient(f"no answer within timeout_s={self._config.timeout_s:g} s") from error
         except httpx.RequestError as error:
-            raise _Passing(f"connection failed, {type(error).__name__}: {error}") from error
+            raise _Transient(f"connection failed, {type(error).__name__}: {error}") from error
 
     def _without_token(self, text: str) -> str:
         return text.replace(self._token, "***") if self._token else text
@@ -163,13 +167,13 @@ def _token(variable: str | None) -> str | None:
     token = os.environ.get(variable)
     if not token:
         raise ConfigError(
-            f"token_env={variable!r} must name an environment variable that holds the bearer token, and {variable} is "
-            "not set where the verifiers run: set it there, or leave token_env out if the server asks for none"
+            f"token_env={variable!r} must name an environment variable that holds the bearer token, but {variable} is "
+            "not set where the verifiers run: set it there, or remove token_env if the server needs no token"
         )
     if not re.fullmatch(r"[\x21-\x7e]+", token):
         raise ConfigError(
             f"token_env={variable!r}: the value of {variable} must be printable ASCII without white space "
-            "(a line end behind it is the usual cause): correct it"
+            "(a trailing newline is the usual cause): correct it"
         )
     return token
 
@@ -186,20 +190,22 @@ async def _check_status(response: httpx.Response) -> None:
         return
     message = f"status {response.status_code}"
     if response.is_redirect:
-        raise _Failed(f"{message}, a redirect, which is not followed because the token would travel: correct urls")
+        raise _Failed(
+            f"{message}, a redirect, which is not followed because the token would be sent along: correct urls"
+        )
     excerpt = await _excerpt(response)
     message += f", {excerpt!r}" if excerpt else ""
     if response.status_code == 429 or response.is_server_error:
-        raise _Passing(message, _retry_after_s(response.headers.get("Retry-After", "")))
+        raise _Transient(message, _retry_after_s(response.headers.get("Retry-After", "")))
     raise _Failed(message)
 
 
 def _encoding(response: httpx.Response) -> str:
-    return response.headers.get("Content-Encoding", "identity")
+    return str(response.headers.get("Content-Encoding", "identity"))
 
 
 async def _excerpt(response: httpx.Response) -> str:
-    """Its beginning. The rest is not read: the connection is given up instead."""
+    """Return the beginning of the content. The rest is not read; the connection is dropped instead."""
     if _encoding(response) != "identity":
         return ""
     async for chunk in response.aiter_bytes(EXCERPT_BYTES):
@@ -208,7 +214,7 @@ async def _excerpt(response: httpx.Response) -> str:
 
 
 def _retry_after_s(header: str) -> float:
-    """Seconds, or a date (RFC 9110, 10.2.3); 0 where it is neither, for then the usual pause does."""
+    """Return the seconds that a Retry-After header asks for; it has seconds or a date (RFC 9110, 10.2.3), else 0."""
     try:
         seconds = float(header)
     except ValueError:
@@ -221,7 +227,7 @@ def _retry_after_s(header: str) -> float:
 
 async def _read(response: httpx.Response) -> bytes:
     if (encoding := _encoding(response)) != "identity":
-        raise _Failed(f"status {response.status_code}, but with Content-Encoding {encoding}, which was not asked for")
+        raise _Failed(f"status {response.status_code}, but with Content-Encoding {encoding}, which was not requested")
     content = bytearray()
     async for chunk in response.aiter_bytes():
         content += chunk
@@ -230,11 +236,11 @@ async def _read(response: httpx.Response) -> bytes:
     return bytes(content)
 
 
-def _parse(content: bytes, status: int) -> dict[str, Any]:
+def _parse(content: bytes, status: int) -> dict[str, object]:
     message = f"status {status}, but the answer must be a JSON object: {content[:EXCERPT_BYTES]!r}"
     try:
         answer = json.loads(content)
-    except (ValueError, RecursionError) as error:  # no JSON; nested too deeply
+    except (ValueError, RecursionError) as error:  # ValueError: not JSON; RecursionError: nested too deeply
         raise _Failed(message) from error
     if not isinstance(answer, dict):
         raise _Failed(message)

@@ -1,4 +1,4 @@
-"""Mathematical answers, compared by math-verify."""
+"""Compares mathematical answers with math-verify."""
 
 from __future__ import annotations
 
@@ -13,29 +13,40 @@ from quatro_ray.rewards.text import INTEGER
 from quatro_ray.types import Query, Response
 
 _CHECK_DEADLINE_S = 5
-# it warns, once a process, that its limits are off, which is our choice
+# math-verify warns once in each process that its time limits are off, which is intended
 logging.getLogger("math_verify").setLevel(logging.ERROR)
 
 
 class MathReward:
-    """math-verify's own time limits are off: they use SIGALRM, which some inputs never see. The process has the limit.
+    """1 if math-verify finds the response's answer equal to the query's, else 0.
 
-    Its leniency is narrowed where it pays for a guess: one that gives several values in one box (`x=8=7`; more `=` than
-    the answer asked for has), and sums in place of a number. `10\\,000` is read as ten thousand.
+    The time limits of math-verify are off: they use SIGALRM, which some inputs never let through. The deadline of the
+    worker process replaces them.
+
+    Two kinds of guesses that math-verify accepts are wrong here: several values in one box (`x=8=7`, which has more `=`
+    than the query's answer), and a sum in place of an integer. `10\\,000` is read as ten thousand.
     """
 
     def __init__(self, config: MathRewardConfig) -> None:
         self._config = config
-        import_module("math_verify")  # now: it takes a second, which is not the first response's to pay
+        import_module("math_verify")  # here: importing takes a second, which must not count against the first response
 
     def check(self, query: Query) -> str | None:
-        """A gold answer must be equal to itself, or nothing ever will be. Called at loading, in the main thread, where
-        math-verify's own limits are good enough for the user's own data."""
+        """Return why responses to the query cannot be scored, or None if they can.
+
+        An answer that is not equal to itself would never equal any response. This runs in the main thread when the data
+        is loaded; there math-verify's own time limits work well enough for the user's own data.
+        """
         gold = _parse(query.answer, _CHECK_DEADLINE_S)
         readable = bool(gold) and _equal(gold, gold, _CHECK_DEADLINE_S)
         return None if readable else "math-verify cannot read the answer"
 
     def __call__(self, query: Query, response: Response) -> float:
+        """Return 1 or 0.
+
+        Raises:
+            ValueError: math-verify cannot read the query's answer.
+        """
         answer = extract(response.text, self._config.extract)
         if not answer or len(answer) > self._config.max_answer_chars:
             return 0.0
@@ -51,7 +62,10 @@ class MathReward:
 
 
 def _compare_integers(gold: str, answer: str) -> bool | None:
-    """None unless both are integers, or the gold is one and the answer a sum or the like that is not worked out."""
+    """Return whether two integers are equal; None if math-verify has to compare the answers.
+
+    If only the gold answer is an integer, a sum or difference of integers that is not worked out is wrong.
+    """
     gold, answer = _plain(gold), _plain(answer)
     if not INTEGER.fullmatch(gold):
         return None
@@ -72,7 +86,7 @@ def _gold(answer: str) -> tuple[Any, ...]:
 def _parse(text: str, deadline_s: int | None = None) -> list[Any]:
     from math_verify import parse
 
-    return parse(f"\\boxed{{{_plain(text)}}}", parsing_timeout=deadline_s)
+    return list(parse(f"\\boxed{{{_plain(text)}}}", parsing_timeout=deadline_s))
 
 
 def _equal(gold: Any, answer: list[Any], deadline_s: int | None = None) -> bool:

@@ -1,6 +1,6 @@
-"""Programs and their test cases: found in a response, read from a data set, judged from what came out.
+"""Programs and their test cases: extracts programs from responses, parses test cases and compares outputs.
 
-Shared by the two ways to run them, code.py (here) and sandbox_fusion.py (on a server).
+Both ways to run programs use it: rewards/code.py in the local sandbox and rewards/sandbox_fusion.py on a server.
 """
 
 from __future__ import annotations
@@ -11,7 +11,6 @@ import secrets
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from quatro_ray.types import Query
 
@@ -39,16 +38,16 @@ Case = StdinCase | AssertCase
 
 
 def extract_program(text: str) -> str:
-    """The last closed ```python block; else the last closed block; where nothing is fenced, the whole text."""
+    """Return the last closed ```python block, else the last closed block, else the whole text."""
     blocks: list[tuple[str, str]] = []
-    language: str | None = None  # of the block that is open
+    language: str | None = None  # language of the open block
     lines: list[str] = []
     for line in text.splitlines(keepends=True):
         fence = _FENCE.match(line.rstrip("\r\n"))
         if fence and language is not None and not fence[1]:
             blocks.append((language, "".join(lines)))
             language = None
-        elif fence:  # within a block too: a named language opens one
+        elif fence:  # a fence with a language opens a block, inside of another one too
             language, lines = fence[1].lower(), []
         elif language is not None:
             lines.append(line)
@@ -57,13 +56,14 @@ def extract_program(text: str) -> str:
 
 
 def parse_cases(answer: str) -> list[Case]:
-    """Test cases from JSON.
+    """Parse test cases from JSON.
 
-    A list of {"input": text, "output": text} and {"assert": code}, or one of these alone; or APPS's and verl's
-    {"inputs": [...], "outputs": [...]}, whose entries are texts or lists of lines.
+    Args:
+        answer: a list of {"input": text, "output": text} and {"assert": code}, or one of these alone; or the form of
+            APPS and verl, {"inputs": [...], "outputs": [...]}, whose entries are texts or lists of lines.
 
     Raises:
-        ValueError: says what is wrong.
+        ValueError: the test cases cannot be used; the message says why.
     """
     try:
         data = json.loads(answer)
@@ -78,7 +78,7 @@ def parse_cases(answer: str) -> list[Case]:
 
 
 def check_cases(query: Query) -> str | None:
-    """Why the query's test cases cannot be used; None where they can."""
+    """Return why the query's test cases cannot be used, or None if they can."""
     try:
         parse_cases(query.answer)
     except ValueError as error:
@@ -86,7 +86,7 @@ def check_cases(query: Query) -> str | None:
     return None
 
 
-def _columns(data: dict[str, Any]) -> list[Case]:
+def _columns(data: dict[str, object]) -> list[Case]:
     if data.get("fn_name"):
         raise ValueError(f"fn_name={data['fn_name']!r} is not supported: write its calls as {{'assert': code}}")
     inputs, outputs = data["inputs"], data.get("outputs")
@@ -98,28 +98,28 @@ def _columns(data: dict[str, Any]) -> list[Case]:
     ]
 
 
-def _case(row: Any, where: str) -> Case:
+def _case(row: object, place: str) -> Case:
     if isinstance(row, dict) and set(row) == {"input", "output"}:
-        return StdinCase(_text(row["input"], f"{where}: input"), _text(row["output"], f"{where}: output"))
+        return StdinCase(_text(row["input"], f"{place}: input"), _text(row["output"], f"{place}: output"))
     if isinstance(row, dict) and set(row) == {"assert"} and isinstance(row["assert"], str):
         try:
-            compile(row["assert"], where, "exec")
+            compile(row["assert"], place, "exec")
         except (SyntaxError, ValueError) as error:
-            raise ValueError(f"{where}: assert must be Python ({error}); correct it") from error
+            raise ValueError(f"{place}: assert must be Python ({error}); correct it") from error
         return AssertCase(row["assert"])
-    raise ValueError(f"{where} must be {{'input': text, 'output': text}} or {{'assert': code}}, not {str(row)[:80]}")
+    raise ValueError(f"{place} must be {{'input': text, 'output': text}} or {{'assert': code}}, not {str(row)[:80]}")
 
 
-def _text(value: Any, where: str) -> str:
+def _text(value: object, place: str) -> str:
     if isinstance(value, str):
         return value
     if isinstance(value, list) and all(isinstance(line, str) for line in value):
         return "\n".join(value)
-    raise ValueError(f"{where} must be text or a list of lines, not {str(value)[:80]}")
+    raise ValueError(f"{place} must be text or a list of lines, not {str(value)[:80]}")
 
 
 def same_output(printed: str, wanted: str) -> bool:
-    """Equal, white space at the ends of lines and empty lines at the end aside."""
+    """Return whether the outputs are equal, aside from white space at line ends and empty lines at the end."""
     return _lines(printed) == _lines(wanted)
 
 
@@ -129,7 +129,7 @@ def _lines(text: str) -> list[str]:
 
 @dataclass(frozen=True)
 class Trial:
-    """One run that decides one test case: `program` is run with `stdin`, and must print `wanted`."""
+    """The run that decides one test case: `program` is run with `stdin` and must print `wanted`."""
 
     program: str
     stdin: bytes
@@ -137,7 +137,10 @@ class Trial:
 
 
 def trial(program: str, case: Case) -> Trial:
-    """How a case is tried. For asserts, assert_driver.py is run in the program's stead and says what it may claim."""
+    """Return the run that decides the case.
+
+    For an AssertCase, rewards/assert_driver.py runs in place of the program; its docstring says what it guarantees.
+    """
     if isinstance(case, StdinCase):
         return Trial(program, _bytes(case.input), case.output)
     token = secrets.token_hex(16)
@@ -150,7 +153,10 @@ def _bytes(text: str) -> bytes:
 
 
 def share(passed: Iterable[bool], num_cases: int, *, all_tests: bool) -> float:
-    """All of them: 1 or 0, and nothing is tried after the first failure; else the share that passed."""
+    """Return the share of cases that passed, or, with `all_tests`, 1 if all passed and else 0.
+
+    With `all_tests`, no case is tried after the first failure.
+    """
     if all_tests:
         return float(all(passed))
     return sum(passed) / num_cases

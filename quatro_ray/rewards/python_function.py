@@ -8,13 +8,23 @@ from quatro_ray.types import Query, Response
 
 
 class PythonReward:
-    """Raises ConfigError where the function is not there."""
+    """The number that the user's function returns.
+
+    Raises:
+        ConfigError: the function cannot be loaded.
+    """
 
     def __init__(self, config: PythonRewardConfig) -> None:
         self._name = config.function
         self._function = load_function(config.function)
 
     def __call__(self, query: Query, response: Response) -> float:
+        """Return the reward.
+
+        Raises:
+            TypeError: the function returned no number.
+            Exception: whatever the function raises.
+        """
         reward = self._function(query, response)
         try:
             return float(reward)

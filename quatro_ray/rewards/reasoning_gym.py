@@ -1,4 +1,7 @@
-"""reasoning-gym's own scorers. The entry is made again from task, parameters, seed and index: it is not JSON."""
+"""Scores responses with reasoning-gym's own scorers.
+
+A dataset entry of reasoning-gym is not JSON, so it is generated again from its task, parameters, seed and index.
+"""
 
 from __future__ import annotations
 
@@ -13,9 +16,9 @@ from quatro_ray.rewards.extract import extract
 from quatro_ray.types import Query, Response
 
 METADATA_KEY = "reasoning_gym"
-"""In Query.metadata: JSON of task, params, seed, size, index."""
+"""Key in Query.metadata; its value is JSON with task, params, seed, size and index."""
 SANDBOX_VARIABLE = "QUATRO_RAY_SANDBOX"
-"""Set by whoever starts a worker inside the sandbox (rewards/workers.py)."""
+"""Environment variable of a worker process inside the sandbox; rewards/workers.py sets it to 1."""
 EXECUTING_TASKS = frozenset(
     {
         "binary_matrix",
@@ -29,31 +32,41 @@ EXECUTING_TASKS = frozenset(
         "string_insertion",
     }
 )
-"""Their scorers hand the response to eval or to sympy's parser, which evaluates it. reasoning-gym 0.1.25."""
+"""Tasks whose scorers pass the response to eval or to sympy's parser, which evaluates it (reasoning-gym 0.1.25)."""
 
 
 class ReasoningGymReward:
+    """The score that the task itself gives to an answer; 1 or 0 if the configuration sets a threshold."""
+
     def __init__(self, config: ReasoningGymRewardConfig) -> None:
         self._config = config
-        import_module("reasoning_gym")  # now: it takes a second, which is not the first response's to pay
+        import_module(
+            "reasoning_gym"
+        )  # here: importing takes a second, which must not count against the first response
 
     def check(self, query: Query) -> str | None:
         return None if METADATA_KEY in query.metadata else "needs a query that a reasoning_gym source made"
 
     def __call__(self, query: Query, response: Response) -> float:
+        """Return the score of the response's answer.
+
+        Raises:
+            RuntimeError: the task's scorer executes responses, and this process is not sandboxed.
+        """
         answer = extract(response.text, self._config.extract)
         if answer is None:
             return 0.0
-        where = json.loads(query.metadata[METADATA_KEY])
-        if where["task"] in EXECUTING_TASKS and not in_sandbox():
-            raise RuntimeError(f"the scorer of {where['task']} executes responses, and this process is not sandboxed")
-        dataset = _dataset(where["task"], json.dumps(where["params"], sort_keys=True), where["seed"], where["size"])
-        score = float(dataset.score_answer(answer, dataset[where["index"]]))
+        entry = json.loads(query.metadata[METADATA_KEY])
+        if entry["task"] in EXECUTING_TASKS and not in_sandbox():
+            raise RuntimeError(f"the scorer of {entry['task']} executes responses, and this process is not sandboxed")
+        dataset = _dataset(entry["task"], json.dumps(entry["params"], sort_keys=True), entry["seed"], entry["size"])
+        score = float(dataset.score_answer(answer, dataset[entry["index"]]))
         threshold = self._config.threshold
         return score if threshold is None else float(score >= threshold)
 
 
 def in_sandbox() -> bool:
+    """Return whether this process is a worker inside the sandbox."""
     return os.environ.get(SANDBOX_VARIABLE) == "1"
 
 

@@ -1,11 +1,11 @@
-"""A reward that a reward model gives: spreads the responses over its engines."""
+"""The reward of a reward model: balances the responses over its engines."""
 
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Sequence
+from collections.abc import Awaitable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Protocol
 
 from quatro_ray.config import ModelRewardConfig
 from quatro_ray.errors import last_line
@@ -13,12 +13,25 @@ from quatro_ray.failures import RewardUnavailable
 from quatro_ray.types import Query, Response
 
 REST_S = 10.0
-"""How long an engine that failed is asked last: a dead one fails at once, so it would always be the least loaded."""
+"""Seconds for which an engine that failed is asked last: a dead one fails at once, so it always has the least load."""
+
+
+class ScoreMethod(Protocol):
+    """The remote method `score` of a reward-model engine; it returns one logit."""
+
+    def remote(self, prompt: str, response: str) -> Awaitable[float]: ...
+
+
+class RewardModelHandle(Protocol):
+    """A handle of a RewardModelActor (actors/reward_model.py)."""
+
+    @property
+    def score(self) -> ScoreMethod: ...
 
 
 @dataclass
 class _Engine:
-    actor: Any
+    actor: RewardModelHandle
     num_running: int = 0
     rests_until: float = 0.0
 
@@ -26,22 +39,21 @@ class _Engine:
 class ModelReward:
     """The logit of the reward model for prompt and response (engines/reward_model.py).
 
-    Each response goes to the engine with the fewest under way. Where that one fails, it goes to the next, until each
-    has had its turn or timeout_s is over.
+    Each response goes to the engine with the fewest requests in flight. If that engine fails, the next one is asked,
+    until every engine has been asked once or timeout_s has passed.
 
     Args:
-        engines: actor handles, or anything whose `.score.remote(prompt, text)` can be awaited. They hold timeout_s
-            too, so what is given up on here does not go on there.
+        engines: actor handles. The engines enforce timeout_s too, so a request that is abandoned here ends there.
     """
 
-    def __init__(self, config: ModelRewardConfig, engines: Sequence[Any]) -> None:
+    def __init__(self, config: ModelRewardConfig, engines: Sequence[RewardModelHandle]) -> None:
         if not engines:
             raise ValueError("ModelReward needs at least one engine")
         self._timeout_s = config.timeout_s
         self._engines = [_Engine(actor) for actor in engines]
 
     async def __call__(self, query: Query, response: Response) -> float:
-        """One logit, not bounded to any range.
+        """Return one logit, which is not bounded.
 
         Raises:
             RewardUnavailable: no engine answered, or not within timeout_s.
@@ -55,7 +67,7 @@ class ModelReward:
             ) from error
 
     async def close(self) -> None:
-        """The engines belong to whoever started them."""
+        """Do nothing: the orchestrator started the engines and ends them."""
 
     async def _first_answer(self, prompt: str, text: str) -> float:
         untried = list(self._engines)
@@ -67,7 +79,7 @@ class ModelReward:
                 score = float(await engine.actor.score.remote(prompt, text))
                 engine.rests_until = 0.0
                 return score
-            # Ray's errors, which this layer does not know, and the engine's own, which arrive as one of those
+            # any exception: this layer does not import Ray, whose errors also carry those of the engine
             except Exception as error:
                 engine.rests_until = asyncio.get_running_loop().time() + REST_S
                 if not untried:

@@ -1,7 +1,7 @@
 """Runs a response's Python program against test cases on SandboxFusion servers.
 
-https://github.com/bytedance/SandboxFusion: POST {url}/run_code. What the server's sandbox keeps out is the server's
-affair, and so are the limits that its interface has no field for (processes, output).
+The interface is POST {url}/run_code of https://github.com/bytedance/SandboxFusion. The server is responsible for its
+isolation and for the limits that this interface has no field for (processes, output).
 """
 
 from __future__ import annotations
@@ -15,11 +15,14 @@ from quatro_ray.rewards.program_cases import Case, extract_program, parse_cases,
 from quatro_ray.types import Query, Response
 
 _ENDED = {"Finished", "Error", "TimeLimitExceeded"}
-"""Of run_result.status: the program ran, and this is how it ended."""
+"""Values of run_result.status that say that the program ran, and how it ended."""
 
 
 class SandboxFusionReward:
-    """1 where the program passes the query's test cases; see cases.py for their forms."""
+    """The share of the query's test cases that the program passes, or, with `all_tests`, 1 if it passes all of them.
+
+    rewards/program_cases.py has the forms of test cases.
+    """
 
     def __init__(self, config: SandboxFusionRewardConfig, client: JsonClient | None = None) -> None:
         self._limits = config.limits
@@ -27,7 +30,12 @@ class SandboxFusionReward:
         self._client = client or JsonClient(config)
 
     async def __call__(self, query: Query, response: Response) -> float:
-        """Raises ValueError for test cases that cannot be used, RewardUnavailable where the server did not judge."""
+        """Return the reward, from 0 to 1.
+
+        Raises:
+            ValueError: the test cases cannot be used.
+            RewardUnavailable: the server did not run the program.
+        """
         program = extract_program(response.text)
         cases = parse_cases(query.answer)
         num_passed = 0
@@ -44,7 +52,7 @@ class SandboxFusionReward:
     async def _passes(self, program: str, case: Case) -> bool:
         tried = trial(program, case)
         body = {
-            "code": tried.program.encode("utf-8", "replace").decode(),  # JSON holds no half characters
+            "code": tried.program.encode("utf-8", "replace").decode(),  # JSON cannot hold a lone surrogate
             "language": "python",
             "stdin": tried.stdin.decode("utf-8", "replace"),
             "run_timeout": self._limits.wall_s,
@@ -56,11 +64,11 @@ class SandboxFusionReward:
         return same_output(result.get("stdout") or "", tried.wanted)
 
 
-def _run_result(answer: dict[str, Any]) -> dict[str, Any] | None:
-    """How the program's run went; None where the server could not even compile it.
+def _run_result(answer: dict[str, object]) -> dict[str, Any] | None:
+    """Return the result of the program's run, or None if the program did not compile.
 
     Raises:
-        RewardUnavailable: the server speaks of its own failure, or not in the form that we know.
+        RewardUnavailable: the server reports a failure of its own, or its answer has an unknown form.
     """
     status, result = answer.get("status"), answer.get("run_result")
     if status == "Failed" and result is None and answer.get("compile_result"):

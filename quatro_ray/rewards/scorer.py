@@ -1,4 +1,4 @@
-"""From a response to its score: the weighted sum of the parts that apply, worker processes and servers side by side."""
+"""Scores a response: the weighted sum of all rewards that apply, with worker processes and servers side by side."""
 
 from __future__ import annotations
 
@@ -11,15 +11,17 @@ from quatro_ray.failures import RewardUnavailable
 from quatro_ray.isolation.self_test import self_test
 from quatro_ray.rewards.base import RemoteReward
 from quatro_ray.rewards.registry import REMOTE, applies
-from quatro_ray.rewards.workers import Judged, RewardProcesses
+from quatro_ray.rewards.workers import LocalScore, RewardProcesses
 from quatro_ray.types import Outcome, Query, Response, Score
 
 
 class Scorer:
-    """`remote`: the rewards that servers judge, by name; all others of `rewards` run in worker processes.
+    """Computes the score of a response from all rewards that apply to its query.
 
     Args:
-        sandboxed: names of parts whose worker runs inside the sandbox, because they execute responses.
+        rewards: all rewards, by name.
+        remote: the rewards that servers compute, by name; all others run in worker processes.
+        sandboxed: names of the rewards whose worker processes run inside the sandbox, because they execute responses.
     """
 
     def __init__(
@@ -32,59 +34,67 @@ class Scorer:
         self._rewards = rewards
         self._config = config
         self._remote = remote
-        local = {name: part for name, part in rewards.items() if not isinstance(part, REMOTE)}
-        inside = {name: part for name, part in local.items() if name in sandboxed}
-        outside = {name: part for name, part in local.items() if name not in sandboxed}
-        self._needs_sandbox = bool(inside) or any(isinstance(part, CodeRewardConfig) for part in local.values())
-        self._pools = [
-            (tuple(parts), RewardProcesses(config, parts, sandboxed=parts is inside))
-            for parts in (outside, inside)
-            if parts
+        local = {name: reward for name, reward in rewards.items() if not isinstance(reward, REMOTE)}
+        inside = {name: reward for name, reward in local.items() if name in sandboxed}
+        outside = {name: reward for name, reward in local.items() if name not in sandboxed}
+        self._needs_sandbox = bool(inside) or any(isinstance(reward, CodeRewardConfig) for reward in local.values())
+        self._processes = [
+            (tuple(some), RewardProcesses(config, some, sandboxed=some is inside)) for some in (outside, inside) if some
         ]
 
     async def start(self) -> None:
-        """Raises SandboxError where responses are to be executed and the sandbox does not hold on this machine."""
+        """Start the worker processes.
+
+        Raises:
+            SandboxError: responses are to be executed, and the sandbox does not hold on this machine.
+            ConfigError: a reward cannot be made.
+            RewardUnavailable: no worker process starts.
+        """
         if self._needs_sandbox:
             await asyncio.to_thread(self_test)
-        for _, pool in self._pools:
-            await pool.start()
+        for _, processes in self._processes:
+            await processes.start()
 
     async def close(self) -> None:
-        for _, pool in self._pools:
-            await pool.close()
+        for _, processes in self._processes:
+            await processes.close()
         await asyncio.gather(*(reward.close() for reward in self._remote.values()))
 
     async def __call__(self, query: Query, response: Response) -> Score:
-        """Raises RewardUnavailable where a part could not be judged through no fault of the response."""
-        if response.exhausted:
-            return Score(self._config.exhausted_reward, Outcome.EXHAUSTED, "the episode used up its limits twice")
-        names = [name for name, part in self._rewards.items() if applies(part, query)]
-        local = [name for name in names if name not in self._remote]
-        judged, remote = await asyncio.gather(
-            self._judge_locally(query, response, local),
-            self._judge_remotely(query, response, [name for name in names if name in self._remote]),
-        )
-        if judged.parts is None:
-            return Score(self._config.exhausted_reward, Outcome.EXHAUSTED, judged.detail)
-        both = {**judged.parts, **remote}
-        parts = {name: both[name] for name in names}
-        if wrong := [name for name, value in parts.items() if not math.isfinite(value)]:
-            raise RewardUnavailable(f"rewards.{wrong[0]} gave {parts[wrong[0]]}: a reward must be a finite number")
-        total = sum(self._rewards[name].weight * value for name, value in parts.items())
-        if not math.isfinite(total):
-            raise RewardUnavailable(f"the weighted sum of {parts} is {total}: a reward must be a finite number")
-        return Score(total, reward_values=parts)
+        """Return the score of the response.
 
-    async def _judge_remotely(self, query: Query, response: Response, names: Sequence[str]) -> dict[str, float]:
+        Raises:
+            RewardUnavailable: a reward could not be computed through no fault of the response.
+        """
+        if response.exhausted:
+            return Score(self._config.exhausted_reward, Outcome.EXHAUSTED, "the episode exceeded its limits twice")
+        names = [name for name, reward in self._rewards.items() if applies(reward, query)]
+        local_names = [name for name in names if name not in self._remote]
+        local, remote = await asyncio.gather(
+            self._score_locally(query, response, local_names),
+            self._score_remotely(query, response, [name for name in names if name in self._remote]),
+        )
+        if local.values is None:
+            return Score(self._config.exhausted_reward, Outcome.EXHAUSTED, local.detail)
+        both = {**local.values, **remote}
+        values = {name: both[name] for name in names}
+        if wrong := [name for name, value in values.items() if not math.isfinite(value)]:
+            raise RewardUnavailable(f"rewards.{wrong[0]} gave {values[wrong[0]]}: a reward must be a finite number")
+        total = sum(self._rewards[name].weight * value for name, value in values.items())
+        if not math.isfinite(total):
+            raise RewardUnavailable(f"the weighted sum of {values} is {total}: a reward must be a finite number")
+        return Score(total, reward_values=values)
+
+    async def _score_remotely(self, query: Query, response: Response, names: Sequence[str]) -> dict[str, float]:
         values = await asyncio.gather(*(self._remote[name](query, response) for name in names))
         return dict(zip(names, values, strict=True))
 
-    async def _judge_locally(self, query: Query, response: Response, names: Sequence[str]) -> Judged:
-        parts: dict[str, float] = {}
-        for own, pool in self._pools:
+    async def _score_locally(self, query: Query, response: Response, names: Sequence[str]) -> LocalScore:
+        values: dict[str, float] = {}
+        for own, processes in self._processes:
             if wanted := [name for name in names if name in own]:
-                judged = await pool.judge(query, response, wanted)
-                if judged.parts is None:
-                    return judged
-                parts |= judged.parts
-        return Judged(parts)
+                score = await processes.score(query, response, wanted)
+                if score.values is None:
+                    return score
+                values |= score.values
+        return LocalScore(values)

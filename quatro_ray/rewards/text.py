@@ -1,4 +1,4 @@
-"""Rewards that look at the text alone (integer, exact, regex, format, length), or at what an episode returned."""
+"""Rewards from the text alone (integer, exact, regex, format, length), and the one from what an episode returned."""
 
 from __future__ import annotations
 
@@ -16,14 +16,17 @@ from quatro_ray.rewards.extract import extract
 from quatro_ray.types import Query, Response
 
 INTEGER = re.compile(r"[+-]?[0-9]{1,4000}")
-"""Python refuses to read more digits than 4300."""
+"""An integer of at most 4000 digits: Python refuses to read more than 4300."""
 
 
 class IntegerReward:
+    """1 if the response's answer is an integer equal to the query's, else 0."""
+
     def __init__(self, config: IntegerRewardConfig) -> None:
         self._config = config
 
     def check(self, query: Query) -> str | None:
+        """Return why the query's answer cannot be used, or None if it can."""
         return None if INTEGER.fullmatch(query.answer.strip()) else "needs an integer answer"
 
     def __call__(self, query: Query, response: Response) -> float:
@@ -34,6 +37,8 @@ class IntegerReward:
 
 
 class ExactReward:
+    """1 if the response's answer is the query's, white space at the ends aside, else 0."""
+
     def __init__(self, config: ExactRewardConfig) -> None:
         self._config = config
 
@@ -48,6 +53,8 @@ class ExactReward:
 
 
 class RegexReward:
+    """1 if the pattern matches the response, in full or anywhere as configured, else 0."""
+
     def __init__(self, config: RegexRewardConfig) -> None:
         pattern = re.compile(config.pattern, re.DOTALL)
         self._match = pattern.fullmatch if config.match == "full" else pattern.search
@@ -57,6 +64,8 @@ class RegexReward:
 
 
 class FormatReward:
+    """1 if the response consists of exactly one element for each tag, in their order, else 0."""
+
     def __init__(self, config: FormatRewardConfig) -> None:
         self._tags = config.tags
 
@@ -74,6 +83,11 @@ class FormatReward:
 
 
 class LengthReward:
+    """The soft overlong penalty: 0 up to max_tokens − buffer_tokens, then linear to −1 at max_tokens and beyond.
+
+    Source: DAPO, arXiv 2503.14476, section 3.4, equation 13.
+    """
+
     def __init__(self, config: LengthRewardConfig) -> None:
         self._config = config
 
@@ -83,12 +97,17 @@ class LengthReward:
 
 
 class EnvironmentReward:
-    """Raises KeyError where the episode returned no such value: that is the environment's fault, not the response's."""
+    """A value that the episode returned, by its name."""
 
     def __init__(self, config: EnvironmentRewardConfig) -> None:
         self._key = config.key
 
     def __call__(self, query: Query, response: Response) -> float:
+        """Return the value.
+
+        Raises:
+            KeyError: the episode returned no such value, which is the environment's fault and not the response's.
+        """
         if self._key not in response.environment:
             raise KeyError(f"the episode returned {sorted(response.environment) or 'nothing'}, not {self._key!r}")
         return response.environment[self._key]

@@ -1,17 +1,16 @@
-"""The program of a worker process: `python -m quatro_ray.rewards.worker`. Reads responses, writes parts of rewards.
+"""The program of a worker process, `python -m quatro_ray.rewards.worker`: reads responses, writes values of rewards.
 
-The first frame says which rewards there are; each request names those to judge by (isolation/protocol.py).
+The first frame configures the rewards; each request names the rewards that score it (isolation/protocol.py).
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any
 
-from quatro_ray.isolation.protocol import Pipes, serve
+from quatro_ray.isolation.protocol import Handler, Pipes, serve
 
 
-def _make_judge(hello: dict[str, Any]) -> Callable[[Pipes, dict[str, Any]], dict[str, Any]]:
+def _make_handler(hello: dict[str, Any]) -> Handler:
     from pydantic import TypeAdapter
 
     from quatro_ray.config import RewardConfig
@@ -19,14 +18,14 @@ def _make_judge(hello: dict[str, Any]) -> Callable[[Pipes, dict[str, Any]], dict
     from quatro_ray.types import Query, Response
 
     adapter: TypeAdapter[RewardConfig] = TypeAdapter(RewardConfig)
-    rewards = {name: make_reward(adapter.validate_python(config)) for name, config in hello["parts"].items()}
+    rewards = {name: make_reward(adapter.validate_python(config)) for name, config in hello["rewards"].items()}
 
-    def judge(pipes: Pipes, request: dict[str, Any]) -> dict[str, Any]:
+    def score(pipes: Pipes, request: dict[str, Any]) -> dict[str, Any]:
         query, response = Query(**request["query"]), Response(**request["response"])
-        return {"parts": {name: rewards[name](query, response) for name in request["names"]}}
+        return {"values": {name: rewards[name](query, response) for name in request["names"]}}
 
-    return judge
+    return score
 
 
 if __name__ == "__main__":
-    serve(_make_judge)
+    serve(_make_handler)

@@ -1,4 +1,4 @@
-"""Responses to worker processes, parts of rewards back."""
+"""Sends responses to worker processes and returns the values of their rewards."""
 
 from __future__ import annotations
 
@@ -17,28 +17,28 @@ _PROGRAM = "quatro_ray.rewards.worker"
 
 
 @dataclass(frozen=True)
-class Judged:
-    """`parts` by name; None where the item exhausted its limits twice."""
+class LocalScore:
+    """The values of one response's rewards, by name; None if the response exceeded its limits twice."""
 
-    parts: Mapping[str, float] | None
+    values: Mapping[str, float] | None
     detail: str = ""
 
 
 class RewardProcesses:
-    """`verifier.num_workers` processes that judge one response each.
+    """A pool of `verifier.num_workers` processes, each of which scores one response at a time.
 
     Args:
-        parts: of the reward, by name.
-        sandboxed: run them inside the sandbox, because some of `parts` execute responses.
+        rewards: by name.
+        sandboxed: run the processes inside the sandbox, because some of `rewards` execute responses.
     """
 
-    def __init__(self, config: VerifierConfig, parts: Mapping[str, RewardConfig], *, sandboxed: bool = False) -> None:
+    def __init__(self, config: VerifierConfig, rewards: Mapping[str, RewardConfig], *, sandboxed: bool = False) -> None:
         self._config = config
         self._pool = ProcessPool(
             in_the_sandbox(_PROGRAM, config.memory_mib, env={SANDBOX_VARIABLE: "1"})
             if sandboxed
             else in_the_open(_PROGRAM),
-            {"parts": {name: part.model_dump(mode="json") for name, part in parts.items()}},
+            {"rewards": {name: reward.model_dump(mode="json") for name, reward in rewards.items()}},
             num_workers=config.num_workers,
             memory_mib=config.memory_mib,
             start_deadline_s=config.start_deadline_s,
@@ -50,7 +50,12 @@ class RewardProcesses:
         return self._pool.num_replaced
 
     async def start(self) -> None:
-        """Raises ConfigError where the rewards cannot be made; RewardUnavailable where no process comes up."""
+        """Start all processes.
+
+        Raises:
+            ConfigError: the rewards cannot be made.
+            RewardUnavailable: no process starts.
+        """
         try:
             await self._pool.start(self._config.num_workers)
         except ConfigError as error:
@@ -61,19 +66,21 @@ class RewardProcesses:
     async def close(self) -> None:
         await self._pool.close()
 
-    async def judge(self, query: Query, response: Response, names: Sequence[str]) -> Judged:
-        """Waits for a free process; from then on it takes at most two deadlines and one start.
+    async def score(self, query: Query, response: Response, names: Sequence[str]) -> LocalScore:
+        """Wait for a free process and return the values of the rewards `names`.
+
+        Once a process is free, this takes at most two deadlines and one start of a process.
 
         Raises:
-            RewardUnavailable: a reward failed, or a process was lost through no fault of the item.
+            RewardUnavailable: a reward failed, or a process was lost through no fault of the response.
         """
         request = {"query": asdict(query), "response": asdict(response), "names": list(names)}
         try:
             answer = await self._pool.use(lambda worker: worker.ask(request, self._config.deadline_s))
         except Exhausted as exhausted:
-            return Judged(None, str(exhausted))
+            return LocalScore(None, str(exhausted))
         except WorkerLost as lost:
             raise RewardUnavailable(str(lost)) from lost
         if "error" in answer:
             raise RewardUnavailable(answer["error"])
-        return Judged(answer["parts"])
+        return LocalScore(answer["values"])

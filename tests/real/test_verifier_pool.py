@@ -14,7 +14,7 @@ from quatro_ray.config import VerifierConfig
 from quatro_ray.failures import VerifierFailed
 from quatro_ray.types import DropReason, Query, RolloutGroup
 from tests.make import group, rollout
-from tests.unit.test_worker_pool import AWKWARD, parts
+from tests.unit.test_worker_pool import AWKWARD, reward_configs
 
 pytestmark = pytest.mark.slow
 
@@ -42,7 +42,7 @@ def with_pool(rewards: Any, work: Any, **over: Any) -> Any:
 @pytest.fixture
 def awkward(tmp_path: Path) -> Any:
     (tmp_path / "awkward.py").write_text(AWKWARD)
-    return parts(mine={"kind": "python", "function": f"{tmp_path / 'awkward.py'}:obey"})
+    return reward_configs(mine={"kind": "python", "function": f"{tmp_path / 'awkward.py'}:obey"})
 
 
 def test_groups_are_scored_by_reference(local_ray: None) -> None:
@@ -50,7 +50,7 @@ def test_groups_are_scored_by_reference(local_ray: None) -> None:
         summary, scored = await pool.score(ray.put(texts("2", " 2 ", "3", "2x")))
         return summary, await scored
 
-    summary, scored = with_pool(parts(answer={"kind": "integer"}), work)
+    summary, scored = with_pool(reward_configs(answer={"kind": "integer"}), work)
     assert scored.query == Query("q1", "1+1=", "2", {"level": "easy"})
     assert scored.rewards().tolist() == list(summary.rewards) == [1, 1, 0, 0]
     assert summary.answers == ("2", "2", "3", "2x")
@@ -73,7 +73,7 @@ def test_a_hanging_answer_is_exhausted_and_the_others_are_scored(local_ray: None
 
 def test_a_reward_that_fails_is_no_reward(local_ray: None, awkward: Any) -> None:
     async def work(pool: VerifierPool) -> Any:
-        with pytest.raises(VerifierFailed, match="cannot judge") as caught:
+        with pytest.raises(VerifierFailed, match="cannot score") as caught:
             await pool.score(ray.put(texts("ok", "raise")))
         assert caught.value.reason is DropReason.VERIFIER_ERROR
         return (await pool.score(ray.put(texts("ok"))))[0].rewards, pool.num_replaced
@@ -108,7 +108,8 @@ def test_an_actor_that_never_starts_is_not_the_answers_fault(local_ray: None) ->
     async def run() -> None:
         config = VerifierConfig(start_deadline_s=1)
         pool = VerifierPool(
-            lambda: VerifierActor.options(num_cpus=10_000).remote(parts(a={"kind": "exact"}), config, {}), config
+            lambda: VerifierActor.options(num_cpus=10_000).remote(reward_configs(a={"kind": "exact"}), config, {}),
+            config,
         )
         with pytest.raises(VerifierFailed) as caught:
             await pool.score(ray.put(texts("ok")))

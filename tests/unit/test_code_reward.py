@@ -19,8 +19,8 @@ SQUARES = [{"assert": "assert square(3) == 9"}, {"assert": "assert square(-2) ==
 
 
 def reward(program: str, cases: Any, *, all_tests: bool = True) -> float:
-    judge = CodeReward(CodeRewardConfig(kind="code", limits=LIMITS, all_tests=all_tests))
-    return judge(Query("q", "p", json.dumps(cases)), Response(program, 1, truncated=False))
+    reward = CodeReward(CodeRewardConfig(kind="code", limits=LIMITS, all_tests=all_tests))
+    return reward(Query("q", "p", json.dumps(cases)), Response(program, 1, truncated=False))
 
 
 @pytest.mark.parametrize(
@@ -66,10 +66,10 @@ def test_same_output() -> None:
     ],
 )
 def test_check_says_what_is_wrong(answer: str, says: str) -> None:
-    judge = CodeReward(CodeRewardConfig(kind="code"))
-    assert says in str(judge.check(Query("q", "p", answer)))
+    reward = CodeReward(CodeRewardConfig(kind="code"))
+    assert says in str(reward.check(Query("q", "p", answer)))
     with pytest.raises(ValueError, match=says):
-        judge(Query("q", "p", answer), Response("print(1)", 1, truncated=False))
+        reward(Query("q", "p", answer), Response("print(1)", 1, truncated=False))
 
 
 def test_forms_of_test_cases() -> None:

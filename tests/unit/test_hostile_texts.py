@@ -1,6 +1,6 @@
 """Texts made to hang, fill or break the rewards that parse or execute them. (Programs: test_sandbox.py.)
 
-Each ends in an outcome in time, none scores, memory comes back, and what follows is judged as before.
+Each ends in an outcome in time, none scores, memory comes back, and what follows is scored as before.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from quatro_ray.rewards.scorer import Scorer
 from quatro_ray.types import Outcome, Query, Response
 from tests.make import needs_sandbox
 from tests.unit.hostile_programs import ATTACKS
-from tests.unit.test_worker_pool import parts
+from tests.unit.test_worker_pool import reward_configs
 
 DEADLINE_S = 2.0
 START_S = 20.0
@@ -56,7 +56,7 @@ EXECUTED = [
 LOOPING = ["9**9**9**9", "sum(1 for _ in iter(int, 1))", "[x for x in iter(int, 1)]"]
 
 
-def judge_all(
+def score_all(
     rewards: Any,
     items: Sequence[tuple[Query, str]],
     sandboxed: frozenset[str] = frozenset(),
@@ -65,27 +65,27 @@ def judge_all(
     """Outcomes; a reward that raised counts as its exception."""
     config = VerifierConfig(num_workers=3, deadline_s=deadline_s, memory_mib=MEMORY_MIB)
 
-    async def one(judge: Scorer, slots: asyncio.Semaphore, query: Query, text: str) -> Any:
+    async def one(scorer: Scorer, slots: asyncio.Semaphore, query: Query, text: str) -> Any:
         async with slots:  # so that time is counted from where a worker is free
             begun = time.monotonic()
             try:
-                return await judge(query, Response(text, 10, truncated=False))
+                return await scorer(query, Response(text, 10, truncated=False))
             except RewardUnavailable as error:
                 return error
             finally:
                 assert time.monotonic() - begun < 2 * (deadline_s + 1) + START_S, text[:80]
 
     async def run() -> list[Any]:
-        judge = Scorer(rewards, config, {}, sandboxed)
-        await judge.start()
+        scorer = Scorer(rewards, config, {}, sandboxed)
+        await scorer.start()
         try:
             slots = asyncio.Semaphore(config.num_workers)
-            outcomes = await asyncio.gather(*(one(judge, slots, *item) for item in items))
+            outcomes = await asyncio.gather(*(one(scorer, slots, *item) for item in items))
             resident = sum(p.memory_info().rss for p in psutil.Process().children(recursive=True))
             assert resident < config.num_workers * MEMORY_MIB * 2**20 / 2
             return outcomes
         finally:
-            await judge.close()
+            await scorer.close()
 
     return asyncio.run(run())
 
@@ -94,7 +94,7 @@ def test_texts_for_math() -> None:
     query = Query("q", "p", r"\frac{46}{3}")
     hostile = [(query, rf"\boxed{{{text}}}") for text in BOXED] + [(query, text) for text in LONG]
     good = [(query, r"so it is \boxed{46/3}.")] * 5
-    outcomes = judge_all(parts(answer={"kind": "math"}), hostile + good)
+    outcomes = score_all(reward_configs(answer={"kind": "math"}), hostile + good)
     for (_, text), score in zip(hostile, outcomes, strict=False):
         assert not isinstance(score, Exception), (text[:80], score)
         assert score.reward == 0.0, text[:80]
@@ -104,8 +104,8 @@ def test_texts_for_math() -> None:
 
 def test_texts_for_a_regular_expression_that_backtracks() -> None:
     query = Query("q", "p", "a")
-    outcomes = judge_all(
-        parts(shape={"kind": "regex", "pattern": "(a+)+$", "match": "full"}),
+    outcomes = score_all(
+        reward_configs(shape={"kind": "regex", "pattern": "(a+)+$", "match": "full"}),
         [*((query, text) for text in CATASTROPHIC), (query, "aaa")],
     )
     assert [s.outcome for s in outcomes] == [Outcome.EXHAUSTED] * len(CATASTROPHIC) + [Outcome.OK]
@@ -124,9 +124,9 @@ def test_texts_for_scorers_that_execute_them(tmp_path: Path) -> None:
         items = [(gym(task), text) for task in sorted(EXECUTING_TASKS) for text in texts]
         items += [(gym("countdown"), text) for text in LOOPING]
         good = [(gym("countdown"), reasoning_gym.create_dataset("countdown", seed=3, size=2)[1]["answer"])] * 3
-        rewards = parts(answer={"kind": "reasoning_gym"})
+        rewards = reward_configs(answer={"kind": "reasoning_gym"})
         # a fresh worker makes the task's questions first, which takes a while on a busy machine
-        outcomes = judge_all(rewards, items + good, sandboxed=frozenset(["answer"]), deadline_s=8)
+        outcomes = score_all(rewards, items + good, sandboxed=frozenset(["answer"]), deadline_s=8)
         with pytest.raises(TimeoutError):
             server.accept()
     for (query, text), score in zip(items, outcomes, strict=False):

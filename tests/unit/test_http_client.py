@@ -76,11 +76,11 @@ def test_the_path_is_put_behind_the_url(url: str, path: str, asked: str) -> None
 
 
 def test_the_token_comes_from_the_environment_and_never_shows(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("JUDGE_TOKEN", "s3cret-token")
+    monkeypatch.setenv("REWARD_TOKEN", "s3cret-token")
     with serving(in_turn(FINE, Answer(b"denied: Bearer s3cret-token", 403))) as server:
-        post(server, token_env="JUDGE_TOKEN")
+        post(server, token_env="REWARD_TOKEN")
         with unavailable() as caught:
-            post(server, token_env="JUDGE_TOKEN")
+            post(server, token_env="REWARD_TOKEN")
     assert [r.headers["Authorization"] for r in server.requests] == ["Bearer s3cret-token"] * 2
     assert "status 403, 'denied: Bearer ***'" in str(caught.value) and caught.value.__cause__ is None
 
@@ -89,12 +89,12 @@ def test_the_token_comes_from_the_environment_and_never_shows(monkeypatch: pytes
 def test_a_missing_or_broken_token_is_an_error_of_the_configuration(
     value: str | None, message: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.delenv("JUDGE_TOKEN", raising=False)
+    monkeypatch.delenv("REWARD_TOKEN", raising=False)
     if value is not None:
-        monkeypatch.setenv("JUDGE_TOKEN", value)
+        monkeypatch.setenv("REWARD_TOKEN", value)
     with pytest.raises(ConfigError, match=message) as caught:
-        JsonClient(config_of("http://host", token_env="JUDGE_TOKEN"))
-    assert "token_env='JUDGE_TOKEN'" in str(caught.value) and "two" not in str(caught.value)
+        JsonClient(config_of("http://host", token_env="REWARD_TOKEN"))
+    assert "token_env='REWARD_TOKEN'" in str(caught.value) and "two" not in str(caught.value)
 
 
 def test_a_url_that_cannot_be_parsed_is_an_error_of_the_configuration() -> None:
@@ -227,8 +227,8 @@ def test_loopback_does_not_go_through_a_proxy(monkeypatch: pytest.MonkeyPatch) -
         monkeypatch.setenv("http_proxy", proxy.url)
         for host in ("127.0.0.1", "localhost"):
             assert post(f"http://{host}:{server.server_port}") == {"fine": True}
-        assert post("http://judge.example") == {"proxy": True}
-    assert proxy.requests[0].path == "http://judge.example/"
+        assert post("http://rewards.example") == {"proxy": True}
+    assert proxy.requests[0].path == "http://rewards.example/"
 
 
 def test_a_body_that_is_no_json_is_the_callers_mistake() -> None:
@@ -239,7 +239,7 @@ def test_a_body_that_is_no_json_is_the_callers_mistake() -> None:
 def test_a_transport_can_stand_in_for_the_network() -> None:
     async def run() -> Any:
         transport = httpx.MockTransport(lambda request: httpx.Response(200, json={"url": str(request.url)}))
-        client = JsonClient(config_of("https://judge.example/v1"), transport=transport)
+        client = JsonClient(config_of("https://rewards.example/v1"), transport=transport)
         return await client.post("/run", {})
 
-    assert asyncio.run(run()) == {"url": "https://judge.example/v1/run"}
+    assert asyncio.run(run()) == {"url": "https://rewards.example/v1/run"}

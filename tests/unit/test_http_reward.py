@@ -57,7 +57,7 @@ def with_reward(url: str, work: Callable[[HttpReward], Awaitable[Any]], **fields
     return asyncio.run(run())
 
 
-def judge(*texts: str) -> Callable[[HttpReward], Awaitable[list[Any]]]:
+def score(*texts: str) -> Callable[[HttpReward], Awaitable[list[Any]]]:
     async def work(reward: HttpReward) -> list[Any]:
         calls = (reward(query(i), response(text)) for i, text in enumerate(texts))
         return await asyncio.gather(*calls, return_exceptions=True)
@@ -67,7 +67,7 @@ def judge(*texts: str) -> Callable[[HttpReward], Awaitable[list[Any]]]:
 
 def test_calls_share_a_request_of_openrlhfs_shape() -> None:
     with serving(length_reward) as server:
-        assert with_reward(server.url, judge("a", "bbb")) == [1.0, 3.0]
+        assert with_reward(server.url, score("a", "bbb")) == [1.0, 3.0]
     assert [r.body for r in server.requests] == [
         {
             "query": ["0+1=a", "1+1=bbb"],
@@ -82,7 +82,7 @@ def test_calls_share_a_request_of_openrlhfs_shape() -> None:
 def test_a_full_batch_does_not_wait_and_the_rest_waits_no_longer_than_it_may() -> None:
     texts = ["x" * i for i in range(10)]
     with serving(length_reward) as server:
-        assert with_reward(server.url, judge(*texts), max_batch=4, max_wait_s=0.6) == list(range(10))
+        assert with_reward(server.url, score(*texts), max_batch=4, max_wait_s=0.6) == list(range(10))
     assert [len(r.body["query"]) for r in server.requests] == [4, 4, 2]
     assert 0.2 < server.requests[2].at - server.requests[0].at < 3
 
@@ -98,7 +98,7 @@ def test_calls_far_apart_have_requests_of_their_own() -> None:
 
 def test_scores_are_rewards_too() -> None:
     with serving(in_turn(Answer({"scores": [0.5]}))) as server:
-        assert with_reward(server.url, judge("a")) == [0.5]
+        assert with_reward(server.url, score("a")) == [0.5]
 
 
 @pytest.mark.parametrize(
@@ -118,9 +118,9 @@ def test_scores_are_rewards_too() -> None:
         (b"garbage", "must be a JSON object: b'garbage'"),
     ],
 )
-def test_an_answer_that_is_no_judgement_gives_no_one_a_reward(answer: Any, message: str) -> None:
+def test_an_answer_that_has_no_rewards_gives_no_one_a_reward(answer: Any, message: str) -> None:
     with serving(in_turn(Answer(answer))) as server:
-        results = with_reward(server.url, judge("a", "b"))
+        results = with_reward(server.url, score("a", "b"))
     assert len({id(r) for r in results}) == 2  # an exception each
     for result in results:
         with pytest.raises(RewardUnavailable, match=message):
@@ -129,7 +129,7 @@ def test_an_answer_that_is_no_judgement_gives_no_one_a_reward(answer: Any, messa
 
 def test_a_failed_batch_does_not_touch_the_next() -> None:
     async def work(reward: HttpReward) -> list[Any]:
-        return [await judge("a", "b")(reward), await judge("a", "b")(reward)]
+        return [await score("a", "b")(reward), await score("a", "b")(reward)]
 
     with serving(in_turn(Answer(status=400), Answer({"rewards": [1, 2]}))) as server:
         failed, fine = with_reward(server.url, work)
@@ -138,7 +138,7 @@ def test_a_failed_batch_does_not_touch_the_next() -> None:
 
 def test_machinery_that_recovers_costs_nothing_but_time() -> None:
     with serving(in_turn(Answer(status=500), None, Answer({"rewards": [1, 2]}))) as server:
-        assert with_reward(server.url, judge("a", "b")) == [1, 2]
+        assert with_reward(server.url, score("a", "b")) == [1, 2]
 
 
 @pytest.mark.parametrize("is_sent", [False, True])
@@ -202,7 +202,7 @@ def test_a_mistake_of_our_own_reaches_its_callers() -> None:
     async def run() -> Any:
         config = HttpRewardConfig(kind="http", urls=("http://host",))
         reward = HttpReward(config, Broken())  # type: ignore[arg-type]
-        return await asyncio.wait_for(judge("a", "b")(reward), 5)
+        return await asyncio.wait_for(score("a", "b")(reward), 5)
 
     assert [repr(r) for r in asyncio.run(run())] == ["KeyError('ours')"] * 2
 
@@ -219,11 +219,11 @@ def example_server(*args: str, **environment: str) -> Iterator[str]:
         process.communicate(timeout=10)
 
 
-def test_the_example_server_judges() -> None:
+def test_the_example_server_scores() -> None:
     with example_server() as url:
-        assert with_reward(url, judge("1", " 2\n", "4", "naïve 🙂")) == [1, 1, 0, 0]
-        assert with_reward(url, judge("1", "1"), max_batch=1) == [1, 0]
-        [refused] = with_reward(url, judge("x" * (17 * 2**20)), max_tries=1)
+        assert with_reward(url, score("1", " 2\n", "4", "naïve 🙂")) == [1, 1, 0, 0]
+        assert with_reward(url, score("1", "1"), max_batch=1) == [1, 0]
+        [refused] = with_reward(url, score("x" * (17 * 2**20)), max_tries=1)
     assert isinstance(refused, RewardUnavailable)
 
 
@@ -232,7 +232,7 @@ def test_the_example_server_asks_for_its_token(monkeypatch: pytest.MonkeyPatch) 
         for token, expected in (("right", 1.0), ("wrong", "status 401"), (None, "status 401")):
             if token:
                 monkeypatch.setenv("EXAMPLE_TOKEN", token)
-            [result] = with_reward(url, judge("1"), token_env="EXAMPLE_TOKEN" if token else None)
+            [result] = with_reward(url, score("1"), token_env="EXAMPLE_TOKEN" if token else None)
             assert result == expected or str(expected) in str(result)
 
 

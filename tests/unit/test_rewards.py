@@ -22,7 +22,7 @@ def make(kind: str, **settings: Any) -> Any:
     return make_reward(TypeAdapter(RewardConfig).validate_python({"kind": kind, **settings}))
 
 
-def judge(reward: Any, text: str, answer: str = "46", tokens: int = 5) -> float:
+def score(reward: Any, text: str, answer: str = "46", tokens: int = 5) -> float:
     return reward(Query("q", "12+34=", answer), Response(text, tokens, truncated=False))
 
 
@@ -58,22 +58,22 @@ def test_boxes_are_found_in_linear_time() -> None:
      ("-46", 0), ("9" * 100_000, 0), ("٤٦", 0)],
 )  # fmt: skip
 def test_integer(text: str, reward: float) -> None:
-    assert judge(make("integer"), text) == reward
+    assert score(make("integer"), text) == reward
 
 
 def test_exact() -> None:
-    assert judge(make("exact"), "yes\n", " yes ") == 1
-    assert judge(make("exact"), "Yes", "yes") == 0
-    assert judge(make("exact", ignore_case=True), "Yes", "yes") == 1
-    assert judge(make("exact", extract="answer_tag"), "hm <answer>yes</answer>", "yes") == 1
-    assert judge(make("exact", extract="answer_tag"), "yes", "yes") == 0
+    assert score(make("exact"), "yes\n", " yes ") == 1
+    assert score(make("exact"), "Yes", "yes") == 0
+    assert score(make("exact", ignore_case=True), "Yes", "yes") == 1
+    assert score(make("exact", extract="answer_tag"), "hm <answer>yes</answer>", "yes") == 1
+    assert score(make("exact", extract="answer_tag"), "yes", "yes") == 0
 
 
 def test_regex_and_format() -> None:
-    assert judge(make("regex", pattern="a.c"), "xxa\ncxx") == 1
-    assert judge(make("regex", pattern="a.c", match="full"), "xxabcxx") == 0
+    assert score(make("regex", pattern="a.c"), "xxa\ncxx") == 1
+    assert score(make("regex", pattern="a.c", match="full"), "xxabcxx") == 0
     shape = make("format")
-    assert judge(shape, "<think>so</think>\n<answer>46</answer>\n") == 1
+    assert score(shape, "<think>so</think>\n<answer>46</answer>\n") == 1
     for text in (
         "<answer>46</answer><think>so</think>",
         "<think>so</think><answer>46</answer> and more",
@@ -82,12 +82,12 @@ def test_regex_and_format() -> None:
         "<think>so<answer>46</answer>",
         "",
     ):
-        assert judge(shape, text) == 0, text
+        assert score(shape, text) == 0, text
 
 
 @pytest.mark.parametrize(("tokens", "reward"), [(1, 0), (80, 0), (90, -0.5), (100, -1), (150, -1)])
 def test_length(tokens: int, reward: float) -> None:
-    assert judge(make("length", max_tokens=100, buffer_tokens=20), "", tokens=tokens) == reward
+    assert score(make("length", max_tokens=100, buffer_tokens=20), "", tokens=tokens) == reward
 
 
 @pytest.mark.parametrize(
@@ -113,17 +113,17 @@ def test_length(tokens: int, reward: float) -> None:
 def test_math(gold: str, answer: str, reward: float) -> None:
     part = make("math")
     assert part.check(Query("q", "p", gold)) is None
-    assert judge(part, rf"I think \boxed{{1}}, no: \boxed{{{answer}}}", gold) == reward
+    assert score(part, rf"I think \boxed{{1}}, no: \boxed{{{answer}}}", gold) == reward
 
 
 def test_math_looks_nowhere_else_and_reads_no_novels() -> None:
-    assert judge(make("math"), "the answer is 46") == 0
-    assert judge(make("math"), r"\boxed{" + "1+" * 1000 + "1}", "x") == 0
-    assert judge(make("math", extract="whole"), "$46$") == 1
+    assert score(make("math"), "the answer is 46") == 0
+    assert score(make("math"), r"\boxed{" + "1+" * 1000 + "1}", "x") == 0
+    assert score(make("math", extract="whole"), "$46$") == 1
     assert make("math")(Query("q", "p", "1<=x<=2"), Response(r"\boxed{1<=x<=2}", 3, truncated=False)) == 1
     assert "cannot read" in make("math").check(Query("q", "p", "$$"))
     with pytest.raises(ValueError, match="cannot read the answer"):
-        judge(make("math"), r"\boxed{x}", "$$")
+        score(make("math"), r"\boxed{x}", "$$")
 
 
 def gym_query(task: str, index: int = 0, **params: Any) -> tuple[Query, dict[str, Any]]:
@@ -164,7 +164,7 @@ def test_the_tasks_that_execute_text_are_tasks() -> None:
 def test_a_function_of_ones_own(tmp_path: Path) -> None:
     path = tmp_path / "mine.py"
     path.write_text("def starts(query, response):\n    return response.text.startswith(query.answer)\nvalue = 3\n")
-    assert judge(make("python", function=f"{path}:starts"), "46!") == 1
+    assert score(make("python", function=f"{path}:starts"), "46!") == 1
     with pytest.raises(ConfigError, match="has no function 'other'"):
         make("python", function=f"{path}:other")
     with pytest.raises(ConfigError, match="has no function 'value'"):
@@ -173,4 +173,4 @@ def test_a_function_of_ones_own(tmp_path: Path) -> None:
         make("python", function="nowhere:f")
     path.write_text("def f(query, response):\n    return 'good'\n")
     with pytest.raises(TypeError, match="must return a number, not str"):
-        judge(make("python", function=f"{path}:f"), "46")
+        score(make("python", function=f"{path}:f"), "46")

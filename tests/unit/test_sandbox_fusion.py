@@ -54,8 +54,8 @@ def reward(server: Server, program: str, cases: Any, *, all_tests: bool = True) 
         limits=SandboxLimits(wall_s=2, memory_mib=128),
         all_tests=all_tests,
     )
-    judge = SandboxFusionReward(config, server)  # type: ignore[arg-type]
-    return asyncio.run(judge(Query("q", "p", json.dumps(cases)), Response(program, 1, truncated=False)))
+    reward = SandboxFusionReward(config, server)  # type: ignore[arg-type]
+    return asyncio.run(reward(Query("q", "p", json.dumps(cases)), Response(program, 1, truncated=False)))
 
 
 @pytest.mark.parametrize(
@@ -101,7 +101,7 @@ def test_the_request_is_sandbox_fusions() -> None:
         {"detail": "Not Found"},
     ],
 )
-def test_a_server_that_did_not_judge(answer: dict[str, Any]) -> None:
+def test_a_server_that_gave_no_reward(answer: dict[str, Any]) -> None:
     with pytest.raises(RewardUnavailable, match="did not run"):
         reward(Server(answer), "print(3)", ADDS)
 

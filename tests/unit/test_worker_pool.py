@@ -1,4 +1,4 @@
-"""Real worker processes that hang, die, fill memory: every item ends in time, and the next one is judged as before."""
+"""Real worker processes that hang, die, fill memory: every item ends in time, and the next one is scored as before."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ def obey(query, response):
         case "stop": os.kill(os.getpid(), signal.SIGSTOP)
         case "leave": os._exit(3)
         case "crash": os.kill(os.getpid(), signal.SIGSEGV)
-        case "raise": raise RuntimeError("cannot judge")
+        case "raise": raise RuntimeError("cannot score")
         case "fill": return len(bytearray(8 << 30))
         case "large": return float(len(bytearray(os.urandom(1) * (600 << 20))) > 0)
         case "deep": return (lambda f: f(f))(lambda f: f(f))
@@ -48,7 +48,7 @@ def obey(query, response):
 """
 
 
-def parts(**settings: dict[str, Any]) -> dict[str, RewardConfig]:
+def reward_configs(**settings: dict[str, Any]) -> dict[str, RewardConfig]:
     adapter: TypeAdapter[RewardConfig] = TypeAdapter(RewardConfig)
     return {name: adapter.validate_python(value) for name, value in settings.items()}
 
@@ -57,21 +57,21 @@ def parts(**settings: dict[str, Any]) -> dict[str, RewardConfig]:
 def awkward(tmp_path: Path) -> dict[str, RewardConfig]:
     path = tmp_path / "awkward.py"
     path.write_text(AWKWARD)
-    return parts(mine={"kind": "python", "function": f"{path}:obey"})
+    return reward_configs(mine={"kind": "python", "function": f"{path}:obey"})
 
 
 def config(**over: Any) -> VerifierConfig:
     return VerifierConfig(**({"num_workers": 2, "deadline_s": 2, "memory_mib": 1024} | over))
 
 
-def with_judge(rewards: dict[str, RewardConfig], work: Callable[[Scorer], Awaitable[Any]], **over: Any) -> Any:
+def with_scorer(rewards: dict[str, RewardConfig], work: Callable[[Scorer], Awaitable[Any]], **over: Any) -> Any:
     async def run() -> Any:
-        judge = Scorer(rewards, config(**over), {})
-        await judge.start()
+        scorer = Scorer(rewards, config(**over), {})
+        await scorer.start()
         try:
-            return await asyncio.wait_for(work(judge), 120)
+            return await asyncio.wait_for(work(scorer), 120)
         finally:
-            await judge.close()
+            await scorer.close()
 
     with none_left():
         return asyncio.run(run())
@@ -81,102 +81,104 @@ def response(text: str) -> Response:
     return Response(text, 3, truncated=False)
 
 
-async def scores(judge: Scorer, *texts: str) -> list[Score]:
-    return await asyncio.gather(*(judge(QUERY, response(t)) for t in texts))
+async def scores(scorer: Scorer, *texts: str) -> list[Score]:
+    return await asyncio.gather(*(scorer(QUERY, response(t)) for t in texts))
 
 
 @pytest.mark.parametrize("text", ["hang", "stop", "leave", "crash", "fill", "deep", "children"])
 def test_a_response_that_uses_up_its_limits_twice_is_exhausted(awkward: Any, text: str) -> None:
-    async def work(judge: Scorer) -> list[Score]:
+    async def work(scorer: Scorer) -> list[Score]:
         begun = time.monotonic()
-        first, *others = await scores(judge, text, "good", "good", "good")
+        first, *others = await scores(scorer, text, "good", "good", "good")
         assert time.monotonic() - begun < 2 * 2 + 1 + 20  # two deadlines, and starts on a loaded machine
-        return [first, *others, *await scores(judge, "good", "good", "good")]
+        return [first, *others, *await scores(scorer, "good", "good", "good")]
 
-    first, *others = with_judge(awkward, work, exhausted_reward=-0.5)
+    first, *others = with_scorer(awkward, work, exhausted_reward=-0.5)
     assert (first.outcome, first.reward) == (Outcome.EXHAUSTED, -0.5)
     assert first.detail.startswith("twice: ")
     assert [s.reward for s in others] == [1.0] * 6
 
 
 def test_what_the_machinery_causes_is_never_a_reward(awkward: Any) -> None:
-    async def work(judge: Scorer) -> None:
+    async def work(scorer: Scorer) -> None:
         for text in ("raise", "nan"):
-            with pytest.raises(RewardUnavailable, match=r"cannot judge|a reward must be a finite number"):
-                await judge(QUERY, response(text))
-        waiting = asyncio.create_task(judge(QUERY, response("hang")))
+            with pytest.raises(RewardUnavailable, match=r"cannot score|a reward must be a finite number"):
+                await scorer(QUERY, response(text))
+        waiting = asyncio.create_task(scorer(QUERY, response("hang")))
         await asyncio.sleep(0.3)
         (busy,) = workers("quatro_ray.rewards.worker")
         os.kill(busy.pid, signal.SIGKILL)
         with pytest.raises(RewardUnavailable, match="the worker ended with -9"):
             await waiting
-        assert (await judge(QUERY, response("good"))).reward == 1
+        assert (await scorer(QUERY, response("good"))).reward == 1
 
-    with_judge(awkward, work, num_workers=1, deadline_s=20)
+    with_scorer(awkward, work, num_workers=1, deadline_s=20)
 
 
 def test_many_good_ones_are_not_held_up_by_a_few_that_hang(awkward: Any) -> None:
     texts = ["good" if i % 50 else "hang" for i in range(200)]
-    got = with_judge(awkward, lambda judge: scores(judge, *texts), deadline_s=1)
+    got = with_scorer(awkward, lambda scorer: scores(scorer, *texts), deadline_s=1)
     assert [s.reward for s in got] == [float(t == "good") for t in texts]
     assert sum(s.outcome is Outcome.EXHAUSTED for s in got) == 4
 
 
 def test_a_worker_is_replaced_after_its_share_or_when_it_has_grown(awkward: Any) -> None:
-    async def pids(judge: Scorer, *between: str) -> tuple[float, float]:
-        first = (await judge(QUERY, response("pid"))).reward
+    async def pids(scorer: Scorer, *between: str) -> tuple[float, float]:
+        first = (await scorer(QUERY, response("pid"))).reward
         for text in between:
-            await judge(QUERY, response(text))
-        return first, (await judge(QUERY, response("pid"))).reward
+            await scorer(QUERY, response(text))
+        return first, (await scorer(QUERY, response("pid"))).reward
 
-    same = with_judge(awkward, lambda j: pids(j, "good"), num_workers=1)
+    same = with_scorer(awkward, lambda s: pids(s, "good"), num_workers=1)
     assert same[0] == same[1]
-    many = with_judge(awkward, lambda j: pids(j, "good", "good"), num_workers=1, recycle_after=2)
+    many = with_scorer(awkward, lambda s: pids(s, "good", "good"), num_workers=1, recycle_after=2)
     assert many[0] != many[1]
-    grown = with_judge(awkward, lambda j: pids(j, "large"), num_workers=1, memory_mib=1024, deadline_s=10)
+    grown = with_scorer(awkward, lambda s: pids(s, "large"), num_workers=1, memory_mib=1024, deadline_s=10)
     assert grown[0] != grown[1]
 
 
 def test_workers_do_not_see_rays_token(awkward: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("RAY_AUTH_TOKEN", "secret")
-    (score,) = with_judge(awkward, lambda judge: scores(judge, "token"))
+    (score,) = with_scorer(awkward, lambda scorer: scores(scorer, "token"))
     assert score.reward == 0
 
 
-def test_the_sum_of_the_parts_that_apply() -> None:
-    rewards = parts(
+def test_the_sum_of_the_rewards_that_apply() -> None:
+    rewards = reward_configs(
         answer={"kind": "integer", "extract": "answer_tag"},
         shape={"kind": "format", "tags": ["answer"], "weight": 0.5},
         other={"kind": "exact", "only": ["elsewhere"]},
     )
-    good, shapeless = with_judge(rewards, lambda j: scores(j, "<answer>46</answer>", "so <answer>46</answer>"))
+    good, shapeless = with_scorer(rewards, lambda s: scores(s, "<answer>46</answer>", "so <answer>46</answer>"))
     assert (good.reward, good.reward_values) == (1.5, {"answer": 1.0, "shape": 1.0})
     assert (shapeless.reward, shapeless.reward_values) == (1.0, {"answer": 1.0, "shape": 0.0})
 
 
 def test_a_cancelled_item_leaves_no_process_out_of_step(awkward: Any) -> None:
-    async def work(judge: Scorer) -> float:
-        task = asyncio.create_task(judge(QUERY, response("hang")))
+    async def work(scorer: Scorer) -> float:
+        task = asyncio.create_task(scorer(QUERY, response("hang")))
         await asyncio.sleep(0.3)
         task.cancel()
         with pytest.raises(asyncio.CancelledError):
             await task
-        return (await judge(QUERY, response("good"))).reward
+        return (await scorer(QUERY, response("good"))).reward
 
-    assert with_judge(awkward, work, num_workers=1) == 1
+    assert with_scorer(awkward, work, num_workers=1) == 1
 
 
 def test_rewards_that_cannot_be_made_say_so_at_the_start(tmp_path: Path) -> None:
     path = tmp_path / "broken.py"
     path.write_text("import nowhere_at_all\ndef f(q, r): ...\n")
     with pytest.raises(ConfigError, match="No module named 'nowhere_at_all'"):
-        with_judge(parts(mine={"kind": "python", "function": f"{path}:f"}), lambda judge: scores(judge, "x"))
+        with_scorer(reward_configs(mine={"kind": "python", "function": f"{path}:f"}), lambda s: scores(s, "x"))
 
 
 def test_a_process_that_does_not_come_up_is_not_the_answers_fault(monkeypatch: pytest.MonkeyPatch) -> None:
     async def run(command: list[str]) -> None:
         monkeypatch.setattr(reward_workers, "in_the_open", lambda program: lambda: nullcontext(Launch(command)))
-        pool = workers.RewardProcesses(config(num_workers=1, start_deadline_s=1), parts(a={"kind": "exact"}))
+        pool = reward_workers.RewardProcesses(
+            config(num_workers=1, start_deadline_s=1), reward_configs(a={"kind": "exact"})
+        )
         with pytest.raises(RewardUnavailable, match="a worker process did not start"):
             await pool.start()
 
