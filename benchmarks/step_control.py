@@ -1,4 +1,4 @@
-"""What step control costs: two learner groups on ZeRO-3, one with it and one without, in turns on the same batches.
+"""Cost of step control: two learner groups on ZeRO-3, one with it and one without, alternate on the same batches.
 
     python -m benchmarks.step_control
 
@@ -23,6 +23,7 @@ from quatro_ray.config import LearnerConfig, QuatroConfig, StepControlConfig, Ti
 from quatro_ray.engines.learner_spec import LearnerSpec
 from quatro_ray.engines.tiny_model import make_model, save_pretrained
 from quatro_ray.engines.tiny_tokenizer import make_tokenizer
+from quatro_ray.replay.buffer import LeasedBatch
 from quatro_ray.replay.staleness import Lineage
 from quatro_ray.types import Outcome, Query, Rollout, RolloutGroup, Score, VersionSpan
 
@@ -56,7 +57,7 @@ def start(model_path: Path, control: StepControlConfig) -> list[Any]:
 
 
 def make_groups(version: int) -> tuple[RolloutGroup, ...]:
-    """Random rollouts of two steps ago."""
+    """Return random rollouts that were sampled two steps before `version`."""
     rng = np.random.default_rng(version)
 
     def one() -> Rollout:
@@ -74,9 +75,8 @@ def make_groups(version: int) -> tuple[RolloutGroup, ...]:
 
 def timed_step(actors: list[Any], groups: Any, version: int) -> tuple[float, dict[str, Any]]:
     begun = time.perf_counter()
-    metrics = ray.get([a.train_step.remote((groups, Lineage.unbroken(version)), version) for a in actors], timeout=300)[
-        0
-    ]
+    leased = LeasedBatch(groups, Lineage.unbroken(version))
+    metrics, *_ = ray.get([a.train_step.remote(leased, version) for a in actors], timeout=300)
     return time.perf_counter() - begun, metrics
 
 

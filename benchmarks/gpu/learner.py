@@ -60,7 +60,7 @@ class Case:
     shape: str
     device: str = "cuda"
     response_tokens: int = 2_048
-    """The longest response; lengths are uniform from half of it."""
+    """Tokens of the longest response; lengths are uniform from half of it upwards."""
     micro_tokens: int = 8_192
     groups: int = 4
     group_size: int = 4
@@ -70,7 +70,7 @@ class Case:
     control: bool = True
     attention: str = "sdpa"
     head_scale: float = 1.0
-    """Multiplies the embedding, which is tied to the head: a larger one makes peaked distributions."""
+    """Factor on the embedding, which is tied to the head; a larger one makes peaked distributions."""
 
 
 _SMALL = Case("tiny", device="cpu", response_tokens=48, micro_tokens=512, num_steps=2)
@@ -95,7 +95,7 @@ CASES = {
 
 
 def save_random_model(case: Case, path: str) -> int:
-    """Writes a Qwen2 model with random weights and returns its number of parameters."""
+    """Write a Qwen2 model with random weights, and return its number of parameters."""
     from transformers import Qwen2Config, Qwen2ForCausalLM
 
     shape = SHAPES[case.shape]
@@ -148,7 +148,7 @@ def make_engine(case: Case, path: str) -> LearningEngine:
 
 
 def random_batch(case: Case, version: int, rng: np.random.Generator) -> LearnerBatch:
-    """Random tokens with random rewards of 0 and 1, as if sampled from the uniform distribution."""
+    """Return random tokens with random rewards of 0 and 1, as if sampled from the uniform distribution."""
     vocab = SHAPES[case.shape].vocab
 
     def tokens(count: int) -> np.ndarray:
@@ -169,7 +169,7 @@ def random_batch(case: Case, version: int, rng: np.random.Generator) -> LearnerB
 
 
 def run_step(case: Case, engine: LearningEngine, rng: np.random.Generator, num_parameters: int) -> dict[str, Any]:
-    """Trains one step and returns its figures; the model FLOPs count 6 a parameter and token, attention left out."""
+    """Train one step and return its figures; model FLOPs are 6 per parameter and token, without attention."""
     batch = random_batch(case, engine.version, rng)
     num_tokens = sum(len(micro.token_ids) for micro in batch.micro_batches[0])
     start = time.perf_counter()
@@ -192,7 +192,7 @@ def run_step(case: Case, engine: LearningEngine, rng: np.random.Generator, num_p
 
 
 def run_case(name: str) -> dict[str, Any]:
-    """Runs one case in this process."""
+    """Run one case in this process."""
     case, rng = CASES[name], np.random.default_rng(0)
     with tempfile.TemporaryDirectory() as path:
         num_parameters = save_random_model(case, path)
@@ -205,7 +205,7 @@ def run_case(name: str) -> dict[str, Any]:
 
 
 def run_apart(name: str) -> dict[str, Any]:
-    """Runs one case in a process of its own; a failure is returned as the last line of its error."""
+    """Run one case in a process of its own, and return its result or the last line of its error."""
     command = [sys.executable, "-m", "benchmarks.gpu.learner", "--here", name]
     try:
         done = subprocess.run(command, capture_output=True, text=True, timeout=_DEADLINE_S)

@@ -107,7 +107,7 @@ def first_order_eta(rewards: Tensor, valid: Tensor, kl_budget_nats: Tensor | flo
     """
     std = group_mean(group_centred(rewards.double(), valid).square(), valid).sqrt()
     budget = torch.as_tensor(kl_budget_nats, dtype=torch.float64, device=rewards.device)
-    return ((2 * budget).sqrt() / std).clamp(max=max_eta)  # ∞ where all rewards are equal: max_eta
+    return ((2 * budget).sqrt() / std).clamp(max=max_eta)  # if all rewards are equal, ∞ becomes max_eta
 
 
 @torch.no_grad()

@@ -118,6 +118,7 @@ class StepReport:
     num_passes: int
 
     def metrics(self) -> dict[str, float | list[float]]:
+        """Return the metrics by area/name."""
         return {
             "step_control/kl_nats": self.kl_nats.tolist(),
             "step_control/budget_nats": self.budget_nats.tolist(),

@@ -154,6 +154,7 @@ class CheckpointStore:
 
 
 def checkpoint_store(config: Config) -> CheckpointStore:
+    """Return the store of a run's checkpoints."""
     return CheckpointStore(config.checkpoint_dir, config.checkpoint.keep)
 
 
@@ -196,7 +197,7 @@ def _seal(writing: Path, record: Mapping[str, Any], digests: Digests) -> Digests
     return digests
 
 
-def _write(path: Path, value: Any) -> None:
+def _write(path: Path, value: Mapping[str, object]) -> None:
     path.write_text(json.dumps(value))
 
 

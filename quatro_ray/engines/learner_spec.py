@@ -1,4 +1,4 @@
-"""What a learner rank is built from; the import is cheap, so that the process that spawns ranks loads no torch."""
+"""Specification of a learner; importing it is cheap, so that the process that spawns the ranks loads no torch."""
 
 from __future__ import annotations
 

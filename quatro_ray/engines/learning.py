@@ -42,7 +42,7 @@ _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
 @dataclass(frozen=True)
 class _Loaded:
-    """What `start` makes. `reference`: the policy that reference_kl_coef holds on to; None without that term."""
+    """State that `start` creates. `reference`: the reference policy; None if reference_kl_coef is 0."""
 
     policy: PolicyModel
     engine: ZeroEngine

@@ -24,7 +24,7 @@ from quatro_ray.types import StepMetrics
 
 @dataclass(frozen=True)
 class Prepared:
-    """What an objective computes once per step, before any gradient.
+    """Result of an objective's computation once per step, before any gradient.
 
     Attributes:
         advantage: float64 [Q, G].

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING
 
 from quatro_ray.config import Config, TinyModelConfig
 from quatro_ray.engines.tiny_tokenizer import MAX_POSITIONS, make_tokenizer
 from quatro_ray.errors import ConfigError
 
-_NEUTRAL: dict[str, tuple[Any, ...]] = {
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+_NEUTRAL: dict[str, tuple[object, ...]] = {
     "final_logit_softcapping": (None,),
     "logit_scale": (None, 1.0),
     "logits_scaling": (None, 1.0),
@@ -16,7 +19,7 @@ _NEUTRAL: dict[str, tuple[Any, ...]] = {
 """Fields of a model's configuration that change logits after the head, each with its values that change nothing."""
 
 
-def load_tokenizer(path: str) -> Any:
+def load_tokenizer(path: str) -> PreTrainedTokenizerBase:
     """Load a tokenizer from a folder or the hub.
 
     Raises:
@@ -30,7 +33,7 @@ def load_tokenizer(path: str) -> Any:
         raise _not_loaded(path, error) from error
 
 
-def tokenizer_of(config: Config) -> Any:
+def tokenizer_of(config: Config) -> PreTrainedTokenizerBase:
     """Return the tokenizer of the model to train; that of a tiny model exists before the model does."""
     if isinstance(config.model, TinyModelConfig):
         return make_tokenizer()

@@ -14,6 +14,7 @@ from quatro_ray.data.chat_template import encode_conversation
 from quatro_ray.errors import ConfigError
 
 if TYPE_CHECKING:
+    from transformers import PretrainedConfig
     from vllm.v1.engine.async_llm import AsyncLLM
 
 _SUFFIX = "ForSequenceClassification"
@@ -95,7 +96,7 @@ class RewardModelEngine:
             self._llm = None
 
 
-def _check(model: Any, config: ModelRewardConfig) -> None:
+def _check(model: PretrainedConfig, config: ModelRewardConfig) -> None:
     """Raise ConfigError unless the model has a score head with one label.
 
     Without a score head vLLM would not fail: it would make one from weights that were never trained for it.

@@ -34,7 +34,7 @@ class RandomStates(TypedDict):
 
 
 class ClientState(TypedDict):
-    """What a rank stores in a checkpoint in addition to DeepSpeed's own state."""
+    """State that a rank stores in a checkpoint in addition to DeepSpeed's own."""
 
     version: int
     step_control_kept: float

@@ -27,7 +27,7 @@ from vllm.distributed.weight_transfer.base import (
 
 @dataclass(kw_only=True)
 class GlooInitInfo(WeightTransferInitInfo):
-    """What a worker needs to join; its rank is `rank_offset` plus its rank inside the engine."""
+    """Arguments for a worker to join; its rank is `rank_offset` plus its rank inside the engine."""
 
     master_address: str
     master_port: int
@@ -47,7 +47,7 @@ class GlooUpdateInfo(WeightTransferUpdateInfo):
 
 @dataclass
 class GlooTrainerInitInfo(TrainerInitInfo):
-    """What a trainer rank needs to join. `world_size`: the sending trainer rank and every engine worker."""
+    """Arguments for a trainer rank to join. `world_size`: the sending trainer rank and every engine worker."""
 
     backend: ClassVar[str] = "gloo"
 
