@@ -107,7 +107,7 @@ class SandboxLimits(Section):
     cpu_s: float = Field(5, gt=0)
     """CPU time, in seconds."""
     wall_s: float = Field(8, gt=0)
-    """Elapsed time, in seconds, including the start of the sandbox. At most verifier.deadline_s."""
+    """Elapsed time, in seconds. kind: code counts the start of the sandbox, and needs at most verifier.deadline_s."""
     memory_mib: int = Field(512, ge=64)
     """Address space of each of its processes, MiB."""
     max_processes: int = Field(32, ge=1)
