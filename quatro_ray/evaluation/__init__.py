@@ -1,1 +1,1 @@
-"""pass@k and its relatives on held-out questions."""
+"""Evaluation on held-out questions: pass@k, maj@k and related metrics, and the engines that answer."""

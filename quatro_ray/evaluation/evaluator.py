@@ -1,4 +1,4 @@
-"""Evaluates every held-out set under one policy, on whatever engines it is given."""
+"""Evaluates every held-out set under one policy, on the engines of training or on engines of its own."""
 
 from __future__ import annotations
 
@@ -30,7 +30,20 @@ _SHUTDOWN_S = 30
 async def evaluate_set(
     config: Config, sampler: Sampler, name: str, queries: Sequence[Query], version: int, step: int
 ) -> EvaluationResult:
-    """Raises StallError where it misses evaluation.deadline_s; ClusterError where a question cannot be evaluated."""
+    """Evaluate one held-out set.
+
+    Args:
+        config: `evaluation` and, for what it leaves open, `generator` say how responses are sampled.
+        sampler: generates and scores.
+        name: name of the held-out set.
+        queries: its questions.
+        version: policy version of the sampler's engines.
+        step: optimiser step of that policy.
+
+    Raises:
+        StallError: the evaluation missed evaluation.deadline_s.
+        ClusterError: a question could not be evaluated.
+    """
     settings, generator = config.evaluation, config.generator
     sampling = SamplingParams(
         generator.temperature if settings.temperature is None else settings.temperature,
@@ -56,11 +69,13 @@ async def evaluate_set(
 
 
 class Evaluator:
-    """Engines of their own, which live as long as one evaluation: pinned to one policy, while training goes on.
+    """Evaluates a policy on dedicated engines, which start and end with the evaluation, while training continues.
 
     Args:
-        spawn: makes an engine actor for the model in a folder, given its number.
-        environments: pools by the name of the source whose rollouts are episodes.
+        config: `evaluation.num_engines` is the number of engines.
+        verifiers: scores the groups.
+        spawn: starts an engine actor, given the folder of the model and the engine's index.
+        environments: environment pools by the name of the data source whose rollouts are episodes.
     """
 
     def __init__(
@@ -83,10 +98,19 @@ class Evaluator:
         held_out: Mapping[str, Sequence[Query]],
         note: Callable[[str], None],
     ) -> list[EvaluationResult]:
-        """Where an engine is lost, once more with new ones.
+        """Evaluate all held-out sets; if an engine is lost, once more with new engines.
+
+        Args:
+            model_path: folder of the policy.
+            version: its policy version.
+            step: its optimiser step.
+            held_out: questions by the name of their set.
+            note: receives lines for notes.log.
 
         Raises:
-            PoolLost: one was lost again; and what `evaluate_set` raises.
+            PoolLost: an engine was lost in the second attempt too.
+            StallError: see `evaluate_set`.
+            ClusterError: see `evaluate_set`.
         """
 
         async def once() -> list[EvaluationResult]:
@@ -101,7 +125,7 @@ class Evaluator:
 
     @asynccontextmanager
     async def _sampler(self, model_path: Path | str, note: Callable[[str], None]) -> AsyncIterator[Sampler]:
-        """On engines of its own, which end with it."""
+        """Start engines, and end them after the with block."""
         engines = [self._spawn(str(model_path), i) for i in range(max(1, self._config.evaluation.num_engines))]
         try:
             await self._start(engines)
@@ -123,6 +147,6 @@ class Evaluator:
 
 async def _end(engines: Sequence[Any]) -> None:
     for engine in engines:
-        with suppress(TimeoutError, GetTimeoutError, RayError):  # it is killed in any case
+        with suppress(TimeoutError, GetTimeoutError, RayError):  # the engine is killed in any case
             await within(_SHUTDOWN_S, value_of(engine.shutdown.remote()))
         ray.kill(engine)

@@ -1,4 +1,4 @@
-"""pass@k and its relatives on held-out questions, by the same engines and rewards that training uses."""
+"""Metrics of held-out questions, pass@k, maj@n and others, with the engines and rewards that training uses."""
 
 from __future__ import annotations
 
@@ -23,9 +23,14 @@ class Pools(Protocol):
 
 
 def pass_at_k(num_correct: Sequence[int], num_samples: int, k: int) -> float:
-    """Unbiased estimate 1 − C(n−c, k)/C(n, k), as a stable product, averaged over queries.
+    """Return the unbiased estimate 1 − C(n−c, k)/C(n, k), computed as a stable product, averaged over queries.
 
     Source: Chen et al., arXiv 2107.03374, eq. 1. The plug-in 1 − (1 − c/n)^k is biased low.
+
+    Args:
+        num_correct: c of each query.
+        num_samples: n, the same for all queries.
+        k: at most n.
 
     Raises:
         ValueError: k exceeds the number of samples.
@@ -42,7 +47,7 @@ def _share_without_success(correct: int, n: int, k: int) -> float:
 
 
 def majority_is_right(answers: Sequence[str | None], correct: Sequence[bool]) -> bool:
-    """Whether the most frequent answer is right; of equally frequent ones the first. None: no answer was given."""
+    """Return whether the most frequent answer is correct; of equally frequent ones the first. None is no answer."""
     counts = Counter(a for a in answers if a is not None)
     if not counts:
         return False
@@ -51,7 +56,7 @@ def majority_is_right(answers: Sequence[str | None], correct: Sequence[bool]) ->
 
 
 def standard_error(rates: Sequence[float]) -> float:
-    """Of the mean over questions; 0 for a single one, of which nothing can be said."""
+    """Return the standard error of the mean over questions; 0 for a single one, which has no spread."""
     return float(np.std(rates, ddof=1) / math.sqrt(len(rates))) if len(rates) > 1 else 0.0
 
 
@@ -67,9 +72,18 @@ async def evaluate(
     step: int,
     num_read: int = 0,
 ) -> EvaluationResult:
-    """Samples every query `num_samples` times. `sample` says which responses are right (actors/verifier.py).
+    """Sample every query `num_samples` times and compute the metrics; actors/verifier.py decides which are correct.
 
-    `num_read`: of so many questions, the first, the responses are kept for people to read.
+    Args:
+        pools: generates and scores.
+        name: name of the held-out set.
+        queries: its questions.
+        sampling: its seed is the one of the first query; the others' follow from it.
+        num_samples: responses to each question.
+        pass_at: values of k.
+        version: policy version of the engines.
+        step: optimiser step of that policy.
+        num_read: number of first questions whose responses are kept for people to read.
     """
 
     async def one(index: int, query: Query) -> tuple[GroupSummary, dict[str, Any] | None]:
