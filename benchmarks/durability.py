@@ -1,11 +1,11 @@
-"""What it costs that nothing is lost: the ledger's writes and the checkpoints, over the time of a step.
+"""The price of durability: the time of the ledger's writes and the checkpoints, relative to a training step.
 
     python -m benchmarks.durability [section.field=value …]
 
-Trains the demo for some steps with its checkpoints, and reads from the run's own timeline how long they kept the
-learner. The ledger is timed beside it on groups of the same shape: a whole life of B groups, in a file as the run has
-it and in memory, in turns; what the file adds is charged to the step as if the learner waited for all of it. Ends with
-one line of JSON, and with status 1 where the price exceeds TARGET.
+Trains the demo for some steps with its checkpoints, and reads from the run's timeline how long they blocked the
+learner. The ledger is timed separately on groups of the same shape: the whole life cycle of B groups, alternately in a
+file, as in a run, and in memory. The difference is charged to the step as if the learner waited for all of it. The last
+line is JSON; the exit status is 1 if the price exceeds TARGET.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ _ROUNDS = 30
 
 
 def one_step_s(buffer: ReplayBuffer, config: Config, step: int) -> float:
-    """Seconds of everything that the ledger does for B groups, from admission to commit."""
+    """Return the seconds that the ledger spends on B groups from admission to commit."""
     size, length = config.replay.group_size, config.generator.max_response_tokens
     queries = [Query(f"{step}/{i}", "1+2+3=", "6", source="sums") for i in range(config.replay.groups_per_step)]
     made = [group(0, *(rollout(length, version=step) for _ in range(size)), prompt_tokens=8) for _ in queries]
@@ -41,7 +41,7 @@ def one_step_s(buffer: ReplayBuffer, config: Config, step: int) -> float:
         buffer.start(group_id)
         buffer.generated(group_id)
         buffer.ready(type(whole)(group_id, whole.query, whole.prompt_token_ids, whole.rollouts))
-    assert buffer.lease(step) is not None
+    assert None not in buffer.lease(step)
     buffer.commit(step)
     if step % _CHECKPOINT_EVERY == 0:
         buffer.absorbed(step)
@@ -49,7 +49,7 @@ def one_step_s(buffer: ReplayBuffer, config: Config, step: int) -> float:
 
 
 def ledger_s(config: Config, folder: Path) -> tuple[float, float]:
-    """Medians, seconds a step: in a file, in memory."""
+    """Return the median seconds a step, with the ledger in a file and in memory."""
     durable, fleeting = (
         ReplayBuffer(config.replay, path, num_steps=10 * _ROUNDS) for path in (folder / "ledger.sqlite", ":memory:")
     )
@@ -58,7 +58,7 @@ def ledger_s(config: Config, folder: Path) -> tuple[float, float]:
 
 
 def phases(run_dir: Path) -> dict[str, list[float]]:
-    """Seconds, by what the learner did."""
+    """Return the durations in seconds of the learner's phases by name."""
     found: dict[str, list[float]] = {}
     for line in (run_dir / "timeline.jsonl").read_text().splitlines():
         record: dict[str, Any] = json.loads(line)

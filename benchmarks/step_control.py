@@ -95,7 +95,7 @@ def measure() -> dict[str, Any]:
                 if name == "on":
                     acted.append(metrics["step_control/acted"])
                     passes.append(metrics["step_control/num_passes"])
-    # the first steps allocate
+    # without the first steps, which allocate memory
     ratios = sorted(a / b - 1 for a, b in zip(seconds["on"][3:], seconds["off"][3:], strict=True))
     return {
         "step_control_cost": statistics.median(ratios),

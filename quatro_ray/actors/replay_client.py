@@ -1,36 +1,43 @@
-"""The replay actor as a plain async object: what the controller and its tests see.
-
-Summaries are awaited; groups stay references that go from actor to actor.
-"""
+"""The replay actor as a plain async object, which restarts the actor if it hangs."""
 
 from __future__ import annotations
 
 import asyncio
 from collections.abc import Callable
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import ray
 from ray.exceptions import RayTaskError
 
 from quatro_ray.actors.calls import value_of
+from quatro_ray.actors.interfaces import GroupRef, LeasedRef
 from quatro_ray.errors import DiskFull, StallError
+from quatro_ray.replay.buffer import FallBack, LeaseSummary, RecoveredState, ReplayStats
 from quatro_ray.timeouts import within
 from quatro_ray.types import DropReason, Query
 
+if TYPE_CHECKING:
+    from ray.actor import ActorHandle
+
 
 class ReplayClient:
-    """An actor that dies is started again by Ray, which repeats what was under way; one that hangs is killed first.
+    """The methods of ReplayBuffer as coroutines.
 
-    Every call raises StallError when the replay actor does not answer, tries included.
+    Ray restarts an actor that dies and repeats the call; an actor that hangs is killed first. Every call raises
+    StallError if the actor does not answer within the deadline, retries included.
+
+    Args:
+        actor: a ReplayActor.
+        deadline_s: how long one call may take, in seconds.
     """
 
     _TRIES = 3
 
-    def __init__(self, actor: Any, deadline_s: float) -> None:
+    def __init__(self, actor: ActorHandle, deadline_s: float) -> None:
         self._actor = actor
         self._deadline_s = deadline_s
 
-    async def recover(self) -> dict[str, Any]:
+    async def recover(self) -> RecoveredState:
         return await self._call("recover")
 
     async def pending(self) -> list[tuple[int, Query]]:
@@ -51,20 +58,20 @@ class ReplayClient:
     async def retry(self, group_id: int) -> None:
         await self._call("retry", group_id)
 
-    async def ready(self, group: Any) -> None:
+    async def ready(self, group: GroupRef) -> None:
         await self._call("ready", group)
 
     async def drop(self, group_id: int, reason: DropReason) -> None:
         await self._call("drop", group_id, reason)
 
-    async def lease(self, version: int, num_samples: int) -> tuple[dict[str, Any] | None, Any]:
-        """A summary, and a reference to what the learner needs."""
+    async def lease(self, version: int, num_samples: int = 0) -> tuple[LeaseSummary | None, LeasedRef]:
+        """Return a summary, and a reference to the LeasedBatch, which only the learner reads."""
         return await self._try(lambda: self._actor.lease.remote(version, num_samples))
 
     async def commit(self, version: int) -> int:
         return await self._call("commit", version)
 
-    async def fall_back(self, version: int, known: int) -> Any:
+    async def fall_back(self, version: int, known: int) -> FallBack:
         return await self._call("fall_back", version, known)
 
     async def flush(self) -> None:
@@ -76,14 +83,14 @@ class ReplayClient:
     async def end_run(self) -> None:
         await self._call("end_run")
 
-    async def stats(self) -> dict[str, Any]:
+    async def stats(self) -> ReplayStats:
         return await self._call("stats")
 
-    async def _call(self, method: str, *args: Any) -> Any:
+    async def _call(self, method: str, *args: object) -> Any:
         return (await self._try(lambda: (getattr(self._actor, method).remote(*args), None)))[0]
 
     async def _try(self, call: Callable[[], tuple[Any, Any]]) -> tuple[Any, Any]:
-        """`call` gives two references: the value of the first, and the second as it is."""
+        """Return the value of the first of two references, and the second reference unchanged."""
         for _ in range(self._TRIES):
             answer, rest = call()
             try:
@@ -101,6 +108,6 @@ class ReplayClient:
 
     def _stalled(self) -> StallError:
         return StallError(
-            f"the replay buffer did not answer within replay.deadline_s={self._deadline_s:g} s, {self._TRIES} times, "
-            "though it was started again: is the disk of run.dir full or gone?"
+            f"the replay buffer did not answer within replay.deadline_s={self._deadline_s:g} s in {self._TRIES} tries, "
+            "although it was restarted; check whether the disk of run.dir is full or gone"
         )

@@ -1,57 +1,30 @@
-"""One group generated and scored, outside of the ledger: what evaluation needs."""
+"""Generates and scores one group outside the ledger, which is what evaluation needs."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from typing import Any
 
-from ray.exceptions import RayError
-
-from quatro_ray.actors.verifier_pool import VerifierPool
+from quatro_ray.actors.generation_retry import GroupRequest, RetryHooks, generate
+from quatro_ray.actors.interfaces import Generators, GroupRef, Verifiers
 from quatro_ray.config import GeneratorConfig
-from quatro_ray.errors import ClusterError, last_line
+from quatro_ray.errors import ClusterError
 from quatro_ray.failures import EngineLost, GenerationFailed, VerifierFailed
 from quatro_ray.replay.serialization import readable
-from quatro_ray.timeouts import within
-from quatro_ray.types import DropReason, GenerationSummary, GroupSummary, Query, Rollout, SamplingParams
-
-
-async def try_generate(
-    generator: Any,
-    group_id: int,
-    query: Query,
-    sampling: SamplingParams,
-    size: int,
-    begun: tuple[Rollout, ...] = (),
-    *,
-    deadline_s: float,
-) -> tuple[GenerationSummary, Any]:
-    """A summary, and a reference to the group.
-
-    Raises:
-        GenerationFailed: this try failed.
-        EngineLost: the engine itself is gone.
-    """
-    try:
-        return await within(deadline_s, generator.generate(group_id, query, sampling, size, begun))
-    except TimeoutError as error:
-        detail = f"not generated within group_deadline_s={deadline_s:g} s"
-        raise GenerationFailed(DropReason.GENERATOR_ERROR, detail) from error
-    except RayError as error:
-        raise GenerationFailed(DropReason.GENERATOR_ERROR, last_line(error)) from error
+from quatro_ray.types import GroupSummary, Query, SamplingParams
 
 
 class Sampler:
-    """
+    """Generates and scores groups on the engines of training or on those of one evaluation.
+
     Args:
-        generators: a Fleet or a FixedPool of actors/fleet.py.
-        note: takes a line for the run's notes.
+        note: receives a line for notes.log.
     """
 
     def __init__(
         self,
-        generators: Any,
-        verifiers: VerifierPool,
+        generators: Generators,
+        verifiers: Verifiers,
         config: GeneratorConfig,
         note: Callable[[str], None],
     ) -> None:
@@ -75,18 +48,19 @@ class Sampler:
             raise ClusterError(f"evaluation: question {query.query_id!r} could not be scored: {failure}") from failure
         return summary, readable(await scored) if read else None
 
-    async def _generate(self, group_id: int, query: Query, sampling: SamplingParams, size: int) -> Any:
-        num_failed = num_lost = 0
-        while num_failed <= self._config.max_retries and num_lost <= self._config.max_engines_lost:
-            try:
-                async with self._generators.lend() as generator:
-                    deadline = self._config.group_deadline_s
-                    _, group = await try_generate(generator, group_id, query, sampling, size, deadline_s=deadline)
-                    return group
-            except GenerationFailed as failure:
-                num_failed += 1
-                self._note(f"question {query.query_id!r}: {failure}")
-            except EngineLost as lost:
-                num_lost += 1
-                self._note(f"question {query.query_id!r}: {lost}")
-        raise ClusterError(f"evaluation: question {query.query_id!r} could not be generated; see notes.log in the run")
+    async def _generate(self, group_id: int, query: Query, sampling: SamplingParams, size: int) -> GroupRef:
+        async def begin() -> None:
+            """Nothing is recorded of a group that is evaluated."""
+
+        async def retry(failure: GenerationFailed | EngineLost) -> None:
+            self._note(f"question {query.query_id!r}: {failure}")
+
+        request = GroupRequest(group_id, query, sampling, size)
+        try:
+            _, group = await generate(self._generators, request, self._config, RetryHooks(begin, retry))
+        except GenerationFailed as failure:
+            self._note(f"question {query.query_id!r}: {failure}")
+            raise ClusterError(
+                f"evaluation: question {query.query_id!r} could not be generated: {failure}; see notes.log in the run"
+            ) from failure
+        return group

@@ -1,11 +1,12 @@
-"""`quatro-ray eval`: a model on every held-out set of a configuration, without a learner."""
+"""The evaluation job, `quatro-ray eval`: a model on every held-out set of a configuration, without a learner."""
 
 from __future__ import annotations
 
 import asyncio
 import json
+import logging
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
 
 import ray
 from ray.exceptions import RayError
@@ -19,16 +20,30 @@ from quatro_ray.errors import ClusterError, ConfigError, last_line
 from quatro_ray.orchestrator.cluster import spawn_evaluation
 from quatro_ray.orchestrator.connection import connect
 from quatro_ray.telemetry.console import Progress
-from quatro_ray.types import EvaluationResult
+from quatro_ray.types import EvaluationResult, Query
+
+_logger = logging.getLogger(__name__)
 
 FILES = ("config.yaml", "model", "evaluations.jsonl", "evaluation_rollouts.jsonl", "notes.log")
 
 
-def evaluate_model(config: Config, model: str | None, checkpoint: str | None, out: Path) -> list[EvaluationResult]:
-    """See `find_model` for what is evaluated. Writes `FILES` into `out`; an earlier evaluation there is replaced.
+def evaluate_model(
+    config: Config, model: str | None, checkpoint: str | None, out: Path, *, verbose: bool = False
+) -> list[EvaluationResult]:
+    """Evaluate the model that `find_model` returns, and write `FILES`.
+
+    Args:
+        config: its held-out sets, rewards, engines and sampling are used.
+        model: see `find_model`.
+        checkpoint: see `find_model`.
+        out: folder of the results; an earlier evaluation in it is replaced.
+        verbose: show the output of all actors.
+
+    Returns:
+        One result for each held-out set.
 
     Raises:
-        QuatroError: for everything that a user can cause, with one clear message.
+        QuatroError: an error that the user can cause, with a message of one line.
     """
     check_environments(config.environments)
     dataset = make_dataset(config.data, config.rewards)
@@ -45,9 +60,10 @@ def evaluate_model(config: Config, model: str | None, checkpoint: str | None, ou
         def note(line: str) -> None:
             notes.write(line + "\n")
             notes.flush()
+            _logger.info("%s", line)
 
         try:
-            connect(config)
+            connect(config, show_actor_logs=verbose)
             results = asyncio.run(_evaluate(config, model_path, dataset.held_out, note))
         except RayError as error:
             raise ClusterError(f"an actor failed: {last_line(error)}") from error
@@ -59,8 +75,10 @@ def evaluate_model(config: Config, model: str | None, checkpoint: str | None, ou
     return results
 
 
-async def _evaluate(config: Config, model_path: str, held_out: Any, note: Any) -> list[EvaluationResult]:
-    cluster = spawn_evaluation(config, model_path)
+async def _evaluate(
+    config: Config, model_path: str, held_out: Mapping[str, Sequence[Query]], note: Callable[[str], None]
+) -> list[EvaluationResult]:
+    cluster = await spawn_evaluation(config, model_path)
     try:
         return await cluster.evaluator.evaluate(model_path, 0, 0, held_out, note)
     finally:
@@ -68,25 +86,31 @@ async def _evaluate(config: Config, model_path: str, held_out: Any, note: Any) -
 
 
 def find_model(config: Config, model: str | None, checkpoint: str | None, out: Path) -> str:
-    """`model`, or that of a checkpoint of the run, converted into `out`, or the run's export.
+    """Return the path of the model to evaluate.
+
+    Args:
+        config: `run.dir` and the checkpoint folder are used.
+        model: a folder or the name of a model on the hub. If neither this nor `checkpoint` is given, the run's export.
+        checkpoint: the tag of one of the run's checkpoints, such as `step_100`; it is converted into a folder in `out`.
+        out: folder of the results.
 
     Raises:
-        ConfigError: both are given, or what is asked for is not there.
+        ConfigError: both `model` and `checkpoint` are given, or the model does not exist.
     """
     if model is not None and checkpoint is not None:
-        raise ConfigError("--model and --checkpoint: only one of the two can be evaluated; leave one out")
+        raise ConfigError("--model and --checkpoint: give only one of them")
     if model is not None:
         return model_path(model)
     if checkpoint is not None:
         return _convert(config, checkpoint, out)
     export = config.run.dir / "export"
     if not export.is_dir():
-        raise ConfigError(f"{export}: there is no export yet; give --model or --checkpoint")
+        raise ConfigError(f"{export}: the run has no export yet; give --model or --checkpoint")
     return str(export)
 
 
 def _convert(config: Config, tag: str, out: Path) -> str:
-    """ZeRO shards to a folder that vLLM loads, by DeepSpeed's own converter; what is no weight is of the export."""
+    """Convert ZeRO shards to a folder that vLLM loads; tokenizer and configuration files are copied from the export."""
     checkpoints, export = config.checkpoint_dir, config.run.dir / "export"
     if not (checkpoints / tag).is_dir():
         have = sorted(p.name for p in checkpoints.glob("*") if p.is_dir())
@@ -99,14 +123,14 @@ def _convert(config: Config, tag: str, out: Path) -> str:
 
 
 def _make_folder(path: Path) -> None:
-    """Raises ConfigError where it holds something that is no evaluation."""
+    """Create the folder of the results. Raises ConfigError if it holds anything except an earlier evaluation."""
     try:
         if path.exists() and (not path.is_dir() or any(p.name not in FILES for p in path.iterdir())):
-            raise ConfigError(f"--out {path}: holds something else than an earlier evaluation; choose another folder")
+            raise ConfigError(f"--out {path}: holds files that are not an earlier evaluation; choose another folder")
         path.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise ConfigError(f"--out {path}: cannot be written ({error.strerror}); choose another folder") from error
 
 
-def _write(path: Path, records: list[dict[str, Any]]) -> None:
+def _write(path: Path, records: Sequence[Mapping[str, object]]) -> None:
     path.write_text("".join(json.dumps(record) + "\n" for record in records), encoding="utf-8")

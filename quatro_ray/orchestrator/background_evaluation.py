@@ -1,4 +1,4 @@
-"""Evaluations by engines of their own: of exported policies, one after the other, while training goes on."""
+"""Results of all evaluations in a run, and the loop that evaluates exported policies on dedicated engines."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import json
 import shutil
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Protocol
 
 from quatro_ray.telemetry.counters import Counters
 from quatro_ray.telemetry.recorder import Recorder
@@ -16,47 +16,67 @@ from quatro_ray.types import EvaluationResult, Query
 _MAX_PENDING = 2
 
 
+class DedicatedEvaluator(Protocol):
+    """Evaluates a policy on engines of its own (evaluation/evaluator.py)."""
+
+    async def evaluate(
+        self,
+        model_path: Path | str,
+        version: int,
+        step: int,
+        held_out: Mapping[str, Sequence[Query]],
+        note: Callable[[str], None],
+    ) -> list[EvaluationResult]: ...
+
+
 class BackgroundEvaluation:
-    """The books of a run's evaluations, whoever makes them, and the loop of those on engines of their own.
+    """Keeps the results of a run's evaluations, and evaluates exported policies one after the other.
 
     Args:
-        evaluator: evaluator.Evaluator; None: the generators evaluate, and nothing is ever pending.
-        folder: for exported policies, `version_N` each, and then their results, `version_N.json`: a checkpoint from
-            before them knows only that they are to come.
+        evaluator: None if evaluation runs on the training generators; then nothing is ever pending.
+        folder: holds exported policies as `version_N`, and their results as `version_N.json`. A checkpoint that was
+            written before an evaluation ended refers to these results.
     """
 
     def __init__(
-        self, evaluator: Any, held_out: Mapping[str, Sequence[Query]], folder: Path, recorder: Recorder, tally: Counters
+        self,
+        evaluator: DedicatedEvaluator | None,
+        held_out: Mapping[str, Sequence[Query]],
+        folder: Path,
+        recorder: Recorder,
+        counters: Counters,
     ) -> None:
         self._evaluator = evaluator
         self._held_out = held_out
         self._folder = folder
         self._recorder = recorder
-        self._tally = tally
-        self._pending: list[tuple[int, int]] = []  # version and step, until they are evaluated
+        self._counters = counters
+        self._pending: list[tuple[int, int]] = []  # (version, step), until they are evaluated
         self._changed = asyncio.Event()
-        self._fallen: list[tuple[int, int]] = []  # version and step after each fall
+        self._fallen: list[tuple[int, int]] = []  # (version, step) after each fall-back
         self.newest_step = -1
-        """The newest step that is evaluated or will be, of the line that goes on."""
+        """The newest step of the current lineage that is evaluated or pending."""
 
     def path(self, version: int) -> Path:
+        """Return the folder for the exported policy of `version`."""
         return self._folder / f"version_{version}"
 
     def _results(self, version: int) -> Path:
         return self._folder / f"version_{version}.json"
 
-    async def room(self) -> None:
-        """While one is evaluated, one may wait: training is never far ahead. The caller ends the wait."""
+    async def wait_for_capacity(self) -> None:
+        """Wait until at most one policy is waiting besides the one being evaluated. The caller bounds the wait."""
         await self._until(lambda: len(self._pending) < _MAX_PENDING)
 
     def exported(self, version: int, step: int) -> None:
-        """Its policy is in `path(version)`."""
+        """Queue the policy that was exported to `path(version)`."""
         self._pending.append((version, step))
         self._changed.set()
         self.newest_step = step
 
     async def loop(self) -> None:
-        """Consumes exported policies; unblocked by each. Waits without a deadline: there may be none to come."""
+        """Consume exported policies. Waits for an export, without a deadline: there may be none to come."""
+        assert self._evaluator is not None
         while True:
             await self._until(lambda: len(self._pending) > 0)
             version, step = self._pending[0]
@@ -74,8 +94,8 @@ class BackgroundEvaluation:
             self._changed.set()
 
     async def finish(self) -> None:
-        """Until all are evaluated, each within its own deadline."""
-        await self._until(lambda: not self._pending)  # no deadline of its own: the loop's evaluations have theirs
+        """Wait until all pending policies are evaluated; each evaluation has its own deadline."""
+        await self._until(lambda: not self._pending)
 
     async def _until(self, holds: Callable[[], bool]) -> None:
         while not holds():
@@ -83,22 +103,23 @@ class BackgroundEvaluation:
             await self._changed.wait()
 
     def add(self, results: Sequence[EvaluationResult]) -> None:
+        """Record results, except those of abandoned versions."""
         for result in results:
             if not self._is_abandoned(result.version, result.step):
-                self._tally.evaluations.append(result)
+                self._counters.evaluations.append(result)
                 self._recorder.evaluation(result)
                 self.newest_step = max(self.newest_step, result.step)
 
     def pending(self) -> list[tuple[int, int]]:
-        """For a checkpoint, beside the tally's results."""
+        """Return version and step of the pending policies, for a checkpoint."""
         return list(self._pending)
 
-    def take_up(self, pending: Sequence[Sequence[int]]) -> None:
-        """What was pending in the checkpoint from which the run goes on; the tally has its results."""
+    def resume(self, pending: Sequence[Sequence[int]]) -> None:
+        """Continue the evaluations that were pending in a checkpoint; the counters hold the earlier results."""
         for version, step in pending:
             if self._results(version).is_file():
                 found = json.loads(self._results(version).read_text())
-                self._tally.evaluations += [EvaluationResult.from_dict(r) for r in found]
+                self._counters.evaluations += [EvaluationResult.from_dict(r) for r in found]
             elif self.path(version).is_dir() and self._evaluator is not None:
                 self.exported(version, step)
             else:
@@ -108,12 +129,12 @@ class BackgroundEvaluation:
         for path in self._folder.glob("version_*"):
             if path.is_dir() and path not in needed:
                 shutil.rmtree(path)
-        self.newest_step = max([self.newest_step, *(e.step for e in self._tally.evaluations)])
+        self.newest_step = max([self.newest_step, *(e.step for e in self._counters.evaluations)])
 
     def fell_back(self, version: int, step: int) -> None:
-        """To this step, under a new version; what was evaluated of later ones is taken back."""
+        """Remove the results of later steps, after the learner fell back to `step` under the new `version`."""
         self._fallen.append((version, step))
-        self._tally.evaluations = [e for e in self._tally.evaluations if e.step <= step]
+        self._counters.forget_evaluations_after(step)
         self.newest_step = min(self.newest_step, step)
 
     def _is_abandoned(self, version: int, step: int) -> bool:

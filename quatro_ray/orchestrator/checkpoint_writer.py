@@ -1,13 +1,15 @@
-"""What a run leaves on the disk while it goes on: checkpoints, and the policy as users load it."""
+"""Writes checkpoints, and exports of the policy in Hugging Face format, while the run continues."""
 
 from __future__ import annotations
 
 import asyncio
 import shutil
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Mapping
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import TypeVar
 
+from quatro_ray.actors.interfaces import Learner, Replay
 from quatro_ray.config import Config
 from quatro_ray.engines.checkpoint_store import Checkpoint, CheckpointStore, check_room, replace_folder, size_of
 from quatro_ray.errors import CheckpointError
@@ -17,48 +19,63 @@ T = TypeVar("T")
 _TRY_AGAIN_S = 10.0
 
 
+@dataclass(frozen=True)
+class RunState:
+    """What a checkpoint holds besides the learner's shards: `saved` is JSON, and is restored by recovery.py."""
+
+    step: int
+    version: int
+    saved: Mapping[str, object]
+
+
 class CheckpointWriter:
-    """Saving does not stop generation. What finds no room is told and left out; the last of a run waits for room.
+    """Writes while generation continues.
+
+    A write that does not fit on the disk is reported and skipped. The last one of a run waits for space instead.
 
     Args:
-        replay, learner: the controller's parts; `lock`: held while the learner is used.
-        now: step, version and what else a checkpoint is to hold; asked with the lock held.
+        lock: held while the learner is used.
+        state: returns what the next checkpoint holds; called with the lock held.
     """
 
     def __init__(
         self,
         config: Config,
         store: CheckpointStore,
-        replay: Any,
-        learner: Any,
+        replay: Replay,
+        learner: Learner,
         lock: asyncio.Lock,
         recorder: Recorder,
-        now: Callable[[], tuple[int, int, dict[str, Any]]],
+        state: Callable[[], RunState],
     ) -> None:
         self._store, self._replay, self._learner = store, replay, learner
         self._lock = lock
         self._recorder = recorder
-        self._now = now
+        self._state = state
         self._num_steps = config.run.num_steps
         self._deadline_s = config.checkpoint.deadline_s
         self._path = config.run.dir / "export"
-        self.saved, self.exported = 0, 0
-        """Steps of the newest checkpoint and of the newest export, on the line that goes on."""
+        self.saved_step, self.exported_step = 0, 0
+        """Steps of the newest checkpoint and of the newest export in the current lineage; -1 if not known."""
 
-    async def keep(self, *, is_early: bool = False) -> None:
-        """A checkpoint, and what belongs to it: each where it is not there yet.
+    async def write(self, *, is_early: bool = False) -> None:
+        """Write the checkpoint and the export of the current step, unless they exist.
 
         Args:
-            is_early: the run ends before its time, so that an older export will do.
+            is_early: the run ends before its last step, so that an older export is enough.
         """
-        step = self._now()[0]
-        if self.saved < step:
+        step = self._state().step
+        if self.saved_step < step:
             await self._checkpoint()
-        if self.saved == step and self.exported < step and not (is_early and self._path.is_dir()):
+        if self.saved_step == step and self.exported_step < step and not (is_early and self._path.is_dir()):
             await self._export()
 
     async def export(self, path: Path) -> None:
-        """Written beside, then renamed. Raises CheckpointError where there is no room for one as large as the last."""
+        """Export to a folder beside `path`, then rename it.
+
+        Raises:
+            CheckpointError: the disk has no space for an export as large as the last one.
+        """
         path.parent.mkdir(parents=True, exist_ok=True)
         check_room(path.parent, size_of(self._path) if self._path.is_dir() else 0, "an export", "make room")
         writing = path.with_name(path.name + ".writing")
@@ -69,27 +86,25 @@ class CheckpointWriter:
 
     async def _checkpoint(self) -> None:
         with self._recorder.phase("learner", "checkpoint"):
-            checkpoint = await self._if_there_is_room("checkpoint", self._write)
+            checkpoint = await self._if_there_is_room("checkpoint", self._write_checkpoint)
         if checkpoint is None:
             return
-        self.saved = checkpoint.step
+        self.saved_step = checkpoint.step
         told = {"step": checkpoint.step, "version": checkpoint.version, "path": checkpoint.path.name}
         self._recorder.event("written", "checkpoint", **told)
         oldest = await asyncio.to_thread(self._store.oldest_version)
         await self._replay.absorbed(checkpoint.version if oldest is None else oldest)
 
-    async def _write(self) -> Checkpoint:
+    async def _write_checkpoint(self) -> Checkpoint:
         self._store.check_space()
         async with self._lock:
-            step, version, state = self._now()
-            await self._replay.flush()  # what the ledger has of this version is there if the checkpoint is
-            writing = self._store.begin(step)
+            state = self._state()
+            await self._replay.flush()  # a checkpoint must not survive a crash that its ledger entries do not
+            writing = self._store.begin(state.step)
             digests = await self._learner.save_checkpoint(writing, self._deadline_s)
-            return await asyncio.to_thread(self._store.commit, writing, version, state, digests)
+            return await asyncio.to_thread(self._store.commit, writing, state.version, state.saved, digests)
 
     async def _export(self) -> None:
-        """As `run.dir`/export."""
-
         async def write() -> bool:
             await self.export(self._path)
             return True
@@ -97,7 +112,16 @@ class CheckpointWriter:
         with self._recorder.phase("learner", "export"):
             written = await self._if_there_is_room("export", write)
         if written:
-            self.exported = self.saved
+            self.exported_step = self.saved_step
+
+    def fell_back(self, saved_step: int, step: int, *, is_export_known: bool) -> None:
+        """Continue from `step` after a fall-back to the checkpoint of `saved_step`.
+
+        Args:
+            is_export_known: False if an earlier process wrote the export, which may then be incomplete.
+        """
+        self.saved_step = saved_step
+        self.exported_step = min(self.exported_step, step) if is_export_known else -1
 
     async def _if_there_is_room(self, part: str, write: Callable[[], Awaitable[T]]) -> T | None:
         give_up = asyncio.get_running_loop().time() + self._deadline_s
@@ -105,7 +129,7 @@ class CheckpointWriter:
             try:
                 return await write()
             except CheckpointError as error:
-                step = self._now()[0]
+                step = self._state().step
                 self._recorder.event("failed", part, step=step, why=str(error))
                 if step < self._num_steps:
                     return None

@@ -1,22 +1,23 @@
-"""Placement, spawning and ending of all actors."""
+"""Spawns, starts and ends all actors of a run."""
 
 from __future__ import annotations
 
 import asyncio
 import itertools
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 import ray
+from ray.actor import ActorHandle
 from ray.exceptions import GetTimeoutError, RayError
-from ray.util.placement_group import remove_placement_group
+from ray.util.placement_group import PlacementGroup, remove_placement_group
 
+from quatro_ray.actors.calls import value_of
 from quatro_ray.actors.environment import EnvironmentActor
 from quatro_ray.actors.environment_pool import EnvironmentPool
-from quatro_ray.actors.fleet import Fleet
+from quatro_ray.actors.fleet import EngineSlot, Fleet
 from quatro_ray.actors.generator import GeneratorActor
 from quatro_ray.actors.generator_client import GeneratorClient
 from quatro_ray.actors.learner import LearnerActor
@@ -29,41 +30,91 @@ from quatro_ray.actors.verifier import VerifierActor
 from quatro_ray.actors.verifier_pool import VerifierPool
 from quatro_ray.config import Config, EnvironmentConfig, ModelRewardConfig
 from quatro_ray.engines.checkpoint_store import checkpoint_store
+from quatro_ray.engines.learner_spec import LearnerSpec
 from quatro_ray.environments.registry import environment_of
 from quatro_ray.errors import ClusterError, last_line
 from quatro_ray.evaluation.evaluator import Evaluator
 from quatro_ray.failures import LearnerLost
-from quatro_ray.orchestrator.controller import Components
-from quatro_ray.orchestrator.placement import Placer, reserve
+from quatro_ray.orchestrator.components import Components
+from quatro_ray.orchestrator.placement import Placer
 from quatro_ray.orchestrator.resources import bundles, evaluation_bundles
-from quatro_ray.rewards.registry import executing_parts
+from quatro_ray.rewards.registry import executing_rewards
+from quatro_ray.timeouts import within
 from quatro_ray.weight_sync.coordinator import WeightSyncCoordinator
 
 _SHUTDOWN_S = 30.0
 
 
-@dataclass
+@dataclass(frozen=True)
+class ScoringActors:
+    """The actors that score and play, which training and evaluation both need.
+
+    Attributes:
+        placement: the placement group of all actors of the run.
+        reward_models: the engines of each reward model, by the reward's name in the configuration.
+        environments: one pool per environment, by its name in the configuration.
+    """
+
+    placement: PlacementGroup
+    verifiers: VerifierPool
+    reward_models: dict[str, list[ActorHandle]]
+    environments: dict[str, EnvironmentPool]
+
+    @classmethod
+    def spawn(cls, place: Placer, model_path: str) -> ScoringActors:
+        """Create the actors, which are not started yet."""
+        reward_models = _reward_models(place)
+        verifiers = _verifiers(place, reward_models)
+        return cls(place.placement, verifiers, reward_models, _environments(place, model_path))
+
+    def by_source(self, config: Config) -> dict[str, EnvironmentPool]:
+        """Return the environment of each data source that has one."""
+        return {source: self.environments[name] for source, name in environment_of(config).items()}
+
+    async def start(self, config: Config) -> None:
+        """Start all actors.
+
+        Raises:
+            ClusterError: an actor failed, or did not start before its deadline.
+        """
+        for name, actors in self.reward_models.items():
+            reward = config.rewards[name]
+            assert isinstance(reward, ModelRewardConfig)
+            await _started(actors, reward.start_deadline_s, f"reward model {name}")
+        await _started(self.verifiers.actors, config.verifier.start_deadline_s, "verifier")
+        for name, pool in self.environments.items():
+            await _started(pool.actors, config.environments[name].start_deadline_s, f"environment {name}")
+
+    def by_role(self) -> dict[str, list[ActorHandle]]:
+        """Return the actors of each role."""
+        return {
+            **{f"reward model {name}": actors for name, actors in self.reward_models.items()},
+            **{f"environment {name}": pool.actors for name, pool in self.environments.items()},
+            "verifier": self.verifiers.actors,
+        }
+
+    def all(self) -> list[ActorHandle]:
+        """Return all actors."""
+        return [actor for actors in self.by_role().values() for actor in actors]
+
+
+@dataclass(frozen=True)
 class Cluster:
-    """All actors of a run."""
+    """All actors of a training run."""
 
     config: Config
-    placement: Any
     fleet: Fleet
     learner: LearnerGroup
-    replay: Any
-    verifiers: VerifierPool
-    reward_models: dict[str, list[Any]]
-    """By the name of their part of the reward."""
-    environments: dict[str, EnvironmentPool]
-    """By the name of the environment."""
+    replay: ActorHandle
+    scoring: ScoringActors
     evaluator: Evaluator | None
 
-    def parts(self) -> Components:
-        """What the controller drives."""
+    def components(self) -> Components:
+        """Return what the controller drives."""
         config = self.config
         return Components(
             generators=self.fleet,
-            verifiers=self.verifiers,
+            verifiers=self.scoring.verifiers,
             replay=ReplayClient(self.replay, config.replay.deadline_s),
             learner=self.learner,
             weight_sync=WeightSyncCoordinator(
@@ -73,37 +124,33 @@ class Cluster:
             evaluator=self.evaluator,
         )
 
-    def generators(self) -> list[Any]:
-        return [member.client.actor for member in self.fleet.members]
+    def generators(self) -> list[ActorHandle]:
+        """Return the actors of the engines."""
+        return [_client_of(slot).actor for slot in self.fleet.slots]
 
     def peak_rss_bytes(self) -> dict[str, int]:
-        """Summed over the actors of a role, those that are being replaced just now left out."""
+        """Return the peak memory of each role, without actors that are being replaced."""
         roles = {
-            **{f"reward model {name}": actors for name, actors in self.reward_models.items()},
-            **{f"environment {name}": pool.actors for name, pool in self.environments.items()},
+            **self.scoring.by_role(),
             "generator": self.generators(),
             "learner": self.learner.actors,
             "replay": [self.replay],
-            "verifier": self.verifiers.actors,
         }
         return {role: sum(_peak_rss_bytes(actor) for actor in actors) for role, actors in roles.items()}
 
     def shutdown(self) -> None:
-        """Ends the engines in order, then everything else; safe after a failure."""
-        judges = _judges(self.verifiers, self.reward_models, self.environments)
-        _end([*self.generators(), *judges], killed=[*self.learner.actors, self.replay])
-        remove_placement_group(self.placement)
+        """End the engines in order, then everything else; safe after a failure."""
+        _end([*self.generators(), *self.scoring.all()], killed=[*self.learner.actors, self.replay])
+        remove_placement_group(self.scoring.placement)
 
 
-def spawn(config: Config, model_path: str) -> Cluster:
-    """Places and starts all actors, engines and learner ranks side by side.
+async def spawn(config: Config, model_path: str) -> Cluster:
+    """Place and start all actors; engines and learner ranks start side by side.
 
     Raises:
-        ClusterError: the cluster is too small, or something did not start before its deadline.
+        ClusterError: the cluster is too small, or an actor did not start before its deadline.
     """
-    plan = bundles(config)
-    placement = reserve(config, plan)
-    place = Placer(config, plan, placement)
+    place = Placer.reserve(config, bundles(config))
     replay = place(ReplayActor, "replay", 0, max_restarts=-1, max_task_retries=-1).remote(
         config.replay, config.run.dir / "ledger.sqlite", num_steps=config.run.num_steps
     )
@@ -114,93 +161,61 @@ def spawn(config: Config, model_path: str) -> Cluster:
         config.sync_backend,
         config.generator.tensor_parallel_size,
     )
-    reward_models = _reward_models(config, place)
-    verifiers = _verifiers(config, place, reward_models)
-    environments = _environments(config, place, model_path)
-    evaluator = Evaluator(config, verifiers, partial(_engine, place, "evaluator"), _by_source(config, environments))
-    by_source = _by_source(config, environments)
+    scoring = ScoringActors.spawn(place, model_path)
+    environments = scoring.by_source(config)
     fleet = Fleet(
-        lambda index: GeneratorClient(_engine(place, "generator", model_path, index), by_source),
+        lambda index: GeneratorClient(_engine(place, "generator", model_path, index), environments),
         config.generator,
         config.cluster.liveness_deadline_s,
     )
-    cluster = Cluster(
-        config,
-        placement,
-        fleet,
-        learner,
-        replay,
-        verifiers,
-        reward_models,
-        environments,
-        evaluator if config.evaluation.num_engines else None,
-    )
+    evaluator = _evaluator(place, scoring) if config.evaluation.num_engines else None
+    cluster = Cluster(config, fleet, learner, replay, scoring, evaluator)
     try:
-        _start(cluster)
+        await _start(cluster)
     except BaseException:
         cluster.shutdown()
         raise
     return cluster
 
 
-@dataclass
+@dataclass(frozen=True)
 class EvaluationCluster:
-    """What `quatro-ray eval` needs; the evaluator starts its engines itself."""
+    """All actors of `quatro-ray eval`, besides the engines, which the evaluator starts itself."""
 
-    placement: Any
     evaluator: Evaluator
-    verifiers: VerifierPool
-    reward_models: dict[str, list[Any]]
-    environments: dict[str, EnvironmentPool]
+    scoring: ScoringActors
 
     def shutdown(self) -> None:
-        _end(_judges(self.verifiers, self.reward_models, self.environments))
-        remove_placement_group(self.placement)
+        """End all actors."""
+        _end(self.scoring.all())
+        remove_placement_group(self.scoring.placement)
 
 
-def spawn_evaluation(config: Config, model_path: str) -> EvaluationCluster:
-    """Places and starts verifiers, reward models and environments. Raises ClusterError like `spawn`."""
-    plan = evaluation_bundles(config)
-    placement = reserve(config, plan)
-    place = Placer(config, plan, placement)
-    reward_models = _reward_models(config, place)
-    verifiers = _verifiers(config, place, reward_models)
-    environments = _environments(config, place, model_path)
-    evaluator = Evaluator(config, verifiers, partial(_engine, place, "evaluator"), _by_source(config, environments))
-    cluster = EvaluationCluster(placement, evaluator, verifiers, reward_models, environments)
+async def spawn_evaluation(config: Config, model_path: str) -> EvaluationCluster:
+    """Place and start verifiers, reward models and environments. Raises ClusterError like `spawn`."""
+    place = Placer.reserve(config, evaluation_bundles(config))
+    scoring = ScoringActors.spawn(place, model_path)
+    cluster = EvaluationCluster(_evaluator(place, scoring), scoring)
     try:
-        _start_judges(config, verifiers, reward_models, environments)
+        await scoring.start(config)
     except BaseException:
         cluster.shutdown()
         raise
     return cluster
 
 
-def _start_judges(
-    config: Config,
-    verifiers: VerifierPool,
-    reward_models: dict[str, list[Any]],
-    environments: dict[str, EnvironmentPool],
-) -> None:
-    for name, actors in reward_models.items():
-        part = config.rewards[name]
-        assert isinstance(part, ModelRewardConfig)
-        _get([a.start.remote() for a in actors], part.start_deadline_s, f"reward model {name}")
-    _get([a.start.remote() for a in verifiers.actors], config.verifier.start_deadline_s, "verifier")
-    for name, pool in environments.items():
-        deadline = config.environments[name].start_deadline_s
-        _get([a.start.remote() for a in pool.actors], deadline, f"environment {name}")
+def _evaluator(place: Placer, scoring: ScoringActors) -> Evaluator:
+    engine = partial(_engine, place, "evaluator")
+    return Evaluator(place.config, scoring.verifiers, engine, scoring.by_source(place.config))
 
 
-def _judges(
-    verifiers: VerifierPool, reward_models: dict[str, list[Any]], environments: dict[str, EnvironmentPool]
-) -> list[Any]:
-    pools = [verifiers, *environments.values()]
-    return [a for actors in (*(p.actors for p in pools), *reward_models.values()) for a in actors]
+def _client_of(slot: EngineSlot) -> GeneratorClient:
+    assert isinstance(slot.client, GeneratorClient)
+    return slot.client
 
 
-def _end(actors: Sequence[Any], killed: Sequence[Any] = ()) -> None:
-    """Those that have processes of their own end them first; whoever does not is killed like the others."""
+def _end(actors: Sequence[ActorHandle], killed: Sequence[ActorHandle] = ()) -> None:
+    """Let `actors` end their own processes before they are killed; then kill `killed` too."""
     if own_node_lives():
         ending = [actor.shutdown.remote() for actor in actors]
         ray.wait(ending, num_returns=len(ending), timeout=_SHUTDOWN_S)
@@ -208,36 +223,35 @@ def _end(actors: Sequence[Any], killed: Sequence[Any] = ()) -> None:
         ray.kill(actor)
 
 
-def _start(cluster: Cluster) -> None:
-    config = cluster.config
-    engines = [actor.start.remote() for actor in cluster.generators()]
+async def _start(cluster: Cluster) -> None:
+    deadline = cluster.config.generator.start_deadline_s
+    engines = asyncio.create_task(_started(cluster.generators(), deadline, "generator"))
     try:
-        asyncio.run(cluster.learner.start())
+        await cluster.learner.start()
+        await cluster.scoring.start(cluster.config)
+        await engines
     except LearnerLost as error:
         raise ClusterError(f"{error}; see the logs under {_log_dir()}") from error
-    _start_judges(config, cluster.verifiers, cluster.reward_models, cluster.environments)
-    _get(engines, config.generator.start_deadline_s, "generator")
+    finally:
+        engines.cancel()
 
 
-def _ranks(place: Placer, model_path: str) -> list[Any]:
+def _ranks(place: Placer, model_path: str) -> list[ActorHandle]:
     config = place.config
-    return [
-        place(LearnerActor, "learner", i).remote(
-            model_path,
-            config.learner,
-            config.objective,
-            rank=i,
-            device=config.cluster.device,
-            temperature=config.generator.temperature,
-            max_response_tokens=config.generator.max_response_tokens,
-            seed=config.run.seed,
-            num_steps=config.run.num_steps,
-        )
-        for i in range(config.learner.num_ranks)
-    ]
+    spec = LearnerSpec(
+        model_path=model_path,
+        config=config.learner,
+        objective=config.objective,
+        device=config.cluster.device,
+        temperature=config.generator.temperature,
+        max_response_tokens=config.generator.max_response_tokens,
+        seed=config.run.seed,
+        num_steps=config.run.num_steps,
+    )
+    return [place(LearnerActor, "learner", i).remote(spec, rank=i) for i in range(config.learner.num_ranks)]
 
 
-def _engine(place: Placer, role: str, model_path: str, index: int) -> Any:
+def _engine(place: Placer, role: str, model_path: str, index: int) -> ActorHandle:
     config = place.config
     return place(GeneratorActor, role, index, max_concurrency=1000).remote(
         model_path,
@@ -248,7 +262,8 @@ def _engine(place: Placer, role: str, model_path: str, index: int) -> Any:
     )
 
 
-def _reward_models(config: Config, place: Placer) -> dict[str, list[Any]]:
+def _reward_models(place: Placer) -> dict[str, list[ActorHandle]]:
+    config = place.config
     return {
         name: [
             place(RewardModelActor, f"reward model {name}", i, max_concurrency=1000).remote(
@@ -261,11 +276,12 @@ def _reward_models(config: Config, place: Placer) -> dict[str, list[Any]]:
     }
 
 
-def _verifiers(config: Config, place: Placer, reward_models: dict[str, list[Any]]) -> VerifierPool:
-    sandboxed = executing_parts(config.rewards, [*config.data.train.values(), *config.data.eval.values()])
+def _verifiers(place: Placer, reward_models: dict[str, list[ActorHandle]]) -> VerifierPool:
+    config = place.config
+    sandboxed = executing_rewards(config.rewards, [*config.data.train.values(), *config.data.eval.values()])
     spawned = itertools.count()
 
-    def one() -> Any:
+    def one() -> ActorHandle:
         index = next(spawned) % config.verifier.num_actors
         actor = place(VerifierActor, "verifier", index, max_concurrency=1000)
         return actor.remote(config.rewards, config.verifier, reward_models, sandboxed)
@@ -273,37 +289,34 @@ def _verifiers(config: Config, place: Placer, reward_models: dict[str, list[Any]
     return VerifierPool(one, config.verifier)
 
 
-def _environments(config: Config, place: Placer, model_path: str) -> dict[str, EnvironmentPool]:
+def _environments(place: Placer, model_path: str) -> dict[str, EnvironmentPool]:
     def pool(name: str, environment: EnvironmentConfig) -> EnvironmentPool:
         spawned = itertools.count()
 
-        def one() -> Any:
+        def one() -> ActorHandle:
             index = next(spawned) % environment.num_actors
             actor = place(EnvironmentActor, f"environment {name}", index, max_concurrency=1000)
             return actor.remote(environment, model_path)
 
         return EnvironmentPool(one, environment)
 
-    return {name: pool(name, environment) for name, environment in config.environments.items()}
+    return {name: pool(name, environment) for name, environment in place.config.environments.items()}
 
 
-def _by_source(config: Config, environments: Mapping[str, EnvironmentPool]) -> dict[str, EnvironmentPool]:
-    return {source: environments[name] for source, name in environment_of(config).items()}
-
-
-def _peak_rss_bytes(actor: Any) -> int:
-    """0 where it does not answer: a figure for people is no reason for a run to fail in its last second."""
+def _peak_rss_bytes(actor: ActorHandle) -> int:
+    """Return 0 if the actor does not answer: a missing figure must not fail a run in its last second."""
     try:
         return int(ray.get(actor.peak_rss_bytes.remote(), timeout=10))
     except (GetTimeoutError, RayError):
         return 0
 
 
-def _get(refs: list[Any], deadline_s: float, what: str) -> list[Any]:
+async def _started(actors: Sequence[ActorHandle], deadline_s: float, what: str) -> None:
+    """Call `start` on all actors; raise ClusterError if one fails or misses the deadline."""
     try:
-        return ray.get(refs, timeout=deadline_s)
-    except GetTimeoutError as error:
-        raise ClusterError(f"{what} did not answer within {deadline_s:g} s") from error
+        await within(deadline_s, asyncio.gather(*(value_of(actor.start.remote()) for actor in actors)))
+    except TimeoutError as error:
+        raise ClusterError(f"{what} did not start within {deadline_s:g} s; see the logs under {_log_dir()}") from error
     except RayError as error:
         raise ClusterError(f"{what} failed: {last_line(error)}; see the logs under {_log_dir()}") from error
 

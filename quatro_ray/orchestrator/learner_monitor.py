@@ -1,11 +1,12 @@
-"""Who waits for something that only a living learner can bring hears here of its death."""
+"""Wakes every task that is waiting on the learner when the learner dies."""
 
 from __future__ import annotations
 
 import asyncio
 from collections.abc import Callable, Coroutine
-from typing import Any, TypeVar
+from typing import TypeVar
 
+from quatro_ray.actors.interfaces import Learner
 from quatro_ray.failures import LearnerLost
 from quatro_ray.timeouts import Overtaken, unless
 
@@ -14,13 +15,14 @@ _LOOK_EVERY_S = 0.1
 
 
 class LearnerMonitor:
-    """
+    """Watches the learner for the whole run.
+
     Args:
-        learner: actors/learner_group.py: LearnerGroup.
+        liveness_deadline_s: after this many seconds without an answer, a rank counts as dead.
         on_death: called at each death.
     """
 
-    def __init__(self, learner: Any, liveness_deadline_s: float, on_death: Callable[[], None]) -> None:
+    def __init__(self, learner: Learner, liveness_deadline_s: float, on_death: Callable[[], None]) -> None:
         self._learner = learner
         self._liveness_deadline_s = liveness_deadline_s
         self._on_death = on_death
@@ -28,7 +30,7 @@ class LearnerMonitor:
         self._why = ""
 
     async def loop(self) -> None:
-        """Watches the ranks for ever; after a death it waits for `restarted`."""
+        """Watch the ranks; after a death, wait for `restarted`."""
         while True:
             self._why = await self._learner.watch(self._liveness_deadline_s)
             self._died.set()
@@ -37,15 +39,16 @@ class LearnerMonitor:
                 await asyncio.sleep(_LOOK_EVERY_S)
 
     def restarted(self) -> None:
+        """Watch again, after all ranks were restarted."""
         self._died.clear()
 
     def check(self) -> None:
-        """Raises LearnerLost where it is dead."""
+        """Raise LearnerLost if the learner is dead."""
         if self._died.is_set():
             raise LearnerLost(self._why)
 
-    async def during(self, work: Coroutine[Any, Any, T]) -> T:
-        """Raises LearnerLost, with the work cancelled, where the learner dies first."""
+    async def during(self, work: Coroutine[object, object, T]) -> T:
+        """Run `work`, or cancel it and raise LearnerLost if the learner dies first."""
         try:
             return await unless(self._died, work)
         except Overtaken as error:

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
 
 import ray
-from ray.util.placement_group import placement_group, remove_placement_group
+from ray.actor import ActorClass
+from ray.util.placement_group import PlacementGroup, placement_group, remove_placement_group
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
 from quatro_ray.config import Config
@@ -14,33 +14,39 @@ from quatro_ray.errors import ClusterError
 from quatro_ray.orchestrator.resources import Bundle
 
 
-def reserve(config: Config, plan: Sequence[Bundle]) -> Any:
-    _check_fits(plan)
-    placement = placement_group([b.resources for b in plan], strategy="PACK")
-    if not placement.wait(config.cluster.start_deadline_s):
-        remove_placement_group(placement)
-        raise ClusterError(
-            f"no placement within cluster.start_deadline_s={config.cluster.start_deadline_s:g} s; "
-            f"free resources: {_show(ray.available_resources())}; `quatro-ray plan` shows what is asked for"
-        )
-    return placement
-
-
 class Placer:
-    """Puts an actor of a role into its bundle, with the environment of that role."""
+    """Puts an actor of a role into its bundle, with the environment variables of that role."""
 
-    def __init__(self, config: Config, plan: Sequence[Bundle], placement: Any) -> None:
+    def __init__(self, config: Config, plan: Sequence[Bundle], placement: PlacementGroup) -> None:
         self.config = config
+        self.placement = placement
         self._plan = plan
-        self._placement = placement
 
-    def __call__(self, actor_class: Any, role: str, index: int, **options: Any) -> Any:
+    @classmethod
+    def reserve(cls, config: Config, plan: Sequence[Bundle]) -> Placer:
+        """Reserve the resources of the plan.
+
+        Raises:
+            ClusterError: the cluster is too small, or the resources do not become free within the deadline.
+        """
+        _check_fits(plan)
+        placement = placement_group([b.resources for b in plan], strategy="PACK")
+        if not placement.wait(config.cluster.start_deadline_s):
+            remove_placement_group(placement)
+            raise ClusterError(
+                f"no placement within cluster.start_deadline_s={config.cluster.start_deadline_s:g} s; free resources: "
+                f"{_show(ray.available_resources())}; `quatro-ray plan` shows what the run needs"
+            )
+        return cls(config, plan, placement)
+
+    def __call__(self, actor_class: ActorClass, role: str, index: int, **options: object) -> ActorClass:
+        """Return the class with options, ready for `remote`."""
         position = next(i for i, b in enumerate(self._plan) if (b.role, b.index) == (role, index))
         resources = self._plan[position].resources
         return actor_class.options(
             num_cpus=resources.get("CPU", 0),
             num_gpus=resources.get("GPU", 0),
-            scheduling_strategy=PlacementGroupSchedulingStrategy(self._placement, position),
+            scheduling_strategy=PlacementGroupSchedulingStrategy(self.placement, position),
             runtime_env={"env_vars": self._environment(role)},
             **options,
         )

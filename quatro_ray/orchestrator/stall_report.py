@@ -1,28 +1,28 @@
-"""What everybody was doing when nothing moved any more."""
+"""Reports what every component was doing when the run stalled."""
 
 from __future__ import annotations
 
 import asyncio
+from collections.abc import Awaitable
 from pathlib import Path
-from typing import Any
 
+from quatro_ray.orchestrator.components import Components
 from quatro_ray.timeouts import within
 
 _LOOK_DEADLINE_S = 10.0
 FILE = "stall.txt"
 
 
-async def stall_report(parts: Any, run_dir: Path, version: int) -> str:
-    """Writes stacks of all actors, the ledger's counts and the engines' loads into `run_dir`; returns a short form.
+async def stall_report(components: Components, run_dir: Path, version: int) -> str:
+    """Write the stacks of all actors, the ledger's counts and the engines' loads to `run_dir`; return a summary.
 
-    `parts`: controller.Components. Whoever does not answer a look within 10 s is reported as such: that is a finding.
+    A component that does not answer within 10 s is reported as such.
     """
-    engines = {f"generator {m.index} ({m.record.state})": m.client for m in parts.generators.members}
-    stats, loads, learner, *stacks = await asyncio.gather(
-        _look(parts.replay.stats()),
+    engines = {f"generator {m.index} ({m.record.state})": m.client for m in components.generators.slots}
+    (stats, learner), loads, stacks = await asyncio.gather(
+        asyncio.gather(_look(components.replay.stats()), _look(components.learner.stacks())),
         asyncio.gather(*(_look(client.load()) for client in engines.values())),
-        _look(parts.learner.stacks()),
-        *(_look(client.stacks()) for client in engines.values()),
+        asyncio.gather(*(_look(client.stacks()) for client in engines.values())),
     )
     ranks = learner if isinstance(learner, list) else [learner]
     sections = {
@@ -38,10 +38,10 @@ async def stall_report(parts: Any, run_dir: Path, version: int) -> str:
     return f"Ledger: {stats}; {short}; version {version}. {run_dir / FILE} has the stacks of all actors"
 
 
-async def _look(work: Any) -> Any:
+async def _look(work: Awaitable[object]) -> object:
     try:
         return await within(_LOOK_DEADLINE_S, work)
     except TimeoutError:
         return f"does not answer within {_LOOK_DEADLINE_S:g} s: hung or stopped"
-    except Exception as error:  # what keeps it from answering is what the report is for
+    except Exception as error:  # the reason for which it does not answer is what the report is for
         return f"{type(error).__name__}: {error}"

@@ -1,4 +1,4 @@
-"""The replay buffer: the ledger, plus the rules for who gets in, who gets out, and when."""
+"""The replay buffer: the ledger, and the rules for admission, leasing and expiry of groups."""
 
 from __future__ import annotations
 
@@ -21,22 +21,69 @@ S = GroupState
 
 
 @dataclass(frozen=True)
-class Lease:
-    """B groups for the step that starts from the version of `lineage`; `metrics` are about their age."""
+class LeasedBatch:
+    """What the learner needs for one step: B groups, and the lineage of the version that it trains from."""
 
-    lineage: Lineage
     groups: tuple[RolloutGroup, ...]
+    lineage: Lineage
+
+
+@dataclass(frozen=True)
+class LeaseSummary:
+    """What the controller needs to know of a leased batch.
+
+    Attributes:
+        metrics: the age of the batch, by metric name.
+        samples: a few groups in the readable form of replay/serialization.py.
+    """
+
     metrics: dict[str, float]
+    samples: list[dict[str, Any]]
+
+
+@dataclass(frozen=True)
+class RecoveredState:
+    """What a new controller needs to know of the ledger of an earlier one.
+
+    Attributes:
+        next_id: the id of the next group to admit.
+        num_admitted: groups admitted so far, by source.
+        newest_version: the newest policy version that was ever issued.
+        num_tokens: sampled tokens of all groups that were ever ready, a lower bound of what was generated.
+    """
+
+    next_id: int
+    num_admitted: dict[str, int]
+    newest_version: int
+    num_tokens: int
+
+
+@dataclass(frozen=True)
+class ReplayStats:
+    """The ledger in numbers.
+
+    Attributes:
+        num_admitted: groups that were ever admitted.
+        num_opened: how often the ledger was opened, once for each life of the buffer.
+        groups: groups by state.
+        drops: dropped groups by reason.
+    """
+
+    num_admitted: int
+    num_opened: int
+    groups: dict[str, int]
+    drops: dict[str, int]
 
 
 @dataclass(frozen=True)
 class FallBack:
-    """The learner continues from a checkpoint.
+    """What happened to versions and groups when the learner continued from a checkpoint.
 
     Attributes:
-        version: the new number of its policy. step: optimiser steps of it.
-        num_ready: groups that were trained since and are ready again; num_pending: that are generated again, their
-            tokens being of a policy that does not exist any more.
+        version: the new version number of the learner's policy.
+        step: optimiser steps of that policy.
+        num_ready: groups that were trained since the checkpoint and are ready again.
+        num_pending: groups that are generated again, because a policy that no longer exists sampled their tokens.
     """
 
     version: int
@@ -46,9 +93,10 @@ class FallBack:
 
 
 class ReplayBuffer:
-    """Waiting is back-pressure: nothing is ever thrown out to make room; admission stops instead.
+    """Admits, holds and leases groups under the staleness rule.
 
-    Every method may be called again after its answer was lost: the second call changes nothing.
+    A full buffer exerts back-pressure: admission stops, and no group is thrown out to make room. Every method is
+    idempotent, so a call whose answer was lost may be repeated.
     """
 
     def __init__(
@@ -60,10 +108,11 @@ class ReplayBuffer:
         self.ledger = Ledger(path, clock)
 
     def capacity(self, version: int, num_idle: int = 0) -> int:
-        """Groups that may be started while the engines have `version`; never more than the run can train.
+        """Return how many groups may be started while the engines have `version`, at most what the run can train.
 
         Args:
-            num_idle: pending groups that nobody works on; they are the first that may be started.
+            version: the policy version of the engines.
+            num_idle: pending groups that no task works on. They count as free places, because they are started first.
         """
         counts = self.ledger.counts()
         num_live = sum(counts.values()) - counts[S.DROPPED] - num_idle
@@ -76,7 +125,11 @@ class ReplayBuffer:
         return max(0, min(by_age, self._num_steps * self._config.groups_per_step - num_live))
 
     def admit(self, first_id: int, queries: Sequence[Query], version: int) -> list[int]:
-        """Raises LedgerError beyond the capacity, and then admits none."""
+        """Admit `queries` as pending groups numbered from `first_id`, and return their ids.
+
+        Raises:
+            LedgerError: the queries exceed the capacity; none is admitted.
+        """
         with self.ledger.transaction():
             if self.ledger.next_id() < first_id + len(queries) and len(queries) > (room := self.capacity(version)):
                 raise LedgerError(f"{len(queries)} groups exceed the capacity of {room} at version {version}")
@@ -89,13 +142,14 @@ class ReplayBuffer:
         self.ledger.move([group_id], S.VERIFYING)
 
     def retry(self, group_id: int) -> None:
-        """Back to pending: whatever was under way for it is void."""
+        """Return a group to pending; a result of its earlier attempt is no longer accepted."""
         self.ledger.move([group_id], S.PENDING)
 
     def ready(self, group: RolloutGroup) -> None:
-        """
+        """Store a scored group, which may be leased from now on.
+
         Raises:
-            LedgerError: a token is of a version that the learner has abandoned: it cannot be trained on.
+            LedgerError: the learner has abandoned the version of a token, so the group cannot be trained on.
             ValueError: a rollout has no score.
         """
         lineage = self.ledger.versions.lineage(self.ledger.versions.newest())
@@ -115,7 +169,7 @@ class ReplayBuffer:
         self.ledger.move([group_id], S.DROPPED, reason=reason)
 
     def expire(self, lineage: Lineage) -> list[Entry]:
-        """Drops what could no longer be trained within the cap; returns it, lengths and rewards included."""
+        """Drop the ready groups that exceed the maximum staleness, and return their entries."""
         if self._config.on_stale == "train":
             return []
         stale = [
@@ -126,12 +180,18 @@ class ReplayBuffer:
         self.ledger.move([e.group_id for e in stale], S.DROPPED, reason=DropReason.STALE)
         return stale
 
-    def lease(self, version: int) -> Lease | None:
-        """The B ready groups with the oldest tokens, after expiry; None while there are fewer. What is leased already
-        comes again.
+    def lease(self, version: int, num_samples: int = 0) -> tuple[LeaseSummary | None, LeasedBatch | None]:
+        """Lease the B ready groups with the oldest tokens, after dropping expired ones.
 
-        Not by admission: a group that is generated again would come before others that have waited longer, and those
-        would expire.
+        The order is by the oldest token and not by admission: a group that is generated again would otherwise precede
+        groups that have waited longer, and those would expire. A batch that is leased already is returned again.
+
+        Args:
+            version: the learner's version, from which the step trains.
+            num_samples: groups that the summary holds in readable form.
+
+        Returns:
+            A summary and the batch, or None twice while fewer than B groups are ready.
         """
         lineage = self.ledger.versions.lineage(version)
         batch = [e for e in self.ledger.entries(S.LEASED) if e.learner_version == version]
@@ -139,10 +199,11 @@ class ReplayBuffer:
             self.expire(lineage)
             batch = self.ledger.entries(S.READY, limit=self._config.groups_per_step)
             if len(batch) < self._config.groups_per_step:
-                return None
+                return None, None
         groups = tuple(serialization.from_bytes(self.ledger.payload(e.group_id)) for e in batch)
         self.ledger.move([e.group_id for e in batch], S.LEASED, learner_version=version)
-        return Lease(lineage, groups, self._age_metrics(batch, lineage))
+        samples = [serialization.readable(g) for g in groups[:num_samples]]
+        return LeaseSummary(self._age_metrics(batch, lineage), samples), LeasedBatch(groups, lineage)
 
     def _age_metrics(self, batch: Sequence[Entry], lineage: Lineage) -> dict[str, float]:
         now = self._clock()
@@ -157,13 +218,13 @@ class ReplayBuffer:
         }
 
     def commit(self, version: int) -> int:
-        """leased → trained for the step that started from `version`, and the version that it made exists.
+        """Record that the batch leased from `version` is trained, and issue the version that the step made.
 
         Returns:
             The new version.
 
         Raises:
-            LedgerError: there is no such lease.
+            LedgerError: no batch is leased from `version`.
         """
         leased = [e.group_id for e in self.ledger.entries(S.LEASED) if e.learner_version == version]
         if leased:
@@ -175,13 +236,14 @@ class ReplayBuffer:
         return version + 1
 
     def fall_back(self, version: int, known: int) -> FallBack:
-        """The learner continues from the weights of `version`, under a new number.
+        """Continue from the weights of `version` under a new version number.
 
         Groups that it was trained on since, or had leased, become ready again if their rollouts are kept and all their
         tokens belong to the lineage that continues. All other groups with tokens of abandoned versions become pending.
 
         Args:
-            known: the newest version that the caller knows of: where there is a newer one, the call is a repetition.
+            version: the version of the checkpoint.
+            known: the newest version that the caller knows of. If a newer one exists, the call is a repetition.
         """
         versions = self.ledger.versions
         with self.ledger.transaction():
@@ -207,44 +269,41 @@ class ReplayBuffer:
         which `lineage` is a part."""
         return entry.group_id in stored and entry.newest_version is not None and lineage.holds(entry.newest_version)
 
-    def recover(self) -> dict[str, Any]:
-        """After the controller was lost: what was under way for it is pending. For the new one: `next_id` of a group,
-        `num_admitted` by source, the `newest` version that was ever issued, and how many tokens there are at least."""
+    def recover(self) -> RecoveredState:
+        """Return every group that was in progress to pending, after the loss of the controller or the learner."""
         with self.ledger.transaction():
             for state in (S.GENERATING, S.VERIFYING):
                 self.ledger.move([e.group_id for e in self.ledger.entries(state)], S.PENDING)
-        return {
-            "next_id": self.ledger.next_id(),
-            "num_admitted": self.ledger.num_admitted(),
-            "newest": self.ledger.versions.newest(),
-            "num_tokens": self.ledger.num_tokens(),
-        }
+        return RecoveredState(
+            next_id=self.ledger.next_id(),
+            num_admitted=self.ledger.num_admitted(),
+            newest_version=self.ledger.versions.newest(),
+            num_tokens=self.ledger.num_tokens(),
+        )
 
     def pending(self) -> list[tuple[int, Query]]:
-        """Group ids and queries, oldest first."""
+        """Return ids and queries of the pending groups, oldest first."""
         return self.ledger.queries(S.PENDING)
 
     def absorbed(self, version: int) -> int:
-        """A checkpoint of `version`, the oldest that is kept, holds what was learnt from older groups: their rollouts
-        are freed. Returns how many."""
+        """Free the rollouts of groups trained before `version`, the oldest checkpoint that is kept; return how many."""
         return self.ledger.forget_payloads(version)
 
     def flush(self) -> None:
-        """What was committed so far survives the machine: before a checkpoint that builds on it."""
+        """Write all commits to the disk, before a checkpoint that relies on them."""
         self.ledger.flush()
 
     def end_run(self) -> None:
-        """What was admitted ahead and is not needed any more is dropped, with that reason."""
+        """Drop all groups that were admitted ahead and are no longer needed, with the reason `run_ended`."""
         for state in (S.PENDING, S.GENERATING, S.VERIFYING, S.READY, S.LEASED):
             ids = [e.group_id for e in self.ledger.entries(state)]
             self.ledger.move(ids, S.DROPPED, reason=DropReason.RUN_ENDED)
 
-    def stats(self) -> dict[str, Any]:
-        """Counts by state and by reason of drop, how many groups were ever admitted, and how often the ledger was
-        opened: once for each life of the buffer."""
-        return {
-            "admitted": self.ledger.next_id() - 1,
-            "opened": self.ledger.times_opened,
-            "groups": {str(k): v for k, v in self.ledger.counts().items()},
-            "drops": {str(k): v for k, v in self.ledger.drops().items()},
-        }
+    def stats(self) -> ReplayStats:
+        """Return the number of groups by state and by reason of drop."""
+        return ReplayStats(
+            num_admitted=self.ledger.next_id() - 1,
+            num_opened=self.ledger.times_opened,
+            groups={str(k): v for k, v in self.ledger.counts().items()},
+            drops={str(k): v for k, v in self.ledger.drops().items()},
+        )

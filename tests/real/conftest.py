@@ -17,8 +17,8 @@ from quatro_ray.engines.tiny_model import make_model, save_pretrained
 from quatro_ray.engines.tiny_tokenizer import make_tokenizer
 from quatro_ray.engines.tiny_warmup import warm_up
 from quatro_ray.orchestrator.cluster import Cluster, spawn
+from quatro_ray.orchestrator.components import Components
 from quatro_ray.orchestrator.connection import connect
-from quatro_ray.orchestrator.controller import Components
 from tests.make import config
 
 
@@ -72,15 +72,15 @@ class Ring:
     @property
     def generator(self) -> GeneratorClient:
         """Of the first engine."""
-        return self.cluster.fleet.members[0].client
+        return self.cluster.fleet.slots[0].client
 
 
 def start_ring(config: Config, model_path: str) -> Ring:
     config.run.dir.mkdir(parents=True, exist_ok=True)
     loop = asyncio.new_event_loop()
     asyncio.set_event_loop(loop)
-    cluster = spawn(config, model_path)
-    return Ring(cluster, cluster.parts(), config, loop)
+    cluster = loop.run_until_complete(spawn(config, model_path))
+    return Ring(cluster, cluster.components(), config, loop)
 
 
 @pytest.fixture(scope="module")

@@ -27,9 +27,9 @@ async def begin(engine: GeneratorClient, begun: tuple[Rollout, ...] = ()) -> tup
     """What there is of a group whose engine is killed in the middle of it."""
     pid = await engine.actor.__ray_call__.remote(lambda _: os.getpid())
     (core,) = [p for p in psutil.Process(pid).children() if "VLLM::EngineCore" in " ".join(p.cmdline())]
-    before = (await engine.load())["num_sampled_tokens"]
+    before = (await engine.load()).num_sampled_tokens
     generating = asyncio.ensure_future(engine.generate(7, QUERY, SAMPLING, SIZE, begun))
-    while (await engine.load())["num_sampled_tokens"] < before + 40:
+    while (await engine.load()).num_sampled_tokens < before + 40:
         await asyncio.sleep(0.005)
     await engine.pause()  # so that all tokens have arrived
     core.kill()
@@ -57,7 +57,7 @@ def test_another_engine_goes_on(local_ray: None, model_path: str, tmp_path: Path
     )
     ring = start_ring(made, model_path)
     try:
-        third, first, second = (member.client for member in ring.cluster.fleet.members)
+        third, first, second = (member.client for member in ring.cluster.fleet.slots)
         begun = ring.run(begin(first))
         further = ring.run(begin(second, begun))
         assert sum(r.num_tokens for r in begun) >= 40 and any(not r.finish_reason for r in further)

@@ -113,9 +113,9 @@ def test_an_update_between_turns_shows_in_the_versions(ring: Ring, client: Any) 
     async def work() -> tuple[dict[str, int], RolloutGroup]:
         mine = client("ask", params={"pause_s": 2.0})
         await play(mine)  # so that all processes are up, and the four episodes start together
-        before = (await mine.load())["num_generated_tokens"]
+        before = (await mine.load()).num_generated_tokens
         playing = asyncio.create_task(play(mine))
-        while (await mine.load())["num_generated_tokens"] == before:
+        while (await mine.load()).num_generated_tokens == before:
             await asyncio.sleep(0.05)
         await asyncio.sleep(1.0)  # all are in the pause after their first turn
         await ring.parts.weight_sync.update(start + 1)
@@ -136,7 +136,7 @@ def test_a_deadline_reaches_the_engine(ring: Ring, client: Any) -> None:
             await try_generate(mine, 0, query, SamplingParams(0.8, 1.0, 190, 0), 4, deadline_s=60)
         assert raised.value.reason is DropReason.ENVIRONMENT_TIMEOUT
         deadline = time.monotonic() + 10
-        while (await mine.load())["num_running"]:
+        while (await mine.load()).num_running:
             assert time.monotonic() < deadline
             await asyncio.sleep(0.1)
 
@@ -147,8 +147,8 @@ def test_an_actor_that_dies_is_replaced(ring: Ring, client: Any, made_pools: lis
     async def work() -> None:
         mine = client("ask", params={"pause_s": 1.0})
         playing = asyncio.create_task(play(mine))
-        before = (await mine.load())["num_generated_tokens"]
-        while (await mine.load())["num_generated_tokens"] == before:
+        before = (await mine.load()).num_generated_tokens
+        while (await mine.load()).num_generated_tokens == before:
             await asyncio.sleep(0.1)
         ray.kill(made_pools[-1].actors[0])
         with pytest.raises(GenerationFailed) as raised:

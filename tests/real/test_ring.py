@@ -16,6 +16,7 @@ from transformers import AutoModelForCausalLM
 
 from quatro_ray.engines.checkpoint_store import digest_files
 from quatro_ray.orchestrator.stall_report import stall_report
+from quatro_ray.replay.buffer import LeasedBatch
 from quatro_ray.replay.packing import pack
 from quatro_ray.replay.staleness import Lineage
 from quatro_ray.types import Query, RolloutGroup, SamplingParams
@@ -69,7 +70,7 @@ def version(ring: Ring) -> int:
 
 
 def train(ring: Ring, groups: tuple[RolloutGroup, ...]) -> dict:
-    leased = groups, Lineage.unbroken(version(ring))
+    leased = LeasedBatch(groups, Lineage.unbroken(version(ring)))
     return ring.run(ring.parts.learner.train_step(leased, version(ring)))
 
 
@@ -151,7 +152,7 @@ def test_requests_in_flight_go_on_under_the_new_version(ring: Ring) -> None:
         running = asyncio.ensure_future(
             generator.generate(0, Query("q", "1+1=", "2"), replace(SAMPLING, max_tokens=200), 4)
         )
-        while (await generator.load())["num_running"] == 0:
+        while (await generator.load()).num_running == 0:
             await asyncio.sleep(0.005)
         await asyncio.sleep(0.05)
         update = await ring.parts.weight_sync.update(start + 1)

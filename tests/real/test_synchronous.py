@@ -12,6 +12,7 @@ from quatro_ray.config import Config
 from quatro_ray.data.dataset import QueryStream
 from quatro_ray.data.registry import make_dataset
 from quatro_ray.orchestrator.controller import Controller
+from quatro_ray.replay.buffer import LeasedBatch
 from quatro_ray.replay.staleness import Lineage
 from quatro_ray.telemetry.console import Progress
 from quatro_ray.telemetry.recorder import Recorder
@@ -64,7 +65,7 @@ def plain_loop(ring: Ring, made: Config) -> list[dict[str, Any]]:
         for step in range(made.run.num_steps):
             batch = [(next(group_ids), next(queries)) for _ in range(3)]
             groups = tuple([await one(i, q) for i, q in batch])
-            history.append(await ring.parts.learner.train_step((groups, Lineage.unbroken(step)), step))
+            history.append(await ring.parts.learner.train_step(LeasedBatch(groups, Lineage.unbroken(step)), step))
             await ring.parts.weight_sync.update(step + 1)
         return history
 
@@ -77,7 +78,7 @@ def test_same_numbers_as_a_plain_synchronous_loop(local_ray: None, warm_model_pa
     dataset = make_dataset(made.data, made.rewards)
     recorder = Recorder(made.run.dir, num_steps=3, tensorboard=False, progress=Progress())
     controller = Controller(made, ring.parts, QueryStream(dataset, made.run.seed), dataset.held_out, recorder)
-    tally = ring.run(controller.run(), 300)
+    counters = ring.run(controller.run(), 300)
     recorder.close()
     asynchronous = [json.loads(line) for line in (made.run.dir / "metrics.jsonl").read_text().splitlines()]
     weights = finish(ring)
@@ -87,8 +88,8 @@ def test_same_numbers_as_a_plain_synchronous_loop(local_ray: None, warm_model_pa
     synchronous = plain_loop(ring, made)
     assert finish(ring) == weights
     assert [[m[k] for k in SAME] for m in asynchronous] == [[m[k] for k in SAME] for m in synchronous]
-    assert set(tally.steps.staleness_tokens) == {0}
-    assert tally.steps.learner_steps == 3
-    assert tally.steps.in_flight_updates == 0
+    assert set(counters.steps.staleness_tokens) == {0}
+    assert counters.steps.learner_steps == 3
+    assert counters.steps.in_flight_updates == 0
     assert sum(m["step/grad_norm"] > 0 for m in synchronous) > 0  # something was learned, so equality says something
     asyncio.set_event_loop(None)

@@ -8,6 +8,7 @@ import pytest
 from quatro_ray.config import TinyModelConfig
 from quatro_ray.engines.tiny_model import make_model, save_pretrained
 from quatro_ray.engines.tiny_tokenizer import make_tokenizer
+from quatro_ray.replay.buffer import LeasedBatch
 from quatro_ray.replay.staleness import Lineage
 from quatro_ray.types import Query, RolloutGroup, SamplingParams, Score
 from tests.make import config
@@ -40,7 +41,7 @@ def test_both_workers_follow_the_learner(local_ray: None, tmp_path: Path) -> Non
         for version in range(2):
             groups = sample(ring)
             assert disagreement(ring, groups) < 1e-3
-            ring.run(ring.parts.learner.train_step((groups, Lineage.unbroken(version)), version))
+            ring.run(ring.parts.learner.train_step(LeasedBatch(groups, Lineage.unbroken(version)), version))
             ring.run(ring.parts.weight_sync.update(version + 1))
         assert disagreement(ring, sample(ring)) < 1e-3
         assert disagreement(ring, old) > 1e-2

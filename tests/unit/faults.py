@@ -30,7 +30,7 @@ def between_steps(fault: str, which: int = 0) -> Any:
     left = [fault]
 
     async def run(world: World) -> None:
-        while world.controller.step < 1 or world.controller._learner.locked():
+        while world.controller.step < 1 or world.controller._learner_lock.locked():
             await asyncio.sleep(0.01)
         if left:
             inflict(world, left.pop(), which)
@@ -52,7 +52,7 @@ def kill_when(holds: Any) -> Any:
 
 
 def inflict(world: World, fault: str, which: int) -> None:
-    engine = world.fleet.members[which % len(world.fleet.members)].client
+    engine = world.fleet.slots[which % len(world.fleet.slots)].client
     if fault == "engine dies":
         engine.died = engine.died or "its process was killed"
     elif fault == "engine hangs":

@@ -30,7 +30,7 @@ def test_a_silent_replay_buffer_is_started_again_and_ends_in_a_stall_error(monke
     async def run() -> None:
         await ReplayClient(Silent(), 0.05).capacity(0)
 
-    with pytest.raises(StallError, match=r"did not answer within replay.deadline_s=0.05 s, 3 times"):
+    with pytest.raises(StallError, match=r"did not answer within replay.deadline_s=0.05 s in 3 tries"):
         asyncio.run(run())
     assert killed == [False] * 3
 
@@ -53,9 +53,9 @@ def test_the_fleet_fills_the_emptiest_engine_and_no_further_than_allowed() -> No
         config = GeneratorConfig(num_engines=2, max_groups_in_flight=2, max_prompt_tokens=1, max_response_tokens=1)
         pool = Fleet(lambda index: "ab"[index], config, 60)
         pool.started(synced=True)
-        entered = [pool.slot() for _ in range(4)]
+        entered = [pool.lend() for _ in range(4)]
         got = [await s.__aenter__() for s in entered]
-        fifth = asyncio.ensure_future(pool.slot().__aenter__())
+        fifth = asyncio.ensure_future(pool.lend().__aenter__())
         await asyncio.sleep(0.01)
         waited = not fifth.done()
         await entered[1].__aexit__(None, None, None)
@@ -69,10 +69,10 @@ def test_engines_that_wait_for_weights_get_no_work() -> None:
         config = GeneratorConfig(num_engines=1, max_prompt_tokens=1, max_response_tokens=1)
         pool = Fleet(lambda index: "a", config, 60)
         pool.started(synced=False)
-        waiting = asyncio.ensure_future(pool.slot().__aenter__())
+        waiting = asyncio.ensure_future(pool.lend().__aenter__())
         await asyncio.sleep(0.01)
         waited = not waiting.done()
-        await pool.synced(pool.members[0])
+        await pool.synced(pool.slots[0])
         assert await waiting == "a"
         return waited
 
@@ -81,7 +81,7 @@ def test_engines_that_wait_for_weights_get_no_work() -> None:
 
 def test_an_engine_of_a_fixed_pool_that_is_lost_ends_what_it_was_for() -> None:
     async def run() -> None:
-        async with FixedPool(["a"], 1).slot():
+        async with FixedPool(["a"], 1).lend():
             raise EngineLost("out of memory")
 
     with pytest.raises(PoolLost, match="an evaluation engine was lost: out of memory"):

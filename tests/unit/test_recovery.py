@@ -45,12 +45,12 @@ def test_no_schedule_of_faults_loses_or_repeats_a_group(
     run_to_the_end(world)
     audit(world)
     # nothing was given up on the way but, of an asynchronous run, groups that came too late
-    reasons = {reason for reason, n in world.buffer.stats()["drops"].items() if n}
+    reasons = {reason for reason, n in world.buffer.stats().drops.items() if n}
     assert reasons <= ({"run_ended", "stale"} if eta else {"run_ended"})
     assert world.learner.weights == 12
-    assert world.controller.tally.steps.trained_tokens <= world.controller.tally.generated_tokens
+    assert world.controller.counters.steps.trained_tokens <= world.controller.counters.generated_tokens
     evaluated = read(world.config.run.dir / "evaluations.jsonl")
-    assert [e["step"] for e in evaluated] == [0, 3, 6, 9, 12] == [e.step for e in world.controller.tally.evaluations]
+    assert [e["step"] for e in evaluated] == [0, 3, 6, 9, 12] == [e.step for e in world.controller.counters.evaluations]
 
 
 def test_an_engine_that_dies_is_replaced_and_its_groups_go_elsewhere(tmp_path: Path) -> None:
@@ -143,7 +143,7 @@ def test_a_query_that_kills_engines_is_quarantined(tmp_path: Path) -> None:
     audit(world)
     assert world.buffer.ledger.drops()[DropReason.QUARANTINED] == 1
     assert world.fleet.num_lost == 3
-    assert "group 7: quarantined: 3 engines died over it" in (tmp_path / "r" / "notes.log").read_text()
+    assert "group 7: quarantined: 3 engines died while generating it" in (tmp_path / "r" / "notes.log").read_text()
 
 
 def test_engines_that_never_start_end_the_run(tmp_path: Path) -> None:
@@ -226,7 +226,7 @@ def test_a_damaged_checkpoint_is_named_and_the_one_before_is_used(tmp_path: Path
 def test_a_run_that_is_told_to_end_leaves_a_checkpoint_and_goes_on(tmp_path: Path) -> None:
     world = make_world(tmp_path / "r")
     world.faults = schedule([(2.0, "stop", 0)])
-    with pytest.raises(Preempted, match=r"told to end after step \d+ of 12; a checkpoint is written"):
+    with pytest.raises(Preempted, match=r"told to stop after step \d+ of 12; a checkpoint is written"):
         world.run()
     step = len(world.metrics())
     assert (world.config.run.dir / "checkpoints" / f"step_{step}").is_dir()
@@ -245,7 +245,7 @@ def test_no_checkpoint_within_the_grace_time_ends_all_the_same(tmp_path: Path) -
 
     world.learner.save_checkpoint = slow  # type: ignore[method-assign]
     world.faults = schedule([(2.0, "stop", 0)])
-    with pytest.raises(Preempted, match=r"no checkpoint was complete within checkpoint\.grace_s=25 s"):
+    with pytest.raises(Preempted, match=r"no checkpoint finished within checkpoint\.grace_s=25 s"):
         world.run()
 
 
@@ -295,6 +295,6 @@ def test_a_fleet_that_is_closed_replaces_nobody(tmp_path: Path) -> None:
     world.run()
     made = len(world.generators)
     world.fleet._watcher = None  # its files are closed
-    world.fleet.lost(member := world.fleet.members[0], "its weights are in doubt")
+    world.fleet.lost(member := world.fleet.slots[0], "its weights are in doubt")
     assert member.client.died == "it was killed"
     assert len(world.generators) == made

@@ -56,7 +56,7 @@ def test_evaluations_by_engines_of_their_own_survive_the_controller(tmp_path: Pa
     audit(world)
     evaluated = read(tmp_path / "r" / "evaluations.jsonl")
     assert [e["step"] for e in evaluated] == [0, 4, 8, 12]
-    assert [(e.version, e.step) for e in world.controller.tally.evaluations] == [
+    assert [(e.version, e.step) for e in world.controller.counters.evaluations] == [
         (e["version"], e["step"]) for e in evaluated
     ]
     assert not [p for p in (tmp_path / "r" / "evaluating").iterdir() if p.is_dir()]
@@ -67,12 +67,12 @@ def test_a_learner_that_dies_while_an_evaluation_is_waited_for_is_restarted_at_o
     world.evaluator = FakeEvaluator(world.learner, seconds=500.0)
 
     async def faults(world: World) -> None:
-        while len(world.controller.evaluations.pending()) < 2 or world.controller.step < 2:
+        while len(world.controller.evaluation.pending()) < 2 or world.controller.step < 2:
             await asyncio.sleep(0.01)
         await asyncio.sleep(5)
         world.learner.lost = "a rank was killed"
         await asyncio.sleep(60)
-        restarts.append(world.controller.tally.learner_restarts)
+        restarts.append(world.controller.counters.learner_restarts)
 
     restarts: list[int] = []
     world.faults = faults

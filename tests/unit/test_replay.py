@@ -84,7 +84,7 @@ class RingMachine(RuleBasedStateMachine):
     @precondition(lambda self: not self.leased)
     @rule()
     def lease(self) -> None:
-        lease = self.buffer.lease(self.version)
+        _, lease = self.buffer.lease(self.version)
         if lease is None:
             assert len(self._ids(S.READY)) < self.GROUPS_PER_STEP
             return
@@ -94,7 +94,7 @@ class RingMachine(RuleBasedStateMachine):
             assert lease.lineage.holds(leased.oldest_version) and lease.lineage.holds(leased.newest_version)
             assert lease.lineage.staleness(np.array([leased.oldest_version]))[0] <= self.MAX_STALENESS
         self.leased = [g.group_id for g in lease.groups]
-        again = self.buffer.lease(self.version)
+        _, again = self.buffer.lease(self.version)
         assert again is not None and [g.group_id for g in again.groups] == self.leased
 
     @precondition(lambda self: self.leased)
@@ -129,7 +129,7 @@ class RingMachine(RuleBasedStateMachine):
     @rule()
     def controller_dies(self) -> None:
         found = self.buffer.recover()
-        assert found["next_id"] == len(self.admitted) + 1 and found["newest"] == self.version
+        assert found.next_id == len(self.admitted) + 1 and found.newest_version == self.version
         assert not self._ids(S.GENERATING, S.VERIFYING)
 
     @precondition(lambda self: not self.leased)
@@ -203,23 +203,23 @@ def test_capacity_is_the_formula() -> None:
 def test_lease_takes_the_oldest_and_returns_what_was_stored() -> None:
     buffer = make_buffer()
     ids = to_ready(buffer, 3)
-    lease = buffer.lease(0)
-    assert lease is not None
+    summary, lease = buffer.lease(0)
+    assert summary is not None and lease is not None
     assert [g.group_id for g in lease.groups] == ids[:2]
     assert lease.groups[0].rollouts[1].versions().tolist() == [0, 0, 0]
     buffer.commit(0)
-    assert buffer.lease(1) is None  # one is left, two are a batch
+    assert buffer.lease(1) == (None, None)  # one is left, two are a batch
 
 
 def test_expiry_has_a_reason_and_makes_room() -> None:
     buffer = make_buffer()
     to_ready(buffer, 4)
-    assert buffer.lease(0) is not None
+    assert None not in buffer.lease(0)
     buffer.commit(0)
     for version in (1, 2):  # two steps without these
         buffer.ledger.versions.add_step(version)
     before = buffer.capacity(3)
-    assert buffer.lease(3) is None  # the other two are 3 steps old, the cap is 1
+    assert buffer.lease(3) == (None, None)  # the other two are 3 steps old, the cap is 1
     assert buffer.ledger.drops()[DropReason.STALE] == 2
     assert buffer.capacity(3) == before + 2
 
@@ -229,16 +229,16 @@ def test_on_stale_train_keeps_stragglers() -> None:
     to_ready(buffer, 2)
     for version in range(9):
         buffer.ledger.versions.add_step(version)
-    assert buffer.lease(9) is not None
+    assert None not in buffer.lease(9)
 
 
 def test_everything_is_there_again_after_a_restart(tmp_path: Path) -> None:
     buffer = make_buffer(tmp_path / "l.sqlite")
     ids = to_ready(buffer, 3)
-    before = buffer.lease(0)
+    _, before = buffer.lease(0)
     buffer.ledger.close()
     again = make_buffer(tmp_path / "l.sqlite")
-    lease = again.lease(0)  # what was leased comes again
+    _, lease = again.lease(0)  # what was leased comes again
     assert before is not None and lease is not None
     assert [g.group_id for g in lease.groups] == ids[:2]
     np.testing.assert_array_equal(
@@ -250,7 +250,7 @@ def test_falling_back_trains_again_what_is_near_and_generates_again_what_is_not(
     buffer = make_buffer()
     for version in (0, 1):
         to_ready(buffer, 2, version)
-        assert buffer.lease(version) is not None
+        assert None not in buffer.lease(version)
         buffer.commit(version)
     to_ready(buffer, 2, 1)  # with tokens of version 2
     assert buffer.absorbed(1) == 2  # the checkpoint of version 1 has learnt from the first two
@@ -266,13 +266,13 @@ def test_falling_back_keeps_groups_whose_tokens_are_all_older() -> None:
     buffer = make_buffer(max_staleness=4)
     ids = to_ready(buffer, 4)
     for version in (0, 1):
-        assert buffer.lease(version) is not None
+        assert None not in buffer.lease(version)
         buffer.commit(version)
     back = buffer.fall_back(1, known=2)
     assert (back.num_ready, back.num_pending) == (2, 0)
-    lease = buffer.lease(3)
-    assert lease is not None and [g.group_id for g in lease.groups] == ids[2:]
-    assert lease.metrics["buffer/group_staleness_max"] == 1  # steps, though versions are 3 apart
+    summary, lease = buffer.lease(3)
+    assert summary is not None and lease is not None and [g.group_id for g in lease.groups] == ids[2:]
+    assert summary.metrics["buffer/group_staleness_max"] == 1  # steps, though versions are 3 apart
 
 
 def test_versions_are_issued_once() -> None:

@@ -27,6 +27,7 @@ from quatro_ray.telemetry.counters import Counters
 from quatro_ray.telemetry.recorder import Recorder
 from quatro_ray.types import (
     DropReason,
+    EngineLoad,
     EvaluationResult,
     GenerationSummary,
     GroupSummary,

@@ -1,0 +1,28 @@
+"""What the controller drives."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from quatro_ray.actors.fleet import Fleet
+from quatro_ray.actors.interfaces import Learner, Replay, Verifiers
+from quatro_ray.engines.checkpoint_store import CheckpointStore
+from quatro_ray.orchestrator.background_evaluation import DedicatedEvaluator
+from quatro_ray.weight_sync.coordinator import WeightSyncCoordinator
+
+
+@dataclass(frozen=True)
+class Components:
+    """All parts of a run. actors/interfaces.py says what each protocol does.
+
+    Attributes:
+        evaluator: evaluates on dedicated engines. If None, evaluation runs on the training generators.
+    """
+
+    generators: Fleet
+    verifiers: Verifiers
+    replay: Replay
+    learner: Learner
+    weight_sync: WeightSyncCoordinator
+    checkpoints: CheckpointStore
+    evaluator: DedicatedEvaluator | None = None
