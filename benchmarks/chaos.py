@@ -1,12 +1,12 @@
-"""Training under real faults: how soon they are noticed, whether training goes on, and whether the books add up.
+"""Training under real faults: time to detect and to recover, and an audit of all records.
 
     python -m benchmarks.chaos --minutes 60 --seed 0
 
-Runs `quatro-ray train` and kills, stops, starves and damages its parts, one after the other, each when the run has come
-through the one before; the same command is started again whenever it ends before the run is done, as a cluster would.
-Runs follow each other until the time is over; each is brought to its end and audited. Needs root for the kind "disk
-full" alone. Prints a table, then one JSON line; the exit status is 0 only if nothing was lost or duplicated, every
-audit passed, and each kind that there was time for was injected and recovered from.
+Runs `quatro-ray train` and kills, stops, starves and damages its components one after the other, each after the run has
+recovered from the previous fault. If the command ends before the run is done, it is started again, as a cluster would.
+Runs follow each other until the time is over; each is finished and audited. Only the kind "disk full" needs root.
+Prints a table, then one JSON line. The exit status is 0 only if nothing was lost or duplicated, every audit passed, and
+every kind was injected at least once, if time allowed, and recovered from.
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ _DISK_IN_CHECKPOINTS = 5
 
 @dataclass
 class Result:
-    """Of a call of `run_chaos`. `runs`: of each, what its audit found, by check, and its accuracy."""
+    """The result of `run_chaos`. `runs` holds the findings of each run's audit by check, and its accuracy."""
 
     outcomes: list[Outcome]
     kinds: list[str]
@@ -53,7 +53,7 @@ class Result:
     gave_up: str = ""
 
     def failures(self) -> list[str]:
-        """Why the exit status is not 0."""
+        """Return the reasons why the exit status is not 0."""
         by_kind = figures(self.outcomes, self.kinds)
         found = [self.gave_up] if self.gave_up else []
         for index, run in enumerate(self.runs):
@@ -83,7 +83,7 @@ def run_chaos(
     baseline: Path | None = None,
     say: Callable[[str], None] = print,
 ) -> Result:
-    """Runs under faults until the minutes or the faults are used up, and the run then under way is done.
+    """Train under faults until the minutes or the faults are used up, then let the current run finish.
 
     Args:
         work: an empty or new folder; everything is written there.
@@ -100,7 +100,7 @@ def run_chaos(
     work.mkdir(parents=True, exist_ok=True)
     with _temporary_folder() as temp:
         calm = read_json(baseline) if baseline else _run_baseline(work, config, overrides, temp, say)
-        if Path(calm["model"]).is_dir():  # the same starting policy, without warming it up again
+        if Path(calm["model"]).is_dir():  # reuse the starting policy instead of warming it up again
             overrides = [*overrides, f"model={{kind: pretrained, path: {calm['model']}}}"]
         with _small_disk(work, chosen, calm["checkpoint_bytes"]) as (disk, skipped):
             able = [k for k in chosen if k.name not in skipped]
@@ -124,7 +124,7 @@ def _chosen(names: Sequence[str] | None) -> list[Kind]:
 
 @contextmanager
 def _temporary_folder() -> Iterator[Path]:
-    """For Ray's sessions; short, for names of sockets may have 107 bytes."""
+    """Create a folder for Ray's sessions; its path is short because the path of a socket may have 107 bytes at most."""
     path = Path(f"/tmp/qc{os.getpid()}")
     try:
         yield path
@@ -136,7 +136,7 @@ def _temporary_folder() -> Iterator[Path]:
 def _small_disk(
     work: Path, kinds: Sequence[Kind], checkpoint_bytes: int
 ) -> Iterator[tuple[Disk | None, dict[str, str]]]:
-    """Also: the kinds that cannot be injected, and why."""
+    """Mount a small disk for checkpoints; also yield the kinds that cannot be injected, with the reason."""
     if DISK_FULL not in {k.name for k in kinds}:
         yield None, {}
         return
@@ -155,7 +155,7 @@ def _small_disk(
 def _run_baseline(
     work: Path, config: Path, overrides: Sequence[str], temp: Path, say: Callable[[str], None]
 ) -> dict[str, Any]:
-    """The same run without faults. Raises GaveUp where even that fails."""
+    """Train once without faults. Raises GaveUp if even that fails."""
     say("first, the same run without faults")
     begun = time.monotonic()
     run = Run(config, overrides, work / "baseline", temp, disk=None)
@@ -183,7 +183,7 @@ def _run_baseline(
 
 
 def _one_run(run: Run, schedule: Schedule, config: Config, result: Result) -> None:
-    """To its end, and audited; what is left of it is found, and removed."""
+    """Play one run to its end and audit it; leftover processes and shared memory are recorded and removed."""
     segments = shared_memory()
     orphans: list[str] = []
     try:
@@ -195,7 +195,7 @@ def _one_run(run: Run, schedule: Schedule, config: Config, result: Result) -> No
         left = describe(run.family.alive())
         run.close()
         if run.disk is not None:
-            shutil.rmtree(run.checkpoints, ignore_errors=True)  # room for those of the next run
+            shutil.rmtree(run.checkpoints, ignore_errors=True)  # space for the checkpoints of the next run
         leaks = sorted((run.family.shm & shared_memory()) - segments)
         remove_shared_memory(leaks)
     books = Books(
@@ -214,7 +214,7 @@ def _one_run(run: Run, schedule: Schedule, config: Config, result: Result) -> No
 
 
 def _accuracy(books: Books, result: Result) -> dict[str, Any]:
-    """Reported; sampling alone makes two runs differ by some hundredths."""
+    """Return the accuracy for the report only: sampling alone makes two runs differ by some hundredths."""
     if not books.summary:
         return {}
     accuracy, calm = books.summary["pass_at_1_end"], result.baseline["pass_at_1"]
@@ -236,7 +236,7 @@ def main() -> int:
     parser.add_argument("--baseline", type=Path, default=None, help="baseline.json of an earlier call")
     parser.add_argument("--set", nargs="+", default=[], help="section.field=value …")
     given = parser.parse_args()
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit("told to end (SIGTERM)"))  # by way of all `finally`
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit("received SIGTERM"))  # so that every `finally` runs
     work = given.work or Path("runs") / f"chaos_{given.seed}_{int(time.time())}"
     result = run_chaos(
         work, given.kinds, given.max_faults, minutes=given.minutes, seed=given.seed, config=given.config,

@@ -1,8 +1,8 @@
 """Speed of the trust-region solver, as ratios measured in one run: `python -m benchmarks.solver`.
 
 A million samples (62,500 groups of 16) on one thread, against `torch.logsumexp` over the same float64 tensor and
-against a loop of scipy's brentq over the groups, which is timed on a random subset and extrapolated. What is compared
-is interleaved, round by round. The last line is JSON; the exit status is 1 where a target is missed.
+against a loop of scipy's brentq over the groups, which is timed on a random subset and extrapolated. The measurements
+are interleaved, round by round. The last line is JSON; the exit status is 1 if a target is missed.
 """
 
 from __future__ import annotations
@@ -23,9 +23,9 @@ from quatro_ray.algorithms.trust_region import solve
 _QUERIES, _GROUP = 62_500, 16
 _ROUNDS = 15
 _BRENTQ_GROUPS = 40
-"""Of a round; a new random subset in each."""
+"""Groups in a round; each round draws a new random subset."""
 _ALONE = "logsumexp, alone before"
-"""Faster than between other work, which empties its caches. Shown; the target is about the interleaved one."""
+"""Timed alone it is faster, because other work does not evict its caches. The target refers to the interleaved time."""
 _BUDGET, _CAP = 0.1, 1e6
 _AT_MOST_LOGSUMEXP = 10.0
 _AT_LEAST_BRENTQ = 500.0
@@ -39,7 +39,7 @@ def _milliseconds(work: Callable[[], object]) -> float:
 
 
 def _cases() -> dict[str, Callable[[], object]]:
-    """What is timed each round; `solve` alone is held to the targets."""
+    """Return what is timed in each round; only `solve` has targets."""
     generator = torch.Generator().manual_seed(0)
     rewards = torch.randn(_QUERIES, _GROUP, dtype=torch.float64, generator=generator)
     everything = torch.ones_like(rewards, dtype=torch.bool)
@@ -60,7 +60,7 @@ def _cases() -> dict[str, Callable[[], object]]:
 
 
 def _brentq_loop(rewards: Tensor, picks: np.random.Generator) -> None:
-    """The same problem one group at a time: the cap if it binds, else the root; then the targets and the KL."""
+    """Solve the same problem group by group: the cap if it binds, else the root; then the targets and the KL."""
     for query in picks.choice(_QUERIES, _BRENTQ_GROUPS, replace=False):
         r = rewards[query].numpy()
         eta = _CAP if _excess(_CAP, r) <= 0 else brentq(_excess, 0.0, _CAP, args=(r,), rtol=1e-9)
@@ -77,7 +77,7 @@ def _excess(eta: float, rewards: np.ndarray) -> float:
 
 
 def _gpu_ms() -> float | None:
-    """Median time of `solve` on the GPU, the tensor being there; None without one."""
+    """Return the median time of `solve` on the GPU with the tensor in its memory; None without a GPU."""
     if not torch.cuda.is_available():
         return None
     rewards = torch.randn(_QUERIES, _GROUP, dtype=torch.float64, device="cuda")
@@ -92,7 +92,7 @@ def _gpu_ms() -> float | None:
 
 
 def _measure() -> dict[str, list[float]]:
-    """Milliseconds of every round, after one that does not count; brentq scaled to all groups."""
+    """Return milliseconds of every round after a warm-up round; brentq is scaled to all groups."""
     cases = _cases()
     alone = [_milliseconds(cases["logsumexp"]) for _ in range(1 + _ROUNDS)][1:]
     times: dict[str, list[float]] = {name: [] for name in cases}

@@ -1,7 +1,7 @@
-"""QUATRO against the field over staleness and learning rate: small runs in one process, made of the product's parts.
+"""QUATRO against other methods over staleness and learning rate: small runs in one process on the product's code.
 
     python -m benchmarks.study run      # resumes where it stopped; each run is one line of the file of figures
-    python -m benchmarks.study report   # tables and plots from the figures; exits 1 where a claim does not hold
+    python -m benchmarks.study report   # tables and plots from the figures; exits with 1 if a claim does not hold
 
 One seed of the whole grid comes first. Each run takes about 15 s of one core.
 """
@@ -57,7 +57,7 @@ def _make_start_policy(task: str, seed: int) -> None:
 
 
 def finished(path: Path) -> dict[str, dict[str, Any]]:
-    """Runs by key. A last line that an interruption cut off is taken out of the file."""
+    """Return the runs by key. A last line that an interruption cut off is removed from the file."""
     if not path.exists():
         return {}
     lines = path.read_text().splitlines(keepends=True)
@@ -71,10 +71,10 @@ def finished(path: Path) -> dict[str, dict[str, Any]]:
 @app.command("run")
 def run_all(
     workers: Annotated[int, typer.Option(min=1)] = 2,
-    minutes: Annotated[float, typer.Option(min=0, help="start no run after so long")] = float("inf"),
+    minutes: Annotated[float, typer.Option(min=0, help="start no run after this time")] = float("inf"),
     out: Path = FIGURES,
 ) -> None:
-    """Makes the runs that are missing."""
+    """Make the runs that are missing."""
     os.environ["OMP_NUM_THREADS"] = "1"
     deadline = time.monotonic() + 60 * minutes
     out.parent.mkdir(parents=True, exist_ok=True)
@@ -94,7 +94,7 @@ def run_all(
 def _in_turn(
     pool: ProcessPoolExecutor, specs: Iterator[Spec], workers: int, deadline: float
 ) -> Iterator[dict[str, Any]]:
-    """As many runs under way as there are workers; results as they come."""
+    """Keep one run for each worker in progress, and yield results as they arrive."""
     commit = _commit()
     waiting = {pool.submit(run_one, spec, commit) for spec in islice(specs, workers)}
     while waiting:
@@ -113,7 +113,7 @@ def _line(record: dict[str, Any]) -> str:
 
 @app.command()
 def report(figures: Path = FIGURES) -> None:
-    """Writes the study's part of docs/results.md and its plots; the last line is JSON."""
+    """Write the study's section of docs/results.md and its plots; the last line printed is JSON."""
     from benchmarks.toy.report import write_report
 
     try:

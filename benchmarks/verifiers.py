@@ -1,4 +1,4 @@
-"""What isolation costs: worker processes that can be killed, against the bare library.
+"""The cost of isolation: killable worker processes against the bare library.
 
     python -m benchmarks.verifiers
 
@@ -33,7 +33,7 @@ _WORDS = tuple("so we add the two numbers and then divide both sides by what is 
 
 
 def answers(seed: int = 0) -> list[tuple[Query, Response]]:
-    """Two thirds integers, the rest fractions, decimals, expressions; a fifth wrong, some without a box."""
+    """Return answers: two thirds integers, the rest fractions, decimals, expressions; a fifth wrong, some unboxed."""
     rng = random.Random(seed)
     made = []
     for index in range(_NUM_ANSWERS):
@@ -47,7 +47,7 @@ def answers(seed: int = 0) -> list[tuple[Query, Response]]:
 
 
 def _problem(rng: random.Random) -> tuple[str, str]:
-    """Gold, and the same answer as a model may write it."""
+    """Return a gold answer, and the same answer as a model may write it."""
     a, b, c = rng.randint(2, 99), rng.randint(2, 99), rng.randint(2, 9)
     forms = [
         (f"{a * b}", f"{a * b}"),

@@ -1,8 +1,8 @@
-"""A reward of one's own: a function, and one line of configuration. From the project's root:
+"""A custom reward: a function, and one line of configuration. Run it from the project's root:
 
     .venv/bin/python examples/add_a_reward.py
 
-trains the tiny model of examples/own_prompts for a few steps with it. In a configuration file the line is
+It trains the tiny model of examples/own_prompts for a few steps. In a configuration file the line is
 
     rewards:
       early: {kind: python, function: examples/add_a_reward.py:early}
@@ -12,7 +12,7 @@ from quatro_ray.types import Query, Response
 
 
 def early(query: Query, response: Response) -> float:
-    """1 where the answer stands at the very start, less the later it comes, 0 where it does not come."""
+    """Return 1 if the response begins with the answer, less the later it occurs, and 0 if it does not occur."""
     position = response.text.find(query.answer)
     return 0.0 if position < 0 else 1.0 / (1 + position)
 

@@ -2,12 +2,12 @@
 
     python examples/reward_server.py --port 8900
 
-and in the configuration, as one part of the reward:
+In the configuration, as one of the rewards:
 
     kind: http
     urls: ["http://127.0.0.1:8900"]
 
-Put your own judgement into `reward`. With `--token-env NAME` it asks for the bearer token that the environment
+Put your own scoring into `reward`. With `--token-env NAME` it asks for the bearer token that the environment
 variable NAME holds; set the same variable where the verifiers run, and `token_env: NAME` in the configuration.
 
 The protocol is OpenRLHF's: POST {"prompts": […], "responses": […], "labels": […], "query": […], "metadata": […]},
@@ -28,11 +28,12 @@ MAX_BODY_BYTES = 16 * 2**20
 
 
 def reward(prompt: str, response: str, label: str, metadata: dict[str, str]) -> float:
+    """Return 1 if the response equals the label, else 0. Replace this with your own scoring."""
     return float(response.strip() == label.strip())
 
 
 def judge(body: Any) -> list[float]:
-    """Raises ValueError where the body does not have the shape."""
+    """Score a request. Raises ValueError if the body does not have the expected shape."""
     if not isinstance(body, dict):
         raise ValueError("the body must be a JSON object")
     columns = [body.get(key) for key in ("prompts", "responses", "labels", "metadata")]
@@ -70,7 +71,7 @@ class Handler(BaseHTTPRequestHandler):
         return self.token is None or hmac.compare_digest(given, f"Bearer {self.token}".encode())
 
     def _refuse(self, status: int, why: str) -> None:
-        self.close_connection = True  # where the body was not read, no further request can follow it
+        self.close_connection = True  # if the body was not read, no further request can follow it
         self._answer(status, {"error": why})
 
     def _answer(self, status: int, answer: dict[str, Any]) -> None:
@@ -84,7 +85,7 @@ class Handler(BaseHTTPRequestHandler):
         self.wfile.write(content)
 
     def log_message(self, format: str, *args: Any) -> None:
-        """Silent: a line for each request says nothing."""
+        """Print nothing: a line for each request has no use."""
 
 
 class Server(ThreadingHTTPServer):

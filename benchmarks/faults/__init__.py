@@ -1,1 +1,1 @@
-"""Real faults for benchmarks/chaos.py: what is broken, how it is seen to recover, and what must hold afterwards."""
+"""Real faults for benchmarks/chaos.py: injection, detection, recovery, and the audit of the records afterwards."""

@@ -1,4 +1,4 @@
-"""What must hold of a run's books when it is done, whatever happened to it. Pure functions: each returns what is wrong.
+"""Checks that a finished run's records must pass after any fault. Pure functions: each returns its findings.
 
 Legend: B groups a step, N steps.
 """
@@ -30,7 +30,7 @@ class Group:
 
 @dataclass(frozen=True)
 class Version:
-    """A row of `versions`: one step from `parent`, or, where it fell back, the parent's weights under a new number."""
+    """A row of `versions`: one step from `parent`, or, if it fell back, the parent's weights under a new number."""
 
     version: int
     parent: int | None
@@ -40,13 +40,13 @@ class Version:
 
 @dataclass(frozen=True)
 class Ledger:
-    """Groups by id, versions by number."""
+    """The tables of the ledger: groups in the order of their id, versions in the order of their number."""
 
     groups: tuple[Group, ...]
     versions: tuple[Version, ...]
 
     def lineage(self) -> list[Version]:
-        """From the starting policy to the newest version; the abandoned branches are not in it."""
+        """Return the versions from the starting policy to the newest one, without abandoned branches."""
         by_number = {v.version: v for v in self.versions}
         lineage: list[Version] = []
         at = max(by_number, default=None)
@@ -56,11 +56,11 @@ class Ledger:
         return lineage[::-1]
 
     def committed(self) -> dict[int, int]:
-        """By version from which a step of the lineage was made: the number of that step, from 1."""
+        """Map each version from which a step of the lineage was made to that step's number, from 1."""
         return {v.parent: v.step for v in self.lineage() if not v.fell_back and v.parent is not None}
 
     def trained(self) -> dict[int, int]:
-        """By group that is trained: the version from which."""
+        """Map each trained group to the version from which its step was made."""
         return {
             g.group_id: g.learner_version for g in self.groups if g.state == "trained" and g.learner_version is not None
         }
@@ -68,11 +68,12 @@ class Ledger:
 
 @dataclass(frozen=True)
 class Books:
-    """Everything that a finished run has written.
+    """All records that a finished run has written.
 
     Attributes:
-        metrics, rollouts: of metrics.jsonl and rollouts.jsonl, the latter without their texts.
-        snapshots: the ledger as it was on the way.
+        metrics: lines of metrics.jsonl.
+        rollouts: lines of rollouts.jsonl without their texts.
+        snapshots: the ledger at several times during the run.
     """
 
     ledger: Ledger
@@ -87,7 +88,7 @@ class Books:
 
 
 def audit(books: Books) -> dict[str, list[str]]:
-    """By check, what it found; all are there, also those that found nothing."""
+    """Run all checks; return the findings by check, also of those that found nothing."""
     ledger = books.ledger
     lost, duplicated = against_all(books.snapshots, ledger)
     return {
@@ -97,7 +98,10 @@ def audit(books: Books) -> dict[str, list[str]]:
         "versions": versions(ledger, books.events),
         "trained": trained(ledger, books.num_steps, books.groups_per_step),
         "staleness": staleness(ledger, books.max_staleness),
-        "lost": [f"group {i} was trained on the way, and is not at the end, though its step is" for i in sorted(lost)],
+        "lost": [
+            f"group {i} was trained in a snapshot and is not at the end, although its step is in the lineage"
+            for i in sorted(lost)
+        ],
         "duplicated": [f"group {i} was trained in two steps" for i in sorted(duplicated)],
         "metrics": metrics(books.metrics, books.num_steps),
         "rollouts": rollouts(ledger, books.rollouts, books.groups_per_step),
@@ -106,12 +110,12 @@ def audit(books: Books) -> dict[str, list[str]]:
 
 
 def final_states(ledger: Ledger) -> list[str]:
-    """Every admitted group is trained or dropped, and nothing in between."""
+    """Check that every admitted group is trained or dropped."""
     return [f"group {g.group_id} is {g.state}" for g in ledger.groups if g.state not in _FINAL]
 
 
 def ids(ledger: Ledger) -> list[str]:
-    """1, 2, 3, … without gaps: no group was forgotten."""
+    """Check that ids are 1, 2, 3, … without gaps, so that no group was forgotten."""
     found = Counter(g.group_id for g in ledger.groups)
     missing = sorted(set(range(1, max(found, default=0) + 1)) - set(found))
     twice = sorted(i for i, n in found.items() if n > 1)
@@ -119,7 +123,7 @@ def ids(ledger: Ledger) -> list[str]:
 
 
 def drops(ledger: Ledger) -> list[str]:
-    """A dropped group, and only that, has a reason, one of DropReason."""
+    """Check that dropped groups, and only those, have a reason, which is one of DropReason."""
     wrong = []
     for group in ledger.groups:
         if group.state == "dropped" and group.reason not in set(DropReason):
@@ -130,8 +134,11 @@ def drops(ledger: Ledger) -> list[str]:
 
 
 def versions(ledger: Ledger, events: Sequence[Mapping[str, Any]]) -> list[str]:
-    """Numbers are 0, 1, 2, …, each issued once and from an earlier one; steps count along; every one that fell back was
-    told, and no two of those that were told have one number."""
+    """Check the tree of versions and the events about it.
+
+    Numbers are 0, 1, 2, …, each issued once and from an earlier one; steps are counted along the lineage; every event
+    fell_back has a version of its own that fell back.
+    """
     wrong = []
     by_number: dict[int, Version] = {}
     for expected, version in enumerate(ledger.versions):
@@ -161,11 +168,11 @@ def _ancestry(version: Version, earlier: Mapping[int, Version]) -> list[str]:
 
 
 def trained(ledger: Ledger, num_steps: int, groups_per_step: int) -> list[str]:
-    """Each of the N steps of the lineageage was trained by exactly B groups, and no group by an abandoned step."""
+    """Check that each of the N steps of the lineage trained exactly B groups, and no abandoned step any."""
     committed = ledger.committed()
     wrong = []
     if (made := sorted(committed.values())) != list(range(1, num_steps + 1)):
-        wrong.append(f"the line has {len(made)} steps, up to {max(made, default=0)}, instead of {num_steps}")
+        wrong.append(f"the lineage has {len(made)} steps, up to {max(made, default=0)}, instead of {num_steps}")
     by_step: defaultdict[int, list[int]] = defaultdict(list)
     for group_id, step in ledger.trained().items():
         by_step[step].append(group_id)
@@ -173,13 +180,13 @@ def trained(ledger: Ledger, num_steps: int, groups_per_step: int) -> list[str]:
         if (num := len(by_step[version])) != groups_per_step:
             wrong.append(f"step {step}, from version {version}, was trained by {num} groups, not {groups_per_step}")
     for version in sorted(by_step.keys() - committed.keys()):
-        wrong.append(f"groups {by_step[version]} count as trained from version {version}, which is not of the line")
+        wrong.append(f"groups {by_step[version]} count as trained from version {version}, which is not of the lineage")
     no_step = [g.group_id for g in ledger.groups if g.state == "trained" and g.learner_version is None]
     return wrong + [f"group {i} is trained, by no step" for i in no_step]
 
 
 def staleness(ledger: Ledger, max_staleness: int) -> list[str]:
-    """All tokens that were trained are of the line, at most so many steps older than the step, and not newer."""
+    """Check that all trained tokens are of the lineage, not newer than their step, and not too old."""
     lineage = {v.version: v.step for v in ledger.lineage()}
     wrong = []
     for group in ledger.groups:
@@ -188,7 +195,7 @@ def staleness(ledger: Ledger, max_staleness: int) -> list[str]:
         if group.oldest_version not in lineage or group.newest_version not in lineage:
             wrong.append(
                 f"group {group.group_id} holds tokens of versions {group.oldest_version} to {group.newest_version}, "
-                "which are not of the line"
+                "which are not of the lineage"
             )
         elif group.newest_version > group.learner_version:
             wrong.append(f"group {group.group_id} holds tokens that are newer than its step")
@@ -198,10 +205,10 @@ def staleness(ledger: Ledger, max_staleness: int) -> list[str]:
 
 
 def compare(before: Ledger, after: Ledger) -> tuple[set[int], set[int]]:
-    """Groups that were lost and that were duplicated between two looks.
+    """Return the groups that were lost and those that were duplicated between two snapshots.
 
-    Lost: it is not there any more; or a step that still counts was trained by it, and it is not trained. Duplicated: a
-    step that still counts was trained by it, and it is trained by another one too.
+    A group is lost if it disappeared, or if a step of the lineage trained it and it is not trained any more. It is
+    duplicated if a step of the lineage trained it and it counts as trained by another step.
     """
     now, there, counts = after.trained(), {g.group_id for g in after.groups}, after.committed()
     lost = {g.group_id for g in before.groups} - there
@@ -213,6 +220,7 @@ def compare(before: Ledger, after: Ledger) -> tuple[set[int], set[int]]:
 
 
 def against_all(snapshots: Iterable[Ledger], after: Ledger) -> tuple[set[int], set[int]]:
+    """Return the groups that were lost and those that were duplicated since any snapshot."""
     lost: set[int] = set()
     duplicated: set[int] = set()
     for before in snapshots:
@@ -222,7 +230,7 @@ def against_all(snapshots: Iterable[Ledger], after: Ledger) -> tuple[set[int], s
 
 
 def metrics(lines: Sequence[Mapping[str, Any]], num_steps: int) -> list[str]:
-    """Each of the N steps once, in order."""
+    """Check that metrics.jsonl has each of the N steps once, in order."""
     steps = [line["step"] for line in lines]
     if steps == list(range(1, num_steps + 1)):
         return []
@@ -232,7 +240,7 @@ def metrics(lines: Sequence[Mapping[str, Any]], num_steps: int) -> list[str]:
 
 
 def rollouts(ledger: Ledger, lines: Sequence[Mapping[str, Any]], groups_per_step: int) -> list[str]:
-    """What the controller recorded of each step is what the ledger says. Nothing where not all groups are recorded."""
+    """Check that rollouts.jsonl agrees with the ledger; skipped if not all groups of a step are recorded."""
     recorded: defaultdict[int, list[int]] = defaultdict(list)
     for line in lines:
         recorded[line["step"]].append(line["group_id"])
@@ -251,7 +259,7 @@ def rollouts(ledger: Ledger, lines: Sequence[Mapping[str, Any]], groups_per_step
 
 
 def summary(ledger: Ledger, told: Mapping[str, Any], num_steps: int, max_staleness: int) -> list[str]:
-    """summary.json adds up, and agrees with the ledger."""
+    """Check that summary.json adds up and agrees with the ledger."""
     if not told:
         return ["there is no summary.json"]
     states = Counter(g.state for g in ledger.groups)

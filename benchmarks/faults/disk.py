@@ -1,4 +1,4 @@
-"""A small disk for checkpoints, which can be full."""
+"""A small disk for checkpoints, which can be filled."""
 
 from __future__ import annotations
 
@@ -23,9 +23,9 @@ class Disk:
         self._filler = self.path / "filler"
 
     def mount(self) -> None:
-        """Raises OSError where that is not permitted."""
+        """Mount the disk. Raises OSError if that is not permitted."""
         self.path.mkdir(parents=True, exist_ok=True)
-        if self.path.is_mount():  # of a run that was killed
+        if self.path.is_mount():  # left by a run that was killed
             self.unmount()
             self.path.mkdir()
         command = ["mount", "-t", "tmpfs", "-o", f"size={self._size_bytes}", "quatro_chaos", str(self.path)]
@@ -34,7 +34,7 @@ class Disk:
             raise OSError(f"{self.path}: {done.stderr.strip()}")
 
     def fill(self, leave_bytes: int) -> int:
-        """Takes all free space but so much; returns what is free then."""
+        """Fill the disk except for `leave_bytes`; return the bytes that are free then."""
         free = shutil.disk_usage(self.path).free
         with suppress(OSError), self._filler.open("ab") as file:  # until it is full
             os.posix_fallocate(file.fileno(), 0, max(1, free - leave_bytes))

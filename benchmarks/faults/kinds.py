@@ -1,4 +1,4 @@
-"""The kinds of faults: whom each strikes and how, what shows that it was noticed, and what must follow."""
+"""The kinds of faults: the victim, the injection, the events that show detection, and what must follow."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ PREEMPTED = 128 + signal.SIGTERM
 
 @dataclass
 class Blow:
-    """A fault that was injected. `at`: seconds since the epoch; `peers`: ids of all of the victim's role then."""
+    """An injected fault. `at`: seconds since the epoch; `peers`: ids of all processes with the victim's role then."""
 
     victim: psutil.Process
     name: str
@@ -33,12 +33,12 @@ class Blow:
     at: float = field(default_factory=time.time)
     detail: str = ""
     undo: Callable[[], None] | None = None
-    """Called when the fault was noticed, or when nobody noticed it in time."""
+    """Called when the fault was detected, or when the time for that is over."""
 
 
 @dataclass(frozen=True)
 class Sign:
-    """An event of events.jsonl; `part`: how its name begins; `why`: what its reason holds."""
+    """An event of events.jsonl. `part`: prefix of the component's name; `why`: text that the reason contains."""
 
     event: str
     part: str
@@ -51,14 +51,17 @@ class Sign:
 
 @dataclass(frozen=True)
 class Kind:
-    """
+    """A kind of fault.
+
     Attributes:
-        strike: injects it; None where the moment did not come.
-        signs: any of them shows that it was noticed. None: the victim is gone and has a successor.
-        statuses: the driver is to end with one of these, which is what shows it; "error": any but 0.
+        name: as `--kinds` takes it.
+        role: of the victim.
+        strike: injects the fault; false if the right moment did not come.
+        signs: any of these events shows that it was detected. Empty: the victim is gone and has a successor.
+        statuses: exit statuses of the driver that show detection; "error": any except 0.
         then: events that must all follow before the run counts as recovered.
-        is_ready: whether it can be injected now.
-        check: what was wrong with how the driver ended.
+        is_ready: whether the fault can be injected now.
+        check: returns what was wrong with the way the driver ended, or an empty text.
     """
 
     name: str
@@ -71,7 +74,7 @@ class Kind:
     check: Callable[[Run, Blow], str] = lambda run, blow: ""
 
     def inject(self, run: Run, rng: Random) -> Blow | None:
-        """None where there is no victim, or it got away."""
+        """Inject the fault; return None if there is no victim, or if it escaped."""
         peers = run.process(self.role)
         if not peers or not self.is_ready(run):
             return None
@@ -93,8 +96,10 @@ def _out_of_memory(run: Run, blow: Blow, rng: Random) -> bool:
 
 
 def _out_of_memory_at_start(run: Run, blow: Blow, rng: Random) -> bool:
-    """An engine core is killed, and its successor gets no more address space than it has while it loads. (One that runs
-    asks for none any more: it went on for minutes under such a limit.)"""
+    """Kill an engine core, and deny its successor further address space while it loads.
+
+    A core that has loaded asks for no more memory: under such a limit it kept running for minutes.
+    """
     strike(blow.victim, _SIGKILL)
     deadline = time.monotonic() + 90
     while time.monotonic() < deadline and run.status() is None:
@@ -114,7 +119,7 @@ def _used(process: psutil.Process) -> int:
 
 
 def _limit(blow: Blow) -> bool:
-    """From now on whatever asks for address space fails, also where some was given back before."""
+    """Make all further requests for address space fail, even if some was given back before."""
     victim = blow.victim
     try:
         before, used = victim.rlimit(resource.RLIMIT_AS), victim.memory_info().vms
@@ -130,11 +135,11 @@ def _limit_again(victim: psutil.Process, limit: tuple[int, int]) -> None:
     try:
         victim.rlimit(resource.RLIMIT_AS, limit)
     except psutil.Error:
-        return  # it died of it
+        return  # the limit killed it
 
 
 def _within_update(run: Run, blow: Blow, rng: Random) -> bool:
-    """Within the next weight update, which follows the training phase of each step."""
+    """Strike within the next weight update, which follows the training phase of each step."""
     phases = [p for p in read_lines(run.dir / "timeline.jsonl") if p.get("phase") == "sync"][-20:]
     length = statistics.median([p["end"] - p["start"] for p in phases] or [0.3])
     timeline = Lines(run.dir / "timeline.jsonl")
@@ -154,7 +159,7 @@ def _within_update(run: Run, blow: Blow, rng: Random) -> bool:
 
 
 def _damage(how: Callable[[Path, Random], str]) -> Callable[[Run, Blow, Random], bool]:
-    """The newest checkpoint first, then its reader: who starts again must find out."""
+    """Damage the newest checkpoint, then kill its reader, so that the restart has to detect the damage."""
 
     def send(run: Run, blow: Blow, rng: Random) -> bool:
         newest, *_ = run.newest_checkpoints()
@@ -237,6 +242,6 @@ KINDS: tuple[Kind, ...] = (
     ),
     Kind("disk full", Role.DRIVER, _fill_disk, _FAILED, then=_WRITTEN, is_ready=_has_checkpoints(1)),
 )  # fmt: skip
-"""By name; "disk full" needs a disk of its own."""
+"""All kinds; "disk full" needs a separate disk."""
 
 DISK_FULL = KINDS[-1].name

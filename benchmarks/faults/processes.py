@@ -1,4 +1,4 @@
-"""The processes of one run, and of nothing else: found by descent, kept by id and time of birth."""
+"""The processes of one run, found by descent and identified by id and start time."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ _SHM = "/dev/shm/"
 
 
 class Role(StrEnum):
-    """Values are what a process's command line says."""
+    """Roles of processes; each value is a part of the command line."""
 
     GENERATOR = "ray::GeneratorActor"
     ENGINE = "VLLM::EngineCore"
@@ -30,10 +30,10 @@ class Role(StrEnum):
 
 
 class Family:
-    """All processes that come from a driver, also those whose parents are gone.
+    """All processes that descend from a driver, also those whose parents are gone.
 
-    A process belongs to it if its parent does, or if its environment holds the marker. Ids are kept with the time of
-    birth, so that one that the system gives out again is another process.
+    A process belongs to it if its parent does, or if its environment holds the marker. Ids are kept with the
+    start time, so that an id that the system reuses is another process.
 
     Args:
         marker: value of the variable MARKER in the driver's environment, unlike any other's.
@@ -51,7 +51,7 @@ class Family:
         self._known[_key(process)] = process
 
     def look(self) -> list[psutil.Process]:
-        """Those that live, the newly found included; oldest first."""
+        """Find new members; return all that are alive, oldest first."""
         pids = {p.pid for p in self.alive()}
         for process in sorted(psutil.process_iter(), key=lambda p: p.pid):
             with suppress(psutil.Error, OSError):
@@ -78,18 +78,18 @@ class Family:
         return [p for p in self.look() if role in command_of(p)]
 
     def look_at_memory(self) -> None:
-        """Notes which shared memory they use."""
+        """Record which shared memory the members use."""
         self.shm |= _mapped(self.alive())
 
     def wait_gone(self, seconds: float) -> list[psutil.Process]:
-        """Those that still live after so long; the driver has ended."""
+        """Wait after the driver's end; return the members that are still alive after `seconds`."""
         deadline = time.monotonic() + seconds
         while (left := self.look()) and time.monotonic() < deadline:
             time.sleep(0.25)
         return left
 
     def kill(self) -> None:
-        """All that live, until none is left; with the shared memory that they could have removed themselves."""
+        """Kill all members until none is left, and remove the shared memory that they would have removed at exit."""
         deadline, cut_off = time.monotonic() + 30, set[str]()
         while (left := self.look()) and time.monotonic() < deadline:
             cut_off |= _mapped(left)
@@ -100,7 +100,7 @@ class Family:
 
 
 def _mapped(processes: Iterable[psutil.Process]) -> set[str]:
-    """Names of shared memory. By inode: who made a semaphore has it mapped under the name that it had before."""
+    """Return names of mapped shared memory, by inode: the creator of a semaphore maps it under its earlier name."""
     inodes: set[int] = set()
     for process in processes:
         with suppress(OSError):
@@ -114,7 +114,7 @@ def _key(process: psutil.Process) -> tuple[int, float]:
 
 
 def is_alive(process: psutil.Process) -> bool:
-    """A zombie holds nothing and is not."""
+    """Return whether a process is alive; a zombie holds nothing and is not."""
     try:
         return process.is_running() and process.status() != psutil.STATUS_ZOMBIE
     except psutil.Error:
@@ -129,7 +129,7 @@ def command_of(process: psutil.Process) -> str:
 
 
 def strike(process: psutil.Process, number: signal.Signals) -> bool:
-    """False where it is gone already. psutil compares the time of birth before it signals."""
+    """Send a signal; false if the process is gone. psutil compares the start time before it sends."""
     try:
         process.send_signal(number)
     except psutil.Error:
@@ -138,7 +138,7 @@ def strike(process: psutil.Process, number: signal.Signals) -> bool:
 
 
 def shared_memory() -> set[str]:
-    """Names of all segments there are on this machine."""
+    """Return the names of all shared memory segments on this machine."""
     return set(os.listdir(_SHM))
 
 

@@ -1,4 +1,4 @@
-"""What a run writes, read from beside it: events, steps, phases, the ledger."""
+"""Reads the records of a run from another process: events, steps, phases and the ledger."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ _TAIL_BYTES = 2**19
 
 
 class Lines:
-    """JSON lines of a file that grows: each call gives those that are new. What was cut off is in `broken`."""
+    """JSON lines of a growing file; each call returns the new ones. Lines that were cut off are in `broken`."""
 
     def __init__(self, path: Path) -> None:
         self._path = path
@@ -40,15 +40,17 @@ class Lines:
 
 
 class Steps:
-    """The newest optimiser step that was recorded, and the highest time of any so far: lines are taken back when the
-    learner falls back, and the time of those that are new goes on."""
+    """The newest recorded optimiser step, and the latest time of any step so far.
+
+    Lines are deleted when the learner falls back, so the step may decrease, but the times of new lines increase.
+    """
 
     def __init__(self, run_dir: Path) -> None:
         self._path = run_dir / "metrics.jsonl"
         self._seen: tuple[int, int] | None = None
         self.step = 0
         self.newest_s = 0.0
-        """Since the run began."""
+        """Seconds since the run began."""
 
     def look(self) -> None:
         try:
@@ -66,7 +68,7 @@ class Steps:
 
 
 def _last_line(path: Path) -> dict[str, Any] | None:
-    """The last whole one."""
+    """Return the last complete line."""
     with path.open("rb") as file:
         size = file.seek(0, 2)
         file.seek(max(0, size - _TAIL_BYTES))
@@ -79,12 +81,12 @@ def read_lines(path: Path) -> list[dict[str, Any]]:
 
 
 def read_ledger(path: Path) -> Ledger:
-    """As it is now. Read only: a run that owns it goes on. Empty where there is none yet."""
+    """Read the ledger as it is now, in read-only mode beside a running run; empty if there is none yet."""
     if not path.is_file():
         return Ledger((), ())
     with closing(sqlite3.connect(f"{path.absolute().as_uri()}?mode=ro", uri=True, timeout=10)) as db:
         try:
-            db.execute("BEGIN")  # both tables as of one moment
+            db.execute("BEGIN")  # both tables from one snapshot
             groups = db.execute(
                 "SELECT group_id, state, reason, learner_version, oldest_version, newest_version, num_tokens "
                 "FROM groups ORDER BY group_id"

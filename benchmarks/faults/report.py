@@ -1,4 +1,4 @@
-"""The figures of all faults as a table for people."""
+"""Statistics of all faults, as a table for people."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ _HEAD = ("fault", "injected", "detected in s", "recovered in s", "groups requeue
 
 
 def figures(outcomes: Sequence[Outcome], kinds: Sequence[str]) -> dict[str, dict[str, Any]]:
-    """By kind; also those that were never injected. Seconds are [median, maximum], None where there are none."""
+    """Return statistics of each kind, injected or not. Seconds are [median, maximum], None if there are none."""
     return {kind: _of([o for o in outcomes if o.kind == kind]) for kind in kinds}
 
 

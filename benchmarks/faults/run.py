@@ -1,4 +1,4 @@
-"""One training run over as many driver processes as it takes, seen from outside."""
+"""One training run, observed from outside, over all driver processes that it takes."""
 
 from __future__ import annotations
 
@@ -27,10 +27,13 @@ _MEMORY_EVERY_S = 5.0
 
 
 class Run:
-    """
+    """One training run.
+
     Args:
+        config: path of the YAML file.
+        overrides: `section.field=value` …
         folder: for the run's directory and the drivers' output.
-        temp: where Ray keeps its sessions; a short path, for sockets live under it.
+        temp: where Ray keeps its sessions; the path must be short because sockets are in it.
         disk: where the checkpoints are, if not in the run's directory.
     """
 
@@ -52,12 +55,12 @@ class Run:
         self.steps = Steps(self.dir)
         self.events: list[dict[str, Any]] = []
         self.down: set[str] = set()
-        """Parts that were lost and have not recovered."""
+        """Components that were lost and have not recovered."""
         self.snapshots: list[Ledger] = []
         self._start_mark = 0.0
 
     def start(self) -> None:
-        """The same command again and again: run.resume=auto does the rest."""
+        """Start the driver, always with the same command; run.resume=auto continues the run."""
         self.num_starts += 1
         self.look()  # the last driver's last words
         self.down.clear()
@@ -89,7 +92,7 @@ class Run:
         return new
 
     def status(self) -> int | None:
-        """Of the driver's end; None while it runs."""
+        """Return the driver's exit status; None while it runs."""
         assert self.driver is not None
         return self.driver.poll()
 
@@ -97,11 +100,11 @@ class Run:
         return self.status() == 0 and (self.dir / "summary.json").is_file()
 
     def is_steady(self) -> bool:
-        """All parts are there, and this driver has made a step."""
+        """Return whether no component is lost and this driver has made a step."""
         return self.status() is None and not self.down and self.steps.newest_s > self._start_mark
 
     def process(self, role: Role) -> list[psutil.Process]:
-        """Of that role; the driver is only ever our own child."""
+        """Return the processes of a role; the driver is only our own child."""
         if role is Role.DRIVER:
             assert self.driver is not None
             return [psutil.Process(self.driver.pid)] if self.status() is None else []
@@ -113,25 +116,25 @@ class Run:
         return ledger
 
     def newest_checkpoints(self) -> list[Path]:
-        """Complete ones, newest first; none while one is being written."""
+        """Return complete checkpoints, newest first; none while one is being written."""
         if not self.checkpoints.is_dir() or any(self.checkpoints.glob("step_*.writing")):
             return []
         found = [p for p in self.checkpoints.glob("step_*") if p.name.removeprefix("step_").isdigit()]
         return sorted(found, key=lambda p: int(p.name.removeprefix("step_")), reverse=True)
 
     def clean_up(self) -> list[str]:
-        """The driver has ended: whoever of its processes outlives it by 30 s is an orphan, named and killed."""
+        """Kill and return the orphans: processes that outlive the driver by 30 s."""
         orphans = describe(self.family.wait_gone(_ORPHAN_S))
         self.family.kill()
         return orphans
 
     def last_words(self) -> str:
-        """What the driver printed last."""
+        """Return the last line that the driver printed."""
         lines = self._log().read_text(errors="replace").splitlines()
         return lines[-1][:500] if lines else ""
 
     def close(self) -> None:
-        """Whatever is left of it ends."""
+        """Kill all processes of the run."""
         self.family.kill()
         if self.driver is not None:
             self.driver.wait(timeout=30)

@@ -1,4 +1,4 @@
-"""Which fault comes when: seeded, all kinds in turn, and only when the run is well."""
+"""The order and time of faults: seeded, all kinds in turn, each only while the run is healthy."""
 
 from __future__ import annotations
 
@@ -20,15 +20,19 @@ _MAX_STARTS_IN_A_ROW = 3
 
 
 class GaveUp(Exception):
-    """The run does not come up any more, or hangs without a fault."""
+    """The run does not start any more, or hangs without a fault."""
 
 
 class Schedule:
-    """
+    """Injects faults into runs until the time or the number of faults is used up.
+
     Args:
-        until: seconds since the epoch; later faults are not begun.
-        log: each fault is written to it as a line when it begins and when it is over.
-        say: tells people.
+        kinds: kinds of faults.
+        seed: of the order, the victims and the pauses.
+        until: seconds since the epoch; no fault begins later.
+        max_faults: number of faults.
+        log: file that gets a line when a fault begins and when it is over.
+        say: shows a message to people.
     """
 
     def __init__(
@@ -47,13 +51,13 @@ class Schedule:
         return time.time() >= self._until or len(self.outcomes) >= self._max_faults
 
     def play(self, run: Run, index: int, last_step: int) -> None:
-        """Until the run is done.
+        """Inject faults until the run is done.
 
         Args:
             last_step: no fault is begun after it.
 
         Raises:
-            GaveUp: without a fault, it ended or hung again and again.
+            GaveUp: it ended or hung repeatedly without a fault.
         """
         run.start()
         while not run.is_done():
@@ -67,7 +71,7 @@ class Schedule:
                 self._one(run, index)
 
     def _is_well(self, run: Run) -> bool:
-        """Waits until all parts are there; a driver that ends or hangs is started again."""
+        """Wait until the run is healthy; a driver that ends or hangs is started again."""
         for _ in range(_MAX_STARTS_IN_A_ROW):
             deadline = time.monotonic() + _START_S
             while time.monotonic() < deadline and run.status() is None:
@@ -91,7 +95,7 @@ class Schedule:
         run.start()
 
     def _let_end(self, run: Run) -> None:
-        """No more faults: until the driver ends, or makes no step for long."""
+        """Wait without faults until the driver ends, or start it again if it makes no step for long."""
         newest, since = run.steps.newest_s, time.monotonic()
         while run.status() is None:
             run.look()
@@ -108,7 +112,7 @@ class Schedule:
             time.sleep(0.2)
 
     def _one(self, run: Run, index: int) -> None:
-        """The next kind that can be injected; none where none can."""
+        """Inject the next kind that can be injected, if any can."""
         if not self._queue:
             self._queue = self._rng.sample(self._kinds, len(self._kinds))
         before = run.snapshot()
@@ -118,7 +122,7 @@ class Schedule:
                 run.look()
                 if run.is_steady():
                     continue
-                return  # it struck half, or something else did
+                return  # it struck partly, or another fault did
             self._queue.remove(kind)
             outcome = Outcome(kind.name, index, step, blow.at, blow.name, blow.detail)
             self._write({"injected": kind.name, "run": index, "step": step, "at": blow.at, "victim": blow.name})

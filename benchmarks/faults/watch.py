@@ -1,4 +1,4 @@
-"""From the blow to the recovery: when it was noticed, when training went on, and what it cost."""
+"""Observes a fault from injection to recovery: time to detect, time to recover, and the cost."""
 
 from __future__ import annotations
 
@@ -20,11 +20,12 @@ _UNDER_WAY = ("generating", "verifying")
 
 @dataclass
 class Outcome:
-    """Of one fault. Seconds are counted from the blow; None: never within the deadline.
+    """The outcome of one fault. Seconds count from the injection; None: not within the deadline.
 
     Attributes:
         requeued: groups that went back a stage, as events and the ledger say.
-        lost, duplicated: see audit.compare, from before the blow to the recovery.
+        lost: number of groups, see audit.compare, from before the fault to the recovery.
+        duplicated: likewise.
         dropped: groups dropped meanwhile, by reason.
         ends: how drivers ended, with their last words; those that were not to end are in `problems` too.
         orphans: processes that outlived their driver by 30 s.
@@ -52,9 +53,14 @@ class Outcome:
 
 
 class Watch:
-    """
+    """Observes one fault until the run has recovered.
+
     Args:
-        before: the ledger just before the blow.
+        run: the run.
+        kind: the kind of fault.
+        blow: the fault.
+        before: the ledger just before the fault.
+        outcome: is filled in.
     """
 
     def __init__(self, run: Run, kind: Kind, blow: Blow, before: Ledger, outcome: Outcome) -> None:
@@ -65,10 +71,10 @@ class Watch:
         self._outcome = outcome
         self._missing = set(kind.then)
         self._mark: float | None = None
-        """Time of the newest step when the fault was noticed; recovery is one after it."""
+        """Time of the newest step when the fault was detected; a later step means recovery."""
 
     def until_recovered(self, deadline_s: float, restart_s: float) -> Outcome:
-        """Starts drivers again that end. A driver that must be started gets `restart_s` more."""
+        """Observe, and start drivers again that end; a driver that must be started gets `restart_s` more."""
         deadline = self._blow.at + deadline_s + (restart_s if self._kind.statuses else 0.0)
         while time.time() < deadline and not self._is_over():
             if self._run.status() is not None and not self._run.is_done():
@@ -86,13 +92,13 @@ class Watch:
             self._take(event)
         if self._outcome.detected_s is None and not self._kind.signs and not self._kind.statuses:
             self._look_for_successor()
-        has_gone_on = self._has_gone_on() and not self._missing and self._run.is_steady()
-        if has_gone_on or self._run.is_done():
+        has_continued = self._has_continued() and not self._missing and self._run.is_steady()
+        if has_continued or self._run.is_done():
             self._outcome.recovered_s = self._since(time.time())
         return self._outcome.recovered_s is not None
 
-    def _has_gone_on(self) -> bool:
-        """A step was made since the fault was noticed."""
+    def _has_continued(self) -> bool:
+        """Return whether a step was made since the fault was detected."""
         return self._mark is not None and self._run.steps.newest_s > self._mark
 
     def _take(self, event: dict[str, Any]) -> None:
@@ -122,7 +128,7 @@ class Watch:
             self._undo()
 
     def _ended(self) -> None:
-        """The driver ended before the run was done."""
+        """Handle the end of the driver before the run was done."""
         status, words = self._run.status(), self._run.last_words()
         self._outcome.ends.append(f"{status}: {words}")
         first = len(self._outcome.ends) == 1
@@ -146,7 +152,7 @@ class Watch:
             self._blow.undo = None
 
     def _settle(self) -> None:
-        """What it cost, and whether anything is left of the victim."""
+        """Record the cost, and whether the victim is still there."""
         outcome, after = self._outcome, self._run.snapshot()
         lost, duplicated = compare(self._before, after)
         outcome.lost, outcome.duplicated = len(lost), len(duplicated)

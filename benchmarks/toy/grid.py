@@ -1,4 +1,4 @@
-"""Which runs the study is made of. One `Spec` a run; its key names it in the file of results."""
+"""The grid of the study: one `Spec` for each run; its key identifies it in the file of results."""
 
 from __future__ import annotations
 
@@ -72,7 +72,7 @@ class Spec:
 
 
 def all_specs() -> list[Spec]:
-    """In the order of what they tell: one seed of grid and ablation, the other seeds, the other baselines."""
+    """Return all runs, the most informative first: one seed of grid and ablation, other seeds, other baselines."""
     first, *others = SEEDS
     specs = [*_grid(first, MULTIPLES), *_ablation(first)]
     for seed in others:

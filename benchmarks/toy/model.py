@@ -22,12 +22,12 @@ class Block(nn.Module):
         self.up, self.down = nn.Linear(width, 4 * width), nn.Linear(4 * width, width)
 
     def heads(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """[B, L, D] → queries, keys, values [B, H, L, E]."""
+        """Map [B, L, D] to queries, keys and values [B, H, L, E]."""
         q, k, v = self.qkv(self.norm_attention(x)).unflatten(-1, (3, _HEADS, -1)).permute(2, 0, 3, 1, 4)
         return q, k, v
 
     def rest(self, x: Tensor, attended: Tensor) -> Tensor:
-        """[B, H, L, E] back into the residual stream [B, L, D]."""
+        """Add attended values [B, H, L, E] and the MLP to the residual stream [B, L, D]."""
         x = x + self.out(attended.transpose(1, 2).flatten(2))
         return x + self.down(F.gelu(self.up(self.norm_mlp(x))))
 
@@ -46,7 +46,7 @@ class ToyModel(nn.Module):
         return self.norm(x) @ self.tokens.weight.T
 
     def read_prompt(self, prompt: Tensor) -> tuple[Tensor, list[tuple[Tensor, Tensor]]]:
-        """[Q, P] → logits of the first response token [Q, V], and keys and values [Q, H, P, E] of each layer."""
+        """Map [Q, P] to logits [Q, V] of the first response token, and keys and values [Q, H, P, E] of each layer."""
         x = self.tokens(prompt) + self.positions.weight[: prompt.shape[1]]
         cache = []
         for block in self.blocks:
@@ -56,7 +56,7 @@ class ToyModel(nn.Module):
         return self.logits(x[:, -1]), cache
 
     def score(self, prompt: Tensor, response: Tensor) -> Tensor:
-        """log-probs [Q, G, T, V] at every response position, teacher-forced. prompt [Q, P], response [Q, G, T]."""
+        """Return teacher-forced log-probs [Q, G, T, V] at every position of response [Q, G, T] to prompt [Q, P]."""
         num_queries, size, length = response.shape
         first, cache = self.read_prompt(prompt)
         x = self.tokens(response[..., :-1]) + self.positions.weight[prompt.shape[1] :][: length - 1]
@@ -74,7 +74,7 @@ class ToyModel(nn.Module):
     def sample(
         self, prompt: Tensor, size: int, length: int, eos: int, generator: torch.Generator
     ) -> tuple[Tensor, Tensor, Tensor]:
-        """Response [Q, G, T], its log-probs [Q, G, T], and which of its tokens count (up to the first eos).
+        """Return responses [Q, G, T], their log-probs [Q, G, T], and which tokens count (up to the first eos).
 
         Tokens that do not count are eos with log-prob 0.
         """

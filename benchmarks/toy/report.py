@@ -16,7 +16,7 @@ _COLOURS = dict(zip(WHOLE_GRID, ("#d62728", "#1f77b4", "#2ca02c", "#9467bd", "#f
 
 
 def write_report(runs: Sequence[Run], docs: Path) -> dict[str, Any]:
-    """Replaces the part of docs/results.md between the study's marks, and its plots. Returns the claims.
+    """Replace the section of docs/results.md between the study's marks, and its plots; return the claims.
 
     Raises:
         ValueError: there is no run, or results.md has no marks.
@@ -66,7 +66,7 @@ def _sections(runs: Sequence[Run], table: Table, found: dict[str, Any]) -> Itera
 
 
 def _lead(exception: str) -> float:
-    """`cell: method +0.031` → 0.031."""
+    """Parse the lead, 0.031, from an exception such as `cell: method +0.031`."""
     return float(exception.rpartition(" ")[2])
 
 
@@ -92,7 +92,7 @@ def _grid(table: Table, task: str, control: bool) -> str:
 
 
 def _totals(table: Table) -> str:
-    """Over the cells that every method of the grid has, so that means compare."""
+    """Average over the cells that every method of the grid has, so that the means are comparable."""
     common = [row for row in table.values() if all((m, c) in row for m in WHOLE_GRID for c in (True, False))]
     lines = [
         f"**All {len(common)} cells that every method has**: means.\n",
@@ -151,7 +151,7 @@ def _figure(columns: int) -> tuple[Any, list[Any]]:
     from matplotlib import rcParams
     from matplotlib.figure import Figure
 
-    rcParams["svg.hashsalt"] = "quatro_ray"  # the same figures give the same file
+    rcParams["svg.hashsalt"] = "quatro_ray"  # the same data give the same file
     figure = Figure(figsize=(4.2 * columns, 3.6), layout="constrained")
     return figure, list(figure.subplots(1, columns, squeeze=False)[0])
 

@@ -1,4 +1,4 @@
-"""From runs to the figures of a cell, and whether they bear out what the study is to show."""
+"""Averages of the runs in each cell, and the claims of the study with their exceptions."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from benchmarks.toy.grid import CORNERS, WHOLE_GRID
 Run = Mapping[str, Any]
 MARGIN = 0.02
 _FINAL_STEPS = 100
-"""What is called final is the mean of the evaluations in so many last steps: three of them, for less noise."""
+"""Final figures are means over the evaluations in this many last steps, which are three, to reduce noise."""
 
 
 @dataclass(frozen=True, order=True)
@@ -41,7 +41,7 @@ class Figures:
 
 
 Row = dict[tuple[str, bool], Figures]
-"""Of a cell, by method and whether it had step control."""
+"""The figures of a cell, by method and whether it had step control."""
 Table = dict[Cell, Row]
 
 
@@ -93,12 +93,12 @@ class Pair:
     rival: Figures
 
     def lead(self, figure: str) -> float:
-        """How far the baseline is ahead."""
+        """Return how far the baseline is ahead."""
         return getattr(self.rival, figure) - getattr(self.own, figure)
 
 
 def claims(runs: Iterable[Run]) -> dict[str, Any]:
-    """What the study is to show about QUATRO with its defaults, with every exception."""
+    """Return what the study claims about QUATRO with its defaults, with every exception."""
     grouped = {cell: row for cell, row in _grouped(runs).items() if _OURS in row}
     own = {cell: _figures(row[_OURS]) for cell, row in grouped.items()}
     pairs = {cell: _pairs(row) for cell, row in grouped.items()}
@@ -127,7 +127,7 @@ _OURS = ("quatro", True)
 
 
 def _pairs(row: dict[tuple[str, bool], list[Run]]) -> list[Pair]:
-    """With every baseline, with step control and without, on the seeds that both have."""
+    """Pair QUATRO with every baseline, with and without step control, on the seeds that both have."""
     pairs = []
     for key, theirs in row.items():
         seeds = {run["seed"] for run in theirs} & {run["seed"] for run in row[_OURS]}
@@ -138,7 +138,7 @@ def _pairs(row: dict[tuple[str, bool], list[Run]]) -> list[Pair]:
 
 
 def _ahead(pairs: dict[Cell, list[Pair]], figure: str, margin: float) -> list[str]:
-    """Cells where a baseline's figure exceeds QUATRO's by more than the margin: who leads there, and by how much."""
+    """Return the cells in which a baseline exceeds QUATRO by more than the margin, with the leader and its lead."""
     found = []
     for cell, of in pairs.items():
         leads = [(p.lead(figure), p.key) for p in of]

@@ -16,7 +16,7 @@ from quatro_ray.data.reasoning_gym import chain_sum
 
 NUM_HELD_OUT = 128
 _PALINDROME = 6
-"""Letters: three pairs, so that up to six answers are right."""
+"""Number of letters: three pairs, so that up to six answers are correct."""
 _EOS = "$"
 
 Rewards = Callable[[Tensor, Tensor], Tensor]
@@ -24,7 +24,7 @@ Rewards = Callable[[Tensor, Tensor], Tensor]
 
 @dataclass(frozen=True)
 class Task:
-    """prompts int64 [n, P]; answers int64 [n, T], filled up with eos."""
+    """A task. Prompts are int64 [n, P]; answers are int64 [n, T], padded with eos."""
 
     prompts: Tensor
     answers: Tensor
@@ -33,7 +33,7 @@ class Task:
     vocabulary: int
     eos: int
     rewards: Rewards
-    """responses [Q, G, T], answers [Q, T] → float64 [Q, G]; exactly what the library's scorer gives 1."""
+    """Map responses [Q, G, T] and answers [Q, T] to float64 [Q, G]; 1 exactly if the library's scorer gives 1."""
 
     @property
     def max_response_tokens(self) -> int:
@@ -41,12 +41,12 @@ class Task:
 
 
 def is_answer(responses: Tensor, answers: Tensor) -> Tensor:
-    """1 where a response is the answer, to its end."""
+    """Return 1 for each response that equals the answer, eos included."""
     return (responses == answers[:, None]).all(-1).double()
 
 
 def is_palindrome_of_letters(responses: Tensor, answers: Tensor) -> Tensor:
-    """1 where a response has the letters of the answer, all of them, and reads the same from both ends."""
+    """Return 1 for each response that is a palindrome of exactly the answer's letters."""
     letters, wanted = responses[..., :_PALINDROME], answers[:, None, :_PALINDROME]
     same_letters = (letters.sort(-1).values == wanted.sort(-1).values).all(-1)
     ends = (responses[..., _PALINDROME:] == answers[:, None, _PALINDROME:]).all(-1)
@@ -55,7 +55,7 @@ def is_palindrome_of_letters(responses: Tensor, answers: Tensor) -> Tensor:
 
 @cache
 def make_task(name: str) -> Task:
-    """`addition`: two terms of two digits. `palindrome`: a palindrome from given letters. Both of reasoning-gym."""
+    """Return a task of reasoning-gym: `addition` of two two-digit terms, or `palindrome` from given letters."""
     pairs, scorer = {"addition": (_addition, is_answer), "palindrome": (_palindrome, is_palindrome_of_letters)}[name]
     rows = pairs()
     random.Random(0).shuffle(rows)

@@ -1,4 +1,4 @@
-"""One RL run in one process at an exactly constant staleness, with the product's objectives, step control, optimiser.
+"""One RL run in one process at exactly constant staleness, with the product's objectives and step control.
 
 Shape letters: Q queries, G rollouts a query, T response tokens; [N] is [Q·G·T] flattened.
 """
@@ -30,7 +30,7 @@ _LR_WARMUP_STEPS = 10
 
 @dataclass(frozen=True)
 class Samples:
-    """prompts [Q, P]; responses, logprobs, counted [Q, G, T]; rewards [Q, G]; of policy `version`."""
+    """Samples of policy `version`: prompts [Q, P]; responses, logprobs, counted [Q, G, T]; rewards [Q, G]."""
 
     version: int
     prompts: Tensor
@@ -41,7 +41,7 @@ class Samples:
 
 
 class ToyTrainer:
-    """Step k trains on samples of policy max(0, k − staleness)."""
+    """Trains step k on samples of policy max(0, k − staleness)."""
 
     def __init__(
         self, model: ToyModel, task: Task, objective: ObjectiveConfig, learner: LearnerConfig, staleness: int, seed: int
@@ -96,7 +96,7 @@ class ToyTrainer:
         }
 
     def _score(self, batch: Samples) -> tuple[Tensor, float]:
-        """Log-probs [Q, G, T] of the responses, 0 where not counted, and mean entropy in nats per token."""
+        """Return log-probs [Q, G, T] of the responses, 0 if not counted, and the mean entropy in nats per token."""
         distribution = self.model.score(batch.prompts, batch.responses)
         chosen = distribution.gather(-1, batch.responses[..., None])[..., 0]
         with torch.no_grad():
@@ -161,7 +161,7 @@ class ToyTrainer:
 
 @torch.no_grad()
 def evaluate(model: ToyModel, task: Task, seed: int) -> dict[str, float]:
-    """On the held-out questions: pass@1, pass@16, distinct right answers, entropy in nats per token."""
+    """Evaluate the held-out questions: pass@1, pass@16, distinct correct answers, entropy in nats per token."""
     generator = torch.Generator().manual_seed(seed)
     responses, logprobs, counted = model.sample(
         task.held_out_prompts, EVALUATION_SAMPLES, task.max_response_tokens, task.eos, generator
@@ -178,7 +178,7 @@ def evaluate(model: ToyModel, task: Task, seed: int) -> dict[str, float]:
 
 
 def run(trainer: ToyTrainer, num_steps: int, evaluation_seed: int) -> dict[str, Any]:
-    """Evaluations at the start, every 50 steps and at the end, what control did, and the seconds it all took."""
+    """Train; return evaluations at the start, every 50 steps and at the end, figures of step control, and seconds."""
     begun = time.monotonic()
     evaluations = [{"step": 0} | evaluate(trainer.model, trainer.task, evaluation_seed)]
     steps = []

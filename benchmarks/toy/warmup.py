@@ -1,4 +1,4 @@
-"""A starting policy: trained on demonstrations of which some are wrong, until part of its samples are right."""
+"""The starting policy: trained on partly wrong demonstrations until a share of its samples is correct."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ _MAX_STEPS = 6000
 
 
 def start_policy(task_name: str, seed: int, folder: Path) -> ToyModel:
-    """The same model for the same task and seed; kept in `folder`."""
+    """Return the starting policy of a task and seed, which is cached in `folder`."""
     task = make_task(task_name)
     torch.manual_seed(seed)
     model = ToyModel(task.vocabulary, task.prompts.shape[1] + task.max_response_tokens)
@@ -55,7 +55,7 @@ def _loss(model: ToyModel, task: Task, generator: torch.Generator) -> Tensor:
     wrong = torch.rand(_BATCH, generator=generator) < _WRONG_ANSWER_SHARE
     answers = task.answers[torch.where(wrong, others, rows)]
     logprobs = model.score(task.prompts[rows], answers[:, None])[:, 0]
-    # the first eos is part of the answer, those after it are filling
+    # the first eos is part of the answer, later ones are padding
     counted = (answers == task.eos).cumsum(1) <= 1
     return F.nll_loss(logprobs[counted], answers[counted])
 

@@ -16,7 +16,7 @@ from quatro_ray.types import Query
 
 
 def episode(query: Query, policy: Policy) -> dict[str, float]:
-    """Up to the first turn that asks for nothing; how often it asked is logged as `calls`."""
+    """Answer the policy's calls until a turn contains none; their number is logged as `calls`."""
     calls = 0
     while (turn := policy.generate(stop=["]"])) is not None:
         if not (call := re.search(r"\[(.*)\]$", turn.text)):
@@ -27,14 +27,14 @@ def episode(query: Query, policy: Policy) -> dict[str, float]:
 
 
 def calculate(expression: str) -> str:
-    """Sums of whole numbers; `?` for all else: what a model writes is never executed."""
+    """Return the sum of whole numbers, or `?` for anything else: text of a model is never executed."""
     if not re.fullmatch(r"\d{1,9}([+-]\d{1,9}){0,9}", expression):
         return "?"
     return str(sum(int(term) for term in re.findall(r"[+-]?\d+", expression)))
 
 
 def demonstrations(questions: list[Query], rng: random.Random) -> list[dict[str, str]]:
-    """Rows to imitate, one for each turn: what the policy has seen so far, and what it says then."""
+    """Return rows to imitate, one for each turn: the text so far, and the policy's next turn."""
     rows = []
     for query in questions:
         if rng.random() < 0.5:
