@@ -73,7 +73,7 @@ class Query:
 
 @dataclass(frozen=True)
 class Response:
-    """What a reward sees of a rollout.
+    """The view of a rollout that rewards get.
 
     Attributes:
         text: text of the policy; if there are several turns, the last one.
@@ -272,7 +272,7 @@ class GroupSummary:
 
 @dataclass(frozen=True)
 class EngineLoad:
-    """What an engine is doing.
+    """The work of an engine at one moment.
 
     Attributes:
         num_running: groups, and turns of episodes, that are being generated now.

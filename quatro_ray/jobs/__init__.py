@@ -1,1 +1,1 @@
-"""What the command line runs: training, and the evaluation of a model."""
+"""The jobs that the command line runs: training, and the evaluation of a model."""

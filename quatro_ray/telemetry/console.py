@@ -14,7 +14,7 @@ _SECONDS_BETWEEN_LINES = 5.0
 
 
 class Progress:
-    """What the user sees on the terminal while a run is in progress.
+    """The terminal output of a run in progress.
 
     Args:
         console: where to print; by default stdout.

@@ -218,8 +218,10 @@ class _Board:
         self._unless_failed(lambda: self._writer.close())
 
     def _unless_failed(self, action: Callable[[], None]) -> None:
-        """Run `action`, unless one failed before: TensorBoard's thread ends at its first error, which every later call
-        raises again."""
+        """Run `action`, unless one failed before.
+
+        TensorBoard's thread ends at its first error, which every later call raises again.
+        """
         if self._writer is None:
             return
         try:
