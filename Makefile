@@ -6,9 +6,12 @@ LOCK := locks/cpu.txt
 STAMP := $(VENV)/.ready-$(shell cat $(LOCK) pyproject.toml 2>/dev/null | cksum | cut -d' ' -f1)
 TORCH := torch==2.13.0+cpu
 BIN := $(abspath $(VENV)/bin)
+# the tools of the documentation have a virtual environment of their own: `make setup` does not need them
+DOCS_VENV := .venv-docs
+DOCS_STAMP := $(DOCS_VENV)/.ready-$(shell cksum 2>/dev/null < locks/docs.txt | cut -d' ' -f1)
 export TOKENIZERS_PARALLELISM := false
 
-.PHONY: demo test check unit setup lock clean
+.PHONY: demo test check unit docs setup lock clean
 
 demo: setup ## asynchronous RL of a tiny model, end to end
 	@$(BIN)/quatro-ray train configs/demo.yaml
@@ -24,12 +27,20 @@ check: setup ## style and types
 unit: setup ## the tests that start no engine
 	@$(BIN)/python -m pytest -m "not slow"
 
+docs: $(DOCS_STAMP) ## the documentation, into site/; a warning is an error
+	@NO_MKDOCS_2_WARNING=1 $(DOCS_VENV)/bin/mkdocs build --strict
+	@echo "documentation: site/index.html"
+
 setup: $(STAMP)
 
-$(STAMP):
+define NEEDS_PYTHON
 	@command -v $(PYTHON) >/dev/null || { echo "missing: $(PYTHON) (Python 3.11); install it or run: make PYTHON=/path/to/python3.11 $(MAKECMDGOALS)"; exit 1; }
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info[:2] != (3, 11))' || { echo "missing: Python 3.11; $(PYTHON) is $$($(PYTHON) -V)"; exit 1; }
 	@$(PYTHON) -c 'import venv, ensurepip' 2>/dev/null || { echo "missing: the venv module of $(PYTHON) (Debian: apt install python3.11-venv)"; exit 1; }
+endef
+
+$(STAMP):
+	$(NEEDS_PYTHON)
 	@command -v c++ >/dev/null || command -v g++ >/dev/null || { echo "missing: a C++ compiler (Debian: apt install g++)"; exit 1; }
 	@echo "setting up $(VENV) from $(LOCK): a few minutes, once"
 	@rm -rf $(VENV) && $(PYTHON) -m venv $(VENV)
@@ -40,11 +51,20 @@ $(STAMP):
 	@$(BIN)/pip install -qq --no-deps --no-build-isolation --editable .
 	@touch $@
 
-lock: ## resolve both locks again; needs uv
+$(DOCS_STAMP):
+	$(NEEDS_PYTHON)
+	@echo "setting up $(DOCS_VENV) from locks/docs.txt: once"
+	@rm -rf $(DOCS_VENV) && $(PYTHON) -m venv $(DOCS_VENV)
+	@$(DOCS_VENV)/bin/pip install -qq --no-deps --require-hashes --requirement locks/docs.txt
+	@touch $@
+
+lock: ## resolve all locks again; needs uv
 	uv pip compile pyproject.toml locks/build.in --extra cpu --extra dev --override locks/overrides.txt --generate-hashes \
 	  --python-version 3.11 --python-platform x86_64-manylinux_2_28 --no-annotate --no-header -o locks/cpu.txt
 	uv pip compile pyproject.toml locks/build.in --extra gpu --extra dev --generate-hashes \
 	  --python-version 3.11 --python-platform x86_64-manylinux_2_28 --no-annotate --no-header -o locks/cuda.txt
+	uv pip compile locks/docs.in --generate-hashes \
+	  --python-version 3.11 --python-platform x86_64-manylinux_2_28 --no-annotate --no-header -o locks/docs.txt
 
 clean:
-	rm -rf $(VENV) runs build *.egg-info
+	rm -rf $(VENV) $(DOCS_VENV) runs build site *.egg-info
