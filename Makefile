@@ -6,15 +6,17 @@ LOCK := locks/cpu.txt
 STAMP := $(VENV)/.ready-$(shell cat $(LOCK) pyproject.toml 2>/dev/null | cksum | cut -d' ' -f1)
 TORCH := torch==2.13.0+cpu
 BIN := $(abspath $(VENV)/bin)
+# two workers; each file of tests stays with one of them (tests/conftest.py)
+PARALLEL := --numprocesses 2 --dist loadgroup --no-loadscope-reorder
 export TOKENIZERS_PARALLELISM := false
 
-.PHONY: demo test check unit setup lock clean
+.PHONY: demo test check unit soak setup lock clean
 
 demo: setup ## asynchronous RL of a tiny model, end to end
 	@$(BIN)/quatro-ray train configs/demo.yaml
 
-test: setup check ## everything CI runs
-	@$(BIN)/python -m pytest
+test: setup check unit ## everything CI runs
+	@$(BIN)/python -m pytest $(PARALLEL) -m real
 
 check: setup ## style and types
 	@$(BIN)/ruff check .
@@ -22,7 +24,10 @@ check: setup ## style and types
 	@$(BIN)/mypy
 
 unit: setup ## the tests that start no engine
-	@$(BIN)/python -m pytest -m "not slow"
+	@$(BIN)/python -m pytest $(PARALLEL) -m "fast or process"
+
+soak: setup ## the long tests: faults, the whole demo, a lost node; docs/development.md says when
+	@$(BIN)/python -m pytest -m soak
 
 setup: $(STAMP)
 

@@ -1,4 +1,7 @@
-"""A real ring for the tests: Ray, a vLLM engine, two ZeRO-3 ranks, verifiers, the replay actor."""
+"""A real ring for the tests: Ray, a vLLM engine, two ZeRO-3 ranks, verifiers, the replay actor.
+
+Tests that only need a running system share the one of tests/real/ring; the others start what they need.
+"""
 
 from __future__ import annotations
 
@@ -80,17 +83,3 @@ def start_ring(config: Config, model_path: str) -> Ring:
     asyncio.set_event_loop(loop)
     cluster = spawn(config, model_path)
     return Ring(cluster, cluster.parts(), config, loop)
-
-
-@pytest.fixture(scope="module")
-def ring(local_ray: None, model_path: str, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Ring]:
-    made = config(
-        tmp_path_factory.mktemp("ring"),
-        generator={"max_response_tokens": 200, "temperature": 0.8},
-        learner={"tokens_per_micro_batch": 512, "reference_kl_coef": 0.1},
-        verifier={"deadline_s": 20},
-    )
-    ring = start_ring(made, model_path)
-    ring.cluster.fleet.started(synced=True)
-    yield ring
-    ring.cluster.shutdown()

@@ -18,7 +18,6 @@ from quatro_ray.replay.packing import pack
 from quatro_ray.replay.staleness import Line
 from quatro_ray.types import Outcome, Query, Rollout, RolloutGroup, Score, VersionSpan
 
-pytestmark = pytest.mark.slow
 NUM_QUERIES, GROUP_SIZE = 6, 4
 
 

@@ -26,6 +26,8 @@ from tests.make import needs_sandbox
 from tests.unit.hostile_programs import ATTACKS
 from tests.unit.test_worker_pool import parts
 
+pytestmark = pytest.mark.process
+
 DEADLINE_S = 2.0
 START_S = 20.0
 """Of a fresh process, on a machine that does other things."""

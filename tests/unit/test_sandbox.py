@@ -25,7 +25,7 @@ from quatro_ray.rewards.seccomp import seccomp_filter
 from tests.make import needs_sandbox
 from tests.unit.hostile_programs import ATTACKS, PRELUDE
 
-pytestmark = needs_sandbox
+pytestmark = [pytest.mark.process, needs_sandbox]
 
 LIMITS = SandboxLimits(cpu_s=1, wall_s=2, memory_mib=128, max_processes=16, output_kib=64)
 WATCHED = ("/", "/etc", "/root", "/home", "/usr", "/usr/bin", "/var", "/var/tmp", "/dev", "/dev/shm", "/run")

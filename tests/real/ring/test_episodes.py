@@ -18,9 +18,8 @@ from quatro_ray.actors.sampler import try_generate
 from quatro_ray.config import EnvironmentConfig
 from quatro_ray.types import DropReason, Query, RolloutGroup, SamplingParams
 from tests.real.conftest import Ring
-from tests.real.test_ring import disagreement, train, version
+from tests.real.ring.test_ring import disagreement, train, version
 
-pytestmark = pytest.mark.slow
 SAMPLING = SamplingParams(temperature=0.8, top_p=1.0, max_tokens=60, seed=3)
 FUNCTIONS = """
 import time
