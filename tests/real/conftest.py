@@ -6,8 +6,10 @@ Tests that only need a running system share the one of tests/real/ring; the othe
 from __future__ import annotations
 
 import asyncio
+import fcntl
 from collections.abc import Iterator
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -34,8 +36,18 @@ def model_path(tmp_path_factory: pytest.TempPathFactory) -> str:
 
 
 @pytest.fixture(scope="session")
-def warm_model_path(tmp_path_factory: pytest.TempPathFactory) -> str:
-    """One that solves some one-digit sums."""
+def warm_model_path(tmp_path_factory: pytest.TempPathFactory, worker_id: str) -> str:
+    """One that solves some one-digit sums; made once for both workers."""
+    own = tmp_path_factory.getbasetemp()
+    path = (own if worker_id == "master" else own.parent) / "warm_model"
+    with path.with_suffix(".lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        if not path.exists():
+            warm_model(tmp_path_factory.mktemp("warm")).rename(path)
+    return str(path)
+
+
+def warm_model(path: Path) -> Path:
     made = config(
         model={"kind": "tiny", "warmup": {"max_steps": 200, "target_pass_rate": 0.5}},
         data={
@@ -44,11 +56,10 @@ def warm_model_path(tmp_path_factory: pytest.TempPathFactory) -> str:
         },
     )
     assert isinstance(made.model, TinyModelConfig)
-    dataset, path = make_dataset(made.data, made.rewards), tmp_path_factory.mktemp("warm")
-    train = dataset.train["sums"]
+    train = make_dataset(made.data, made.rewards).train["sums"]
     for line in warm_up(made.model, train, train[:64], 0, path):
         print(line)
-    return str(path)
+    return path
 
 
 @pytest.fixture(scope="session")
