@@ -8,7 +8,6 @@ from __future__ import annotations
 import asyncio
 import json
 import socket
-import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -28,9 +27,9 @@ from tests.unit.test_worker_pool import parts
 
 pytestmark = pytest.mark.process
 
-DEADLINE_S = 2.0
-START_S = 20.0
-"""Of a fresh process, on a machine that does other things."""
+DEADLINE_S = 3.0
+START_S = 120.0
+"""Of a fresh process, on a machine that does other things; what takes longer hangs."""
 MEMORY_MIB = 1024
 
 BOXED = [
@@ -69,20 +68,22 @@ def judge_all(
 
     async def one(judge: Judge, slots: asyncio.Semaphore, query: Query, text: str) -> Any:
         async with slots:  # so that time is counted from where a worker is free
-            begun = time.monotonic()
+            judging = judge(query, Response(text, 10, truncated=False))
             try:
-                return await judge(query, Response(text, 10, truncated=False))
+                return await asyncio.wait_for(judging, 2 * (deadline_s + 1) + START_S)
             except RewardUnavailable as error:
                 return error
-            finally:
-                assert time.monotonic() - begun < 2 * (deadline_s + 1) + START_S, text[:80]
+            except TimeoutError as error:
+                raise AssertionError(f"hangs: {text[:80]}") from error
 
     async def run() -> list[Any]:
         judge = Judge(rewards, config, {}, sandboxed)
         await judge.start()
         try:
             slots = asyncio.Semaphore(config.num_workers)
-            outcomes = await asyncio.gather(*(one(judge, slots, *item) for item in items))
+            async with asyncio.TaskGroup() as group:
+                judging = [group.create_task(one(judge, slots, *item)) for item in items]
+            outcomes = [task.result() for task in judging]
             resident = sum(p.memory_info().rss for p in psutil.Process().children(recursive=True))
             assert resident < config.num_workers * MEMORY_MIB * 2**20 / 2
             return outcomes
