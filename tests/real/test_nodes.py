@@ -50,7 +50,7 @@ class Training:
                 parts.discard(event["part"])
         return parts
 
-    def wait_until(self, holds: Callable[[], bool], seconds: float = 300) -> None:
+    def wait_until(self, holds: Callable[[], bool], seconds: float = 480) -> None:
         deadline = time.monotonic() + seconds
         while not holds():
             assert self.process.poll() is None and time.monotonic() < deadline, self.log.read_text()

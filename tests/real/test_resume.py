@@ -64,7 +64,7 @@ def metrics(run: Path) -> list[dict[str, Any]]:
 
 def kill_after_step(process: subprocess.Popen[bytes], run: Path, step: int) -> None:
     """kill -9 of the controller; its actors end by themselves, as their owner has died."""
-    deadline = time.monotonic() + 240
+    deadline = time.monotonic() + 480
     while not ((run / "metrics.jsonl").is_file() and len(metrics(run)) >= step):
         assert process.poll() is None and time.monotonic() < deadline
         time.sleep(0.02)
