@@ -7,7 +7,7 @@ STAMP := $(VENV)/.ready-$(shell cat $(LOCK) pyproject.toml 2>/dev/null | cksum |
 TORCH := torch==2.13.0+cpu
 BIN := $(abspath $(VENV)/bin)
 # two workers; each file of tests stays with one of them (tests/conftest.py)
-PARALLEL := --numprocesses 2 --dist loadgroup --no-loadscope-reorder
+PARALLEL := --numprocesses 2 --dist loadfile --no-loadscope-reorder
 export TOKENIZERS_PARALLELISM := false
 
 .PHONY: demo test check unit soak setup lock clean
@@ -16,7 +16,7 @@ demo: setup ## asynchronous RL of a tiny model, end to end
 	@$(BIN)/quatro-ray train configs/demo.yaml
 
 test: setup check unit ## everything CI runs
-	@$(BIN)/python -m pytest $(PARALLEL) -m real
+	@OMP_NUM_THREADS=1 $(BIN)/python -m pytest $(PARALLEL) -m real tests/real
 
 check: setup ## style and types
 	@$(BIN)/ruff check .
@@ -24,7 +24,7 @@ check: setup ## style and types
 	@$(BIN)/mypy
 
 unit: setup ## the tests that start no engine
-	@$(BIN)/python -m pytest $(PARALLEL) -m "fast or process"
+	@OMP_NUM_THREADS=1 $(BIN)/python -m pytest $(PARALLEL) -m "fast or process"
 
 soak: setup ## the long tests: faults, the whole demo, a lost node; docs/development.md says when
 	@$(BIN)/python -m pytest -m soak

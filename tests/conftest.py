@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 from hypothesis import HealthCheck, settings
+from xdist.scheduler import LoadFileScheduling
 
 REAL = Path(__file__).parent / "real"
+RING = "tests/real/ring"
 KINDS = {"fast", "process", "real", "soak"}
 
 # how long an example takes says something about the machine only
@@ -15,17 +18,24 @@ settings.register_profile("any machine", deadline=None, suppress_health_check=[H
 settings.load_profile("any machine")
 
 
-@pytest.hookimpl(tryfirst=True)  # before pytest-xdist and before -m look at the markers
+@pytest.hookimpl(tryfirst=True)  # before -m looks at the markers
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     for item in items:
         if not KINDS & {mark.name for mark in item.iter_markers()}:
             item.add_marker("real" if REAL in item.path.parents else "fast")
-        if not item.get_closest_marker("xdist_group"):
-            # fixtures of a module, such as engines, are made once
-            item.add_marker(pytest.mark.xdist_group(group_of(item.path)))
 
 
-def group_of(path: Path) -> str:
-    """The file; tests/real/ring is a whole, because all files in it share one running system."""
-    shared = REAL / "ring"
-    return str((shared if shared in path.parents else path).relative_to(REAL.parent))
+class ByFile(LoadFileScheduling):
+    """A file stays with one worker, so that fixtures of a module are made once; tests/real/ring stays whole.
+
+    pytest-xdist's own groups (3.8) have no effect under pytest 9.2.
+    """
+
+    def _split_scope(self, nodeid: str) -> str:
+        path = super()._split_scope(nodeid)
+        return RING if path.startswith(f"{RING}/") else path
+
+
+@pytest.hookimpl(optionalhook=True)  # of pytest-xdist
+def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> ByFile:
+    return ByFile(config, log)
