@@ -6,18 +6,20 @@ LOCK := locks/cpu.txt
 STAMP := $(VENV)/.ready-$(shell cat $(LOCK) pyproject.toml 2>/dev/null | cksum | cut -d' ' -f1)
 TORCH := torch==2.13.0+cpu
 BIN := $(abspath $(VENV)/bin)
+# two workers; each file of tests stays with one of them (tests/conftest.py)
+PARALLEL := --numprocesses 2 --dist loadfile --no-loadscope-reorder
 # the tools of the documentation have a virtual environment of their own: `make setup` does not need them
 DOCS_VENV := .venv-docs
 DOCS_STAMP := $(DOCS_VENV)/.ready-$(shell cksum 2>/dev/null < locks/docs.txt | cut -d' ' -f1)
 export TOKENIZERS_PARALLELISM := false
 
-.PHONY: demo test check unit docs setup lock clean
+.PHONY: demo test check unit soak docs setup lock clean
 
 demo: setup ## asynchronous RL of a tiny model, end to end
 	@$(BIN)/quatro-ray train configs/demo.yaml
 
-test: setup check ## everything CI runs
-	@$(BIN)/python -m pytest
+test: setup check unit ## everything CI runs
+	@OMP_NUM_THREADS=1 $(BIN)/python -m pytest $(PARALLEL) -m real tests/real
 
 check: setup ## style and types
 	@$(BIN)/ruff check .
@@ -25,7 +27,10 @@ check: setup ## style and types
 	@$(BIN)/mypy
 
 unit: setup ## the tests that start no engine
-	@$(BIN)/python -m pytest -m "not slow"
+	@OMP_NUM_THREADS=1 $(BIN)/python -m pytest $(PARALLEL) -m "fast or process"
+
+soak: setup ## the long tests: faults, the whole demo, a lost node; docs/development.md says when
+	@$(BIN)/python -m pytest -m soak
 
 docs: $(DOCS_STAMP) ## the documentation, into site/; a warning is an error
 	@NO_MKDOCS_2_WARNING=1 $(DOCS_VENV)/bin/mkdocs build --strict

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import shutil
 from pathlib import Path
@@ -9,6 +10,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import yaml
 
 from quatro_ray.config import Config
 from quatro_ray.types import Outcome, Query, Rollout, RolloutGroup, Score, VersionSpan
@@ -70,3 +72,27 @@ def config_tree(run_dir: Path | str = "runs/test", **sections: dict[str, Any]) -
 
 def config(run_dir: Path | str = "runs/test", **sections: dict[str, Any]) -> Config:
     return Config.model_validate(config_tree(run_dir, **sections))
+
+
+def own_data_config(folder: Path) -> Path:
+    """A configuration over the user's own JSON lines, GRPO this time, with a schedule and two engines."""
+    rows = [{"question": f"say {c}:", "gold": c} for c in "abcdefghijklmnopqrstuvwxyz"]
+    for name, part in (("train", rows[:20]), ("eval", rows[20:])):
+        (folder / f"{name}.jsonl").write_text("\n".join(map(json.dumps, part)))
+    tree = config_tree(
+        folder / "run",
+        data={
+            name: {"own": {"kind": "jsonl", "path": str(folder / f"{name}.jsonl"), "answer_key": "gold"}}
+            for name in ("train", "eval")
+        },
+        rewards={"answer": {"kind": "exact"}},
+        objective={"kind": "grpo"},
+        learner={"schedule": "cosine", "loss_agg_mode": "seq_mean_token_sum"},
+        generator={"num_engines": 2},
+        run={"num_steps": 4},
+        evaluation={"num_engines": 1, "every_steps": 2, "samples_per_query": 8, "num_queries": 4},
+        cluster={"cpus_per_engine": 0.3},
+    )
+    path = folder / "own.yaml"
+    path.write_text(yaml.safe_dump(tree))
+    return path

@@ -58,7 +58,7 @@ async def generate(
         try:
             async with generators.lend() as engine:
                 await hooks.begin()
-                return await _attempt(engine, request, begun, config.group_deadline_s)
+                return await generate_once(engine, request, begun, deadline_s=config.group_deadline_s)
         except GenerationFailed as failed:
             num_failed, begun = num_failed + 1, ()
             if num_failed > config.max_retries:
@@ -73,9 +73,15 @@ async def generate(
         await hooks.retry(failure)
 
 
-async def _attempt(
-    engine: Engine, request: GroupRequest, begun: tuple[Rollout, ...], deadline_s: float
+async def generate_once(
+    engine: Engine, request: GroupRequest, begun: tuple[Rollout, ...] = (), *, deadline_s: float
 ) -> tuple[GenerationSummary, GroupRef]:
+    """Generate one group on one engine, without a retry.
+
+    Raises:
+        GenerationFailed: the attempt failed or missed the deadline.
+        EngineLost: the engine died.
+    """
     work = engine.generate(request.group_id, request.query, request.sampling, request.size, begun)
     try:
         return await within(deadline_s, work)

@@ -1,10 +1,15 @@
-"""A real ring for the tests: Ray, a vLLM engine, two ZeRO-3 ranks, verifiers, the replay actor."""
+"""A real ring for the tests: Ray, a vLLM engine, two ZeRO-3 ranks, verifiers, the replay actor.
+
+Tests that only need a running system share the one of tests/real/ring; the others start what they need.
+"""
 
 from __future__ import annotations
 
 import asyncio
+import fcntl
 from collections.abc import Iterator
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -32,8 +37,18 @@ def model_path(tmp_path_factory: pytest.TempPathFactory) -> str:
 
 
 @pytest.fixture(scope="session")
-def warm_model_path(tmp_path_factory: pytest.TempPathFactory) -> str:
-    """One that solves some one-digit sums."""
+def warm_model_path(tmp_path_factory: pytest.TempPathFactory, worker_id: str) -> str:
+    """One that solves some one-digit sums; made once for both workers."""
+    own = tmp_path_factory.getbasetemp()
+    path = (own if worker_id == "master" else own.parent) / "warm_model"
+    with path.with_suffix(".lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        if not path.exists():
+            warm_model(tmp_path_factory.mktemp("warm")).rename(path)
+    return str(path)
+
+
+def warm_model(path: Path) -> Path:
     made = config(
         model={"kind": "tiny", "warmup": {"max_steps": 200, "target_pass_rate": 0.5}},
         data={
@@ -42,16 +57,22 @@ def warm_model_path(tmp_path_factory: pytest.TempPathFactory) -> str:
         },
     )
     assert isinstance(made.model, TinyModelConfig)
-    dataset, path = make_dataset(made.data, made.rewards), tmp_path_factory.mktemp("warm")
-    train = dataset.train["sums"]
+    train = make_dataset(made.data, made.rewards).train["sums"]
     for line in warm_up(made.model, train, train[:64], 0, path):
         print(line)
-    return str(path)
+    return path
 
 
 @pytest.fixture(scope="session")
 def local_ray() -> Iterator[None]:
-    connect(config())
+    for tries_left in (2, 1, 0):
+        try:
+            connect(config())
+            break
+        except Exception:  # Ray (2.60) itself gives its processes 30 s to start, whatever else the machine does
+            ray.shutdown()
+            if not tries_left:
+                raise
     yield
     ray.shutdown()
 
@@ -81,17 +102,3 @@ def start_ring(config: Config, model_path: str) -> Ring:
     asyncio.set_event_loop(loop)
     cluster = loop.run_until_complete(spawn(config, model_path))
     return Ring(cluster, cluster.components(), config, loop)
-
-
-@pytest.fixture(scope="module")
-def ring(local_ray: None, model_path: str, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Ring]:
-    made = config(
-        tmp_path_factory.mktemp("ring"),
-        generator={"max_response_tokens": 200, "temperature": 0.8},
-        learner={"tokens_per_micro_batch": 512, "reference_kl_coef": 0.1},
-        verifier={"deadline_s": 20},
-    )
-    ring = start_ring(made, model_path)
-    ring.cluster.fleet.started(synced=True)
-    yield ring
-    ring.cluster.shutdown()

@@ -54,7 +54,7 @@ class Head:
         self.nodes.append(node)
         return node
 
-    def wait_for(self, *command: str, says: str = "", seconds: float = 90) -> None:
+    def wait_for(self, *command: str, says: str = "", seconds: float = 240) -> None:
         """Until `ray` with this command succeeds, and says so."""
         deadline = time.monotonic() + seconds
         while (tried := self.ray(*command)).returncode or says not in tried.stdout:

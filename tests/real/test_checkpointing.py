@@ -27,7 +27,6 @@ from quatro_ray.replay.packing import pack
 from quatro_ray.replay.staleness import Lineage
 from quatro_ray.types import Outcome, Query, Rollout, RolloutGroup, Score, VersionSpan
 
-pytestmark = pytest.mark.slow
 NUM_QUERIES, GROUP_SIZE = 4, 4
 NUM_STEPS = 3
 """Before the checkpoint, and after it."""

@@ -17,9 +17,8 @@ from quatro_ray.failures import EngineLost
 from quatro_ray.types import Query, Rollout, RolloutGroup, SamplingParams, Score
 from tests.make import config
 from tests.real.conftest import start_ring
-from tests.real.test_ring import disagreement
+from tests.real.ring.test_ring import disagreement
 
-pytestmark = pytest.mark.slow
 QUERY, SAMPLING, SIZE = Query("q", "12+34=", "46"), SamplingParams(0.8, 1.0, 200, 5), 4
 
 

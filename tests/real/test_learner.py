@@ -20,7 +20,6 @@ from quatro_ray.replay.packing import pack
 from quatro_ray.replay.staleness import Lineage
 from quatro_ray.types import Outcome, Query, Rollout, RolloutGroup, Score, VersionSpan
 
-pytestmark = pytest.mark.slow
 NUM_QUERIES, GROUP_SIZE = 6, 4
 
 

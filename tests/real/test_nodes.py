@@ -6,7 +6,9 @@ import json
 import signal
 import subprocess
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -15,8 +17,6 @@ import yaml
 
 from tests.make import config_tree
 from tests.real.nodes import BIN, kill, ray_head
-
-pytestmark = pytest.mark.slow
 
 
 class Training:
@@ -50,7 +50,7 @@ class Training:
                 parts.discard(event["part"])
         return parts
 
-    def wait_until(self, holds: Callable[[], bool], seconds: float = 300) -> None:
+    def wait_until(self, holds: Callable[[], bool], seconds: float = 480) -> None:
         deadline = time.monotonic() + seconds
         while not holds():
             assert self.process.poll() is None and time.monotonic() < deadline, self.log.read_text()
@@ -61,37 +61,68 @@ class Training:
         self.wait_until(lambda: len(self.lines("metrics.jsonl")) >= now + more)
 
 
-def test_a_node_that_disappears(warm_model_path: str, tmp_path: Path) -> None:
-    """Only one of two engines fits onto the head; the other lives on a node of its own, which is killed and replaced.
+@dataclass
+class TwoNodes:
+    """A run of two engines. Only one of them fits onto the head; the other lives on `node`, a node of its own.
 
-    Meanwhile two processes of Ray's (2.60) keep two cores busy, so that the deadlines are wide.
+    Two processes of Ray's (2.60) keep two cores busy once a node has gone, so that the deadlines are wide.
     """
-    with ray_head(tmp_path, num_cpus=3, is_alone=False) as head:
+
+    run: Training
+    node: subprocess.Popen[bytes]
+    add_node: Callable[[], object]
+
+    def lose_the_node(self, *, steps: int) -> None:
+        """Training goes on with the engine of the head alone."""
+        run = self.run
+        kill(self.node)
+        run.wait_until(lambda: bool(run.down()))
+        # the other may be lost with it, where a weight update was under way, and comes back
+        run.wait_until(lambda: len(run.down()) == 1)
+        run.wait_for_steps(steps)
+        (gone,) = run.down()
+        assert gone.startswith("generator")
+
+    def end(self) -> None:
+        self.run.process.send_signal(signal.SIGTERM)
+        assert self.run.process.wait(timeout=240) == 128 + signal.SIGTERM, self.run.log.read_text()
+
+
+@contextmanager
+def two_nodes(model: str, folder: Path) -> Iterator[TwoNodes]:
+    with ray_head(folder, num_cpus=3, is_alone=False) as head:
         joined = (f"--address=127.0.0.1:{head.port}", "--num-cpus=2")
         node = head.add_node(*joined)
         head.wait_for("status", f"--address=127.0.0.1:{head.port}", says="/5.0 CPU")
         tree = config_tree(
-            tmp_path / "run",
-            model={"kind": "pretrained", "path": warm_model_path},
+            folder / "run",
+            model={"kind": "pretrained", "path": model},
             run={"num_steps": 100_000},
             generator={"num_engines": 2, "max_engines_lost": 5, "start_deadline_s": 240},
             cluster={"address": f"127.0.0.1:{head.port}", "cpus_per_engine": 2, "liveness_deadline_s": 20},
         )
-        with Training(tree, head.environment, tmp_path) as run:
-            run.wait_for_steps()
+        with Training(tree, head.environment, folder) as run:
+            yield TwoNodes(run, node, lambda: head.add_node(*joined))
 
-            kill(node)
-            run.wait_until(lambda: bool(run.down()))
-            # the other may be lost with it, where a weight update was under way, and comes back
-            run.wait_until(lambda: len(run.down()) == 1)
-            run.wait_for_steps()  # on the head alone
-            (gone,) = run.down()
-            assert gone.startswith("generator")
 
-            head.add_node(*joined)
-            run.wait_until(lambda: not run.down())
-            run.wait_for_steps()
-            assert run.lines("metrics.jsonl")[-1]["health/engines"] == 2
+def test_training_goes_on_without_a_node_that_disappears(warm_model_path: str, tmp_path: Path) -> None:
+    with two_nodes(warm_model_path, tmp_path) as nodes:
+        nodes.run.wait_for_steps(2)
+        nodes.lose_the_node(steps=2)
+        nodes.end()
 
-            run.process.send_signal(signal.SIGTERM)
-            assert run.process.wait(timeout=120) == 128 + signal.SIGTERM, run.log.read_text()
+
+@pytest.mark.soak
+@pytest.mark.timeout(1800)
+def test_a_node_that_disappears_is_replaced(warm_model_path: str, tmp_path: Path) -> None:
+    """By another, on which the engine that was lost starts again."""
+    with two_nodes(warm_model_path, tmp_path) as nodes:
+        run = nodes.run
+        run.wait_for_steps()
+        nodes.lose_the_node(steps=4)
+
+        nodes.add_node()
+        run.wait_until(lambda: not run.down())
+        run.wait_for_steps()
+        assert run.lines("metrics.jsonl")[-1]["health/engines"] == 2
+        nodes.end()

@@ -21,20 +21,18 @@ from safetensors.torch import load_file
 
 from tests.make import config_tree
 
-pytestmark = pytest.mark.slow
 BIN = Path(sys.executable).parent
-STEPS = 6
 
 
-def write_config(path: Path, model: str) -> Path:
+def write_config(path: Path, model: str, num_steps: int) -> Path:
     """Synchronous, one engine, one sequence at a time; a checkpoint halfway."""
     tree = config_tree(
         path / "run",
         model={"kind": "pretrained", "path": model},
         generator={"deterministic": True},
         replay={"groups_per_step": 3, "group_size": 4, "max_staleness": 0},
-        run={"num_steps": STEPS, "resume": "auto"},
-        checkpoint={"every_steps": STEPS // 2},
+        run={"num_steps": num_steps, "resume": "auto"},
+        checkpoint={"every_steps": num_steps // 2},
         evaluation={"num_queries": 2, "samples_per_query": 8},
         data={
             "train": {"sums": {"kind": "chain_sum", "max_digits": 1, "num_questions": 92}},
@@ -56,7 +54,7 @@ def start(config: Path, log: Path) -> subprocess.Popen[bytes]:
     )
 
 
-def wait(process: subprocess.Popen[bytes], log: Path, seconds: float = 300) -> None:
+def wait(process: subprocess.Popen[bytes], log: Path, seconds: float = 400) -> None:
     assert process.wait(timeout=seconds) == 0, log.read_text()
 
 
@@ -66,7 +64,7 @@ def metrics(run: Path) -> list[dict[str, Any]]:
 
 def kill_after_step(process: subprocess.Popen[bytes], run: Path, step: int) -> None:
     """kill -9 of the controller; its actors end by themselves, as their owner has died."""
-    deadline = time.monotonic() + 240
+    deadline = time.monotonic() + 480
     while not ((run / "metrics.jsonl").is_file() and len(metrics(run)) >= step):
         assert process.poll() is None and time.monotonic() < deadline
         time.sleep(0.02)
@@ -81,32 +79,56 @@ def kill_after_step(process: subprocess.Popen[bytes], run: Path, step: int) -> N
     assert not [name for name in names if "Agent" not in name]
 
 
+KEYS = ("reward/mean", "policy/entropy", "step/grad_norm", "off_policy/staleness_max")
+
+
+def same_metrics(run: Path) -> list[list[Any]]:
+    """Of each step, what must be equal to the bit."""
+    return [[m[k] for k in KEYS] for m in metrics(run)]
+
+
+def test_a_killed_run_makes_its_steps_again_bit_for_bit(warm_model_path: str, tmp_path: Path) -> None:
+    """It is killed after the step that follows its checkpoint; that one is made twice, and is the same both times."""
+    steps, log, run = 6, tmp_path / "killed" / "log", tmp_path / "killed" / "run"
+    config = write_config(tmp_path / "killed", warm_model_path, steps)
+    kill_after_step(start(config, log), run, steps // 2 + 1)
+    before = same_metrics(run)
+    assert len(before) > steps // 2
+    wait(start(config, log), log)
+    assert same_metrics(run)[: len(before)] == before and len(metrics(run)) == steps
+    check_accounts(run, steps)
+
+
+@pytest.mark.soak
+@pytest.mark.timeout(1800)
 def test_killed_and_resumed_is_bit_for_bit_the_run_that_was_not(warm_model_path: str, tmp_path: Path) -> None:
-    whole, killed = tmp_path / "whole", tmp_path / "killed"
-    wait(start(write_config(whole, warm_model_path), whole / "log"), whole / "log")
-    config = write_config(killed, warm_model_path)
-    kill_after_step(start(config, killed / "log"), killed / "run", STEPS // 2 + 1)
+    steps, whole, killed = 6, tmp_path / "whole", tmp_path / "killed"
+    wait(start(write_config(whole, warm_model_path, steps), whole / "log"), whole / "log")
+    config = write_config(killed, warm_model_path, steps)
+    kill_after_step(start(config, killed / "log"), killed / "run", steps // 2 + 1)
     wait(start(config, killed / "log"), killed / "log")
 
     expected, found = (load_file(p / "run" / "export" / "model.safetensors") for p in (whole, killed))
     assert expected.keys() == found.keys()
     assert all(torch.equal(expected[name], found[name]) for name in expected)
-    keys = ("reward/mean", "policy/entropy", "step/grad_norm", "off_policy/staleness_max")
-    assert [[m[k] for k in keys] for m in metrics(whole / "run")] == [
-        [m[k] for k in keys] for m in metrics(killed / "run")
-    ]
-    check_ledger(killed / "run")
-    summary = json.loads((killed / "run" / "summary.json").read_text())
+    assert same_metrics(whole / "run") == same_metrics(killed / "run")
+    check_accounts(killed / "run", steps)
+
+
+def check_accounts(run: Path, num_steps: int) -> None:
+    check_ledger(run, num_steps)
+    summary = json.loads((run / "summary.json").read_text())
     assert summary["recovery"]["resumed"] == 1
-    assert summary["groups_admitted"] == sum(summary["groups"].values()) == 3 * STEPS  # not one more was needed
+    assert summary["groups_admitted"] == sum(summary["groups"].values()) == 3 * num_steps  # not one more was needed
 
 
-def check_ledger(run: Path) -> None:
+def check_ledger(run: Path, num_steps: int) -> None:
     """Each step of the line that was kept has its groups, none twice; versions went on where the killed run was."""
     db = sqlite3.connect(f"file:{run / 'ledger.sqlite'}?mode=ro", uri=True)
     trained_from = Counter(v for (v,) in db.execute("SELECT learner_version FROM groups WHERE state = 'trained'"))
-    assert set(trained_from.values()) == {3} and len(trained_from) == STEPS
+    assert set(trained_from.values()) == {3} and len(trained_from) == num_steps
     versions = db.execute("SELECT version, parent, step, fell_back FROM versions ORDER BY version").fetchall()
     (fallen,) = [v for v in versions if v[3]]
-    assert fallen[1:3] == (STEPS // 2, STEPS // 2) and fallen[0] > STEPS // 2 + 1
+    half = num_steps // 2
+    assert fallen[1:3] == (half, half) and fallen[0] > half + 1
     db.close()

@@ -22,8 +22,6 @@ from quatro_ray.failures import RewardUnavailable
 from quatro_ray.rewards.reward_model_client import ModelReward
 from quatro_ray.types import Query, Response
 
-pytestmark = pytest.mark.slow
-
 MAX_TOKENS = 96
 ENVIRONMENT = {
     "OMP_NUM_THREADS": "1",

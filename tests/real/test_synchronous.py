@@ -6,8 +6,6 @@ import json
 from pathlib import Path
 from typing import Any
 
-import pytest
-
 from quatro_ray.config import Config
 from quatro_ray.data.dataset import QueryStream
 from quatro_ray.data.registry import make_dataset
@@ -19,7 +17,6 @@ from quatro_ray.telemetry.recorder import Recorder
 from tests.make import config
 from tests.real.conftest import Ring, start_ring
 
-pytestmark = pytest.mark.slow
 SAME = ("reward/mean", "policy_gradient/loss", "policy/entropy", "step/grad_norm", "tokens/trained")
 
 

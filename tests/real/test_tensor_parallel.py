@@ -3,8 +3,6 @@
 from dataclasses import replace
 from pathlib import Path
 
-import pytest
-
 from quatro_ray.config import TinyModelConfig
 from quatro_ray.engines.tiny_model import make_model, save_pretrained
 from quatro_ray.engines.tiny_tokenizer import make_tokenizer
@@ -13,9 +11,7 @@ from quatro_ray.replay.staleness import Lineage
 from quatro_ray.types import Query, RolloutGroup, SamplingParams, Score
 from tests.make import config
 from tests.real.conftest import Ring, start_ring
-from tests.real.test_ring import disagreement
-
-pytestmark = pytest.mark.slow
+from tests.real.ring.test_ring import disagreement
 
 
 def sample(ring: Ring) -> tuple[RolloutGroup, ...]:

@@ -16,8 +16,6 @@ from quatro_ray.types import DropReason, Query, RolloutGroup
 from tests.make import group, rollout
 from tests.unit.test_worker_pool import AWKWARD, reward_configs
 
-pytestmark = pytest.mark.slow
-
 
 def texts(*values: str) -> RolloutGroup:
     return group(1, *(replace(rollout(reward=None), text=v) for v in values))

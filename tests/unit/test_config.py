@@ -144,6 +144,7 @@ def test_unusable_files(tmp_path: Path, text: str | None, expected: str) -> None
         load_config(path)
 
 
+@pytest.mark.process
 def test_import_is_light() -> None:
     heavy = "[m for m in ('torch', 'ray', 'vllm') if m in sys.modules]"
     code = f"import sys, quatro_ray.config, quatro_ray.orchestrator.resources; print({heavy})"

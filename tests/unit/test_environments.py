@@ -25,6 +25,8 @@ from tests.children import none_left, workers
 from tests.make import config as run_config
 from tests.make import needs_sandbox
 
+pytestmark = pytest.mark.process
+
 QUERY = Query("q", "12+34=", "46", source="sums")
 TOKENIZER = make_tokenizer()
 FUNCTIONS = """

@@ -8,7 +8,6 @@ from __future__ import annotations
 import asyncio
 import json
 import socket
-import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -26,9 +25,11 @@ from tests.make import needs_sandbox
 from tests.unit.hostile_programs import ATTACKS
 from tests.unit.test_worker_pool import reward_configs
 
-DEADLINE_S = 2.0
-START_S = 20.0
-"""Of a fresh process, on a machine that does other things."""
+pytestmark = pytest.mark.process
+
+DEADLINE_S = 3.0
+START_S = 120.0
+"""Of a fresh process, on a machine that does other things; what takes longer hangs."""
 MEMORY_MIB = 1024
 
 BOXED = [
@@ -67,20 +68,22 @@ def score_all(
 
     async def one(scorer: Scorer, slots: asyncio.Semaphore, query: Query, text: str) -> Any:
         async with slots:  # so that time is counted from where a worker is free
-            begun = time.monotonic()
+            scoring = scorer(query, Response(text, 10, truncated=False))
             try:
-                return await scorer(query, Response(text, 10, truncated=False))
+                return await asyncio.wait_for(scoring, 2 * (deadline_s + 1) + START_S)
             except RewardUnavailable as error:
                 return error
-            finally:
-                assert time.monotonic() - begun < 2 * (deadline_s + 1) + START_S, text[:80]
+            except TimeoutError as error:
+                raise AssertionError(f"hangs: {text[:80]}") from error
 
     async def run() -> list[Any]:
         scorer = Scorer(rewards, config, {}, sandboxed)
         await scorer.start()
         try:
             slots = asyncio.Semaphore(config.num_workers)
-            outcomes = await asyncio.gather(*(one(scorer, slots, *item) for item in items))
+            async with asyncio.TaskGroup() as group:
+                scoring = [group.create_task(one(scorer, slots, *item)) for item in items]
+            outcomes = [task.result() for task in scoring]
             resident = sum(p.memory_info().rss for p in psutil.Process().children(recursive=True))
             assert resident < config.num_workers * MEMORY_MIB * 2**20 / 2
             return outcomes

@@ -21,6 +21,8 @@ from quatro_ray.rewards.endpoints import REST_S, Endpoints
 from quatro_ray.rewards.http_client import JsonClient
 from tests.unit.http_server import Answer, FakeServer, Request, in_turn, serving
 
+pytestmark = pytest.mark.process
+
 FINE = Answer({"fine": True})
 
 

@@ -22,6 +22,8 @@ from quatro_ray.rewards.http import HttpReward
 from quatro_ray.types import Query, Response
 from tests.unit.http_server import Answer, FakeServer, Request, in_turn, serving
 
+pytestmark = pytest.mark.process
+
 EXAMPLE = Path(quatro_ray.__file__).parents[1] / "examples" / "reward_server.py"
 
 

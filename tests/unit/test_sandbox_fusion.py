@@ -13,6 +13,8 @@ from quatro_ray.failures import RewardUnavailable
 from quatro_ray.rewards.sandbox_fusion import SandboxFusionReward
 from quatro_ray.types import Query, Response
 
+pytestmark = pytest.mark.process
+
 ADDS = [{"input": "1 2\n", "output": "3\n"}, {"input": "5 7", "output": "12"}]
 SQUARES = [{"assert": "assert square(3) == 9"}, {"assert": "assert square(-2) == 4"}]
 

@@ -9,6 +9,10 @@ import sys
 import time
 from pathlib import Path
 
+import pytest
+
+pytestmark = pytest.mark.process
+
 SHM = Path("/dev/shm")
 PROCESS = """
 import sys, time

@@ -21,6 +21,8 @@ from quatro_ray.types import Query, Rollout, SamplingParams
 from tests.unit.test_environments import Script, with_pool
 from tests.unit.test_prompts import CHATML
 
+pytestmark = pytest.mark.process
+
 GUESS = """
 import verifiers as vf
 from datasets import Dataset

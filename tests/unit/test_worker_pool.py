@@ -23,6 +23,8 @@ from quatro_ray.rewards.scorer import Scorer
 from quatro_ray.types import Outcome, Query, Response, Score
 from tests.children import none_left, workers
 
+pytestmark = pytest.mark.process
+
 QUERY = Query("q", "12+34=", "46", source="sums")
 AWKWARD = """
 import os, signal, sys, time

@@ -12,7 +12,6 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from tests.real.conftest import Ring
 
-pytestmark = pytest.mark.slow
 lm_eval = pytest.importorskip("lm_eval", reason="lm-eval is in no lock; docs/evaluation.md says how to install it")
 MAX_TOKENS = 8
 

@@ -22,7 +22,6 @@ from quatro_ray.replay.staleness import Lineage
 from quatro_ray.types import Query, RolloutGroup, SamplingParams
 from tests.real.conftest import Ring
 
-pytestmark = pytest.mark.slow
 SAMPLING = SamplingParams(temperature=0.8, top_p=1.0, max_tokens=24, seed=3)
 
 

@@ -13,15 +13,14 @@ import ray
 
 from quatro_ray.actors.environment import EnvironmentActor
 from quatro_ray.actors.environment_pool import EnvironmentPool
+from quatro_ray.actors.generation_retry import GroupRequest, generate_once
 from quatro_ray.actors.generator_client import GeneratorClient
 from quatro_ray.config import EnvironmentConfig
-from quatro_ray.evaluation.sampler import try_generate
 from quatro_ray.failures import GenerationFailed
-from quatro_ray.types import DropReason, Query, RolloutGroup, SamplingParams
+from quatro_ray.types import DropReason, GenerationSummary, Query, RolloutGroup, SamplingParams
 from tests.real.conftest import Ring
-from tests.real.test_ring import disagreement, train, version
+from tests.real.ring.test_ring import disagreement, train, version
 
-pytestmark = pytest.mark.slow
 SAMPLING = SamplingParams(temperature=0.8, top_p=1.0, max_tokens=60, seed=3)
 FUNCTIONS = """
 import time
@@ -71,9 +70,9 @@ def client(ring: Ring, model_path: str, functions: Path, made_pools: list[Enviro
     return make
 
 
-async def play(client: GeneratorClient, group_id: int = 0) -> tuple[dict[str, int], RolloutGroup]:
+async def play(client: GeneratorClient, group_id: int = 0) -> tuple[GenerationSummary, RolloutGroup]:
     query = Query(str(group_id), f"{10 + group_id}+34=", "44", source="mine")
-    summary, group = await try_generate(client, group_id, query, SAMPLING, 4, deadline_s=60)
+    summary, group = await generate_once(client, GroupRequest(group_id, query, SAMPLING, 4), deadline_s=60)
     return summary, await group
 
 
@@ -82,8 +81,9 @@ def test_log_probs_over_several_turns_are_the_learners_own(ring: Ring, client: A
 
     async def work() -> tuple[RolloutGroup, ...]:
         mine = client("ask")
-        refs = [(await try_generate(mine, i, Query(str(i), f"{i}+3=", "4", source="mine"), SAMPLING, 4, deadline_s=60))
-                for i in range(2)]  # fmt: skip
+        queries = [Query(str(i), f"{i}+3=", "4", source="mine") for i in range(2)]
+        requests = [GroupRequest(i, query, SAMPLING, 4) for i, query in enumerate(queries)]
+        refs = [await generate_once(mine, request, deadline_s=60) for request in requests]
         scored = [(await ring.parts.verifiers.score(group))[1] for _, group in refs]
         return tuple([await group for group in scored])
 
@@ -110,7 +110,7 @@ def test_the_same_seed_gives_the_same_episodes(ring: Ring, client: Any) -> None:
 def test_an_update_between_turns_shows_in_the_versions(ring: Ring, client: Any) -> None:
     start = version(ring)
 
-    async def work() -> tuple[dict[str, int], RolloutGroup]:
+    async def work() -> tuple[GenerationSummary, RolloutGroup]:
         mine = client("ask", params={"pause_s": 2.0})
         await play(mine)  # so that all processes are up, and the four episodes start together
         before = (await mine.load()).num_generated_tokens
@@ -133,7 +133,8 @@ def test_a_deadline_reaches_the_engine(ring: Ring, client: Any) -> None:
         mine = client("long", episode_deadline_s=0.1)
         with pytest.raises(GenerationFailed, match=r"missed episode_deadline_s=0\.1") as raised:
             query = Query("0", "1+1=", "2", source="mine")
-            await try_generate(mine, 0, query, SamplingParams(0.8, 1.0, 190, 0), 4, deadline_s=60)
+            request = GroupRequest(0, query, SamplingParams(0.8, 1.0, 190, 0), 4)
+            await generate_once(mine, request, deadline_s=60)
         assert raised.value.reason is DropReason.ENVIRONMENT_TIMEOUT
         deadline = time.monotonic() + 10
         while (await mine.load()).num_running:

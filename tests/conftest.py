@@ -1,0 +1,41 @@
+"""One of four markers for every test, and which tests two workers (pytest-xdist) must not part."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hypothesis import HealthCheck, settings
+from xdist.scheduler import LoadFileScheduling
+
+REAL = Path(__file__).parent / "real"
+RING = "tests/real/ring"
+KINDS = {"fast", "process", "real", "soak"}
+
+# how long an example takes says something about the machine only
+settings.register_profile("any machine", deadline=None, suppress_health_check=[HealthCheck.too_slow])
+settings.load_profile("any machine")
+
+
+@pytest.hookimpl(tryfirst=True)  # before -m looks at the markers
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    for item in items:
+        if not KINDS & {mark.name for mark in item.iter_markers()}:
+            item.add_marker("real" if REAL in item.path.parents else "fast")
+
+
+class ByFile(LoadFileScheduling):
+    """A file stays with one worker, so that fixtures of a module are made once; tests/real/ring stays whole.
+
+    pytest-xdist's own groups (3.8) have no effect under pytest 9.2.
+    """
+
+    def _split_scope(self, nodeid: str) -> str:
+        path = super()._split_scope(nodeid)
+        return RING if path.startswith(f"{RING}/") else path
+
+
+@pytest.hookimpl(optionalhook=True)  # of pytest-xdist
+def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> ByFile:
+    return ByFile(config, log)

@@ -1,0 +1,102 @@
+"""The command line in this process: what it prints where, and its exit status."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+import pytest
+import yaml
+
+from quatro_ray import cli
+from tests.make import own_data_config
+
+
+@pytest.fixture
+def own_data(tmp_path: Path) -> str:
+    return str(own_data_config(tmp_path))
+
+
+@pytest.fixture
+def call(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]):  # type: ignore[no-untyped-def]
+    """Runs `quatro-ray` with these arguments; returns the exit status and what went to stdout and stderr."""
+
+    def run(*arguments: str) -> tuple[int | str | None, str, str]:
+        monkeypatch.setattr("sys.argv", ["quatro-ray", *arguments])
+        with pytest.raises(SystemExit) as ended:
+            cli.main()
+        printed = capsys.readouterr()
+        return ended.value.code, printed.out, printed.err
+
+    return run
+
+
+@pytest.mark.parametrize(
+    ("override", "expected"),
+    [
+        ("data.train.own.path=/nowhere.jsonl", "/nowhere.jsonl: cannot be read"),
+        ("data.train.own.answer_key=label", "train.jsonl:1: has no column 'label'"),
+        ("rewards.answer.kind=integer", "train.jsonl:1: rewards.answer needs an integer answer, not 'a'"),
+        ("model={kind: pretrained, path: /nowhere}", "model.path=/nowhere: cannot be loaded"),
+        ("generator.max_prompt_tokens=3", "its prompt has 6 tokens"),
+        ("run.dir=/etc", "run.dir=/etc: is not empty"),
+    ],
+)
+def test_what_a_user_can_get_wrong_is_one_line(call, own_data: str, override: str, expected: str) -> None:  # type: ignore[no-untyped-def]
+    code, out, err = call("train", own_data, override)
+    assert code == 2 and not out
+    assert err.startswith("error: ") and expected in err
+    assert "Traceback" not in err
+
+
+def test_plan_and_validate_start_nothing(call, own_data: str) -> None:  # type: ignore[no-untyped-def]
+    code, out, _ = call("plan", own_data)
+    assert code == 0
+    assert "2 × generator" in out and "4 queries × 4 rollouts = 16 rollouts a step" in out
+    code, out, _ = call("validate", own_data)
+    assert code == 0
+    assert yaml.safe_load(out)["objective"]["kind"] == "grpo"
+    assert re.search(r"^# .*own", out, re.MULTILINE)
+
+
+def test_validate_reads_the_data(call, own_data: str) -> None:  # type: ignore[no-untyped-def]
+    code, _, err = call("validate", own_data, "data.eval.own.answer_key=label")
+    assert code == 2 and "eval.jsonl:1: has no column 'label'" in err
+
+
+def test_fields_of_one_section_and_of_none(call) -> None:  # type: ignore[no-untyped-def]
+    code, out, _ = call("fields", "replay")
+    assert code == 0
+    assert "max_staleness" in out and "learning_rate" not in out
+    assert "learning_rate" in call("fields")[1]
+    code, _, err = call("fields", "nonsense")
+    assert code == 2
+    assert "nonsense: no such section; `quatro-ray fields` lists all" in err
+
+
+def test_tasks_are_those_of_reasoning_gym(call) -> None:  # type: ignore[no-untyped-def]
+    code, out, _ = call("tasks")
+    assert code == 0
+    assert "chain_sum" in out.splitlines() == sorted(out.splitlines())
+
+
+def test_a_report_needs_a_finished_run(call, tmp_path: Path) -> None:  # type: ignore[no-untyped-def]
+    code, _, err = call("report", str(tmp_path))
+    assert code == 2
+    assert f"{tmp_path}: has no summary.json; give the directory of a finished run" in err
+
+
+def test_an_option_that_is_unknown_is_a_usage_error(call) -> None:  # type: ignore[no-untyped-def]
+    code, _, err = call("train", "x.yaml", "--nonsense")
+    assert code == 2 and "--nonsense" in err
+
+
+def test_being_told_to_end_has_a_status_of_its_own(call, own_data: str, monkeypatch: pytest.MonkeyPatch) -> None:  # type: ignore[no-untyped-def]
+    from quatro_ray.errors import Preempted
+
+    def end(*_: object) -> None:
+        raise Preempted("a checkpoint of step 3 is written")
+
+    monkeypatch.setattr(cli, "load_config", end)
+    code, out, err = call("train", own_data)
+    assert (code, out, err) == (143, "", "ended: a checkpoint of step 3 is written\n")
