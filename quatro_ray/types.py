@@ -370,7 +370,7 @@ class EvaluationResult:
     mean_reward: float
     truncated_share: float
     num_tokens: int
-    rollouts: tuple[dict[str, Any], ...] = ()
+    rollouts: tuple[dict[str, object], ...] = ()
 
     def line(self) -> str:
         """Return the result in one line for people."""
@@ -379,7 +379,7 @@ class EvaluationResult:
         n = self.samples_per_query
         return f"{rates}  maj@{n} {self.majority:.3f}  ({self.name}, {self.num_queries} held-out questions)"
 
-    def to_dict(self) -> dict[str, Any]:
+    def to_dict(self) -> dict[str, object]:
         """Return a JSON object without the rollouts, which `from_dict` reads."""
         return vars(self) | {"pass_at": {str(k): v for k, v in self.pass_at.items()}, "rollouts": ()}
 
@@ -388,7 +388,7 @@ class EvaluationResult:
         """Restore a result, without its rollouts, from what `to_dict` returned."""
         return cls(**{**values, "pass_at": {int(k): v for k, v in values["pass_at"].items()}, "rollouts": ()})
 
-    def record(self) -> dict[str, Any]:
+    def record(self) -> dict[str, object]:
         """Return a flat record for evaluations.jsonl."""
         rates = {f"pass_at_{k}": v for k, v in self.pass_at.items()}
         return {

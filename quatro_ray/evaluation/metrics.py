@@ -7,7 +7,7 @@ import math
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import replace
-from typing import Any, Protocol
+from typing import Protocol
 
 import numpy as np
 
@@ -19,7 +19,7 @@ class Pools(Protocol):
 
     async def sample(
         self, group_id: int, query: Query, sampling: SamplingParams, size: int, *, read: bool
-    ) -> tuple[GroupSummary, dict[str, Any] | None]: ...
+    ) -> tuple[GroupSummary, dict[str, object] | None]: ...
 
 
 def pass_at_k(num_correct: Sequence[int], num_samples: int, k: int) -> float:
@@ -86,7 +86,7 @@ async def evaluate(
         num_read: number of first questions whose responses are kept for people to read.
     """
 
-    async def one(index: int, query: Query) -> tuple[GroupSummary, dict[str, Any] | None]:
+    async def one(index: int, query: Query) -> tuple[GroupSummary, dict[str, object] | None]:
         seeded = replace(sampling, seed=None if sampling.seed is None else sampling.seed + index * num_samples)
         return await pools.sample(-1 - index, query, seeded, num_samples, read=index < num_read)
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
 
 from quatro_ray.actors.generation_retry import GroupRequest, RetryHooks, generate
 from quatro_ray.actors.interfaces import Generators, GroupRef, Verifiers
@@ -35,7 +34,7 @@ class Sampler:
 
     async def sample(
         self, group_id: int, query: Query, sampling: SamplingParams, size: int, *, read: bool
-    ) -> tuple[GroupSummary, dict[str, Any] | None]:
+    ) -> tuple[GroupSummary, dict[str, object] | None]:
         """Return the verifier's summary and, if `read`, the group in the form of rollouts.jsonl.
 
         Raises:

@@ -12,7 +12,7 @@ from quatro_ray.config import Config
 from quatro_ray.errors import ClusterError, last_line
 
 _LISTENS_FOR_OTHERS = ray_constants.ENABLE_RAY_CLUSTERS_ENV_VAR
-"""Unless it is 1, a cluster of one machine listens on loopback alone."""
+"""Name of the variable; unless it is 1, a cluster of one machine listens on loopback only."""
 _KNOCK_S = 10.0
 
 
@@ -40,12 +40,12 @@ def connect(config: Config, *, show_actor_logs: bool = False) -> None:
             ) from error
         return
     if os.environ.setdefault(_LISTENS_FOR_OTHERS, "0") == "0":
-        ray_constants.ENABLE_RAY_CLUSTER = False  # of the variable, which Ray's processes read, it took note on import
+        ray_constants.ENABLE_RAY_CLUSTER = False  # Ray read the variable when it was imported; its processes read it later
     ray.init(address="local", include_dashboard=False, **common)
 
 
 def _knock(address: str) -> None:
-    """Raises OSError where nothing listens at host:port: Ray itself would go on trying for minutes."""
+    """Raise OSError if nothing listens at host:port; Ray itself would keep trying for minutes."""
     host, _, port = address.rpartition(":")
     if "://" not in address and port.isdigit():
         socket.create_connection((host, int(port)), _KNOCK_S).close()

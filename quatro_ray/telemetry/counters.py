@@ -64,7 +64,7 @@ class StepCounters:
         self.trained_tokens += metrics["tokens/trained"]
         self.staleness_tokens.update(metrics["off_policy/staleness_tokens"])
 
-    def to_dict(self) -> dict[str, Any]:
+    def to_dict(self) -> dict[str, object]:
         """Return a JSON object for a checkpoint."""
         return vars(self) | {"staleness_tokens": {str(k): v for k, v in self.staleness_tokens.items()}}
 
@@ -104,7 +104,7 @@ class Counters:
         "groups_continued", "resumed",
     )  # fmt: skip
 
-    def to_dict(self) -> dict[str, Any]:
+    def to_dict(self) -> dict[str, object]:
         """Return a JSON object for a checkpoint, without the rewards of the current step."""
         return {
             "steps": self.steps.to_dict(),

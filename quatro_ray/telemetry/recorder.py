@@ -72,7 +72,7 @@ class Recorder:
         """Add what an engine reports about its work to the timeline."""
         _write(self._timeline, {"role": f"generator {index}", "t": self.now(), **asdict(load)})
 
-    def event(self, event: str, part: str, **detail: Any) -> None:
+    def event(self, event: str, part: str, **detail: object) -> None:
         """Record what happened to a component in events.jsonl and the notes, and show losses and recoveries.
 
         Args:
@@ -102,7 +102,7 @@ class Recorder:
         if self._board is not None:
             self._board.restart(step + 1)
 
-    def step(self, step: int, metrics: StepMetrics, samples: Sequence[Mapping[str, Any]]) -> None:
+    def step(self, step: int, metrics: StepMetrics, samples: Sequence[Mapping[str, object]]) -> None:
         """Record an optimiser step: its metrics, and the sampled groups as rollouts.jsonl has them."""
         shown = {name: _rounded(v) if isinstance(v, list) else v for name, v in metrics.items()}
         _write(self._by_step["metrics"], {"step": step, "time_s": self.now(), **shown})
@@ -176,7 +176,7 @@ def _rounded(values: list[float]) -> list[float]:
     return [float(f"{v:.6g}") if isinstance(v, float) else v for v in values]
 
 
-def _write(file: AppendLog, record: Mapping[str, Any]) -> None:
+def _write(file: AppendLog, record: Mapping[str, object]) -> None:
     file.write(json.dumps(record))
 
 
