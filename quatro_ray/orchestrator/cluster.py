@@ -43,6 +43,8 @@ from quatro_ray.timeouts import within
 from quatro_ray.weight_sync.coordinator import WeightSyncCoordinator
 
 _SHUTDOWN_S = 30.0
+_STARTS_WAITED_FOR = 3
+"""A weight update without any engine waits for this many starts, because an engine may hang while it starts."""
 
 
 @dataclass(frozen=True)
@@ -118,7 +120,7 @@ class Cluster:
             replay=ReplayClient(self.replay, config.replay.deadline_s),
             learner=self.learner,
             weight_sync=WeightSyncCoordinator(
-                self.fleet, self.learner, config.weight_sync, config.generator.start_deadline_s
+                self.fleet, self.learner, config.weight_sync, _STARTS_WAITED_FOR * config.generator.start_deadline_s
             ),
             checkpoints=checkpoint_store(config),
             evaluator=self.evaluator,

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from quatro_ray.errors import ClusterError, Preempted
@@ -21,6 +21,10 @@ NUM_SCHEDULES = int(os.environ.get("QUATRO_NUM_SCHEDULES", "150"))
 
 
 @settings(max_examples=NUM_SCHEDULES, deadline=None, derandomize=True)
+@example(  # both engines hang while they start
+    faults=[(0.5, "engine dies", 0), (1.0, "engine hangs", 0), (1.0, "engine hangs", 1)],
+    eta=2, repeat_every=0, evaluate_s=0.3, seed=0,
+)  # fmt: skip
 @given(
     faults=st.lists(st.tuples(st.floats(0.05, 15), st.sampled_from(FAULTS), st.integers(0, 1)), max_size=6),
     eta=st.sampled_from([0, 2]),

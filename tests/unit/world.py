@@ -360,7 +360,7 @@ class World:
             verifiers=self.verifiers,
             replay=replay,
             learner=self.learner,
-            weight_sync=WeightSyncCoordinator(self.fleet, self.learner, self.config.weight_sync, 60),
+            weight_sync=WeightSyncCoordinator(self.fleet, self.learner, self.config.weight_sync, 180),
             checkpoints=CheckpointStore(self.config.run.dir / "checkpoints", self.config.checkpoint.keep),
             evaluator=self.evaluator,
         )
