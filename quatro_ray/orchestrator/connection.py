@@ -40,7 +40,7 @@ def connect(config: Config, *, show_actor_logs: bool = False) -> None:
             ) from error
         return
     if os.environ.setdefault(_LISTENS_FOR_OTHERS, "0") == "0":
-        ray_constants.ENABLE_RAY_CLUSTER = False  # Ray read the variable when it was imported; its processes read it later
+        ray_constants.ENABLE_RAY_CLUSTER = False  # Ray read the variable on import; its processes read it later
     ray.init(address="local", include_dashboard=False, **common)
 
 

@@ -10,7 +10,12 @@ from quatro_ray.types import DropReason
 
 
 def why_not(config: FilterConfig, rewards: Sequence[float], num_truncated: int) -> DropReason | None:
-    """The first reason against a group, or None: keep it. rewards: [G]; num_truncated: of its G responses."""
+    """Return the first reason to drop a group, or None to keep it.
+
+    Args:
+        rewards: [G].
+        num_truncated: how many of its G responses were truncated.
+    """
     for rule in (_zero_variance, _difficulty, _truncated):
         if reason := rule(config, rewards, num_truncated):
             return reason

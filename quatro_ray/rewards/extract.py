@@ -19,7 +19,7 @@ def extract(text: str, extraction: Extraction) -> str | None:
 
 
 def last_box(text: str) -> str | None:
-    """Return the content of the last closed `\\boxed{…}`, whose braces match, or None if there is none."""
+    r"""Return the content of the last closed `\boxed{…}`, whose braces match, or None if there is none."""
     for match in reversed(list(_BOX.finditer(text))):
         end = _closing_brace(text, match.end())
         if end is not None:

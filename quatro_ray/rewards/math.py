@@ -18,13 +18,13 @@ logging.getLogger("math_verify").setLevel(logging.ERROR)
 
 
 class MathReward:
-    """1 if math-verify finds the response's answer equal to the query's, else 0.
+    r"""A reward of 1 if math-verify finds the response's answer equal to the query's, else 0.
 
     The time limits of math-verify are off: they use SIGALRM, which some inputs never let through. The deadline of the
     worker process replaces them.
 
     Two kinds of guesses that math-verify accepts are wrong here: several values in one box (`x=8=7`, which has more `=`
-    than the query's answer), and a sum in place of an integer. `10\\,000` is read as ten thousand.
+    than the query's answer), and a sum in place of an integer. `10\,000` is read as ten thousand.
     """
 
     def __init__(self, config: MathRewardConfig) -> None:
