@@ -1,19 +1,20 @@
-"""The processes of an environment's episodes as a Ray actor."""
+"""The Ray actor that plays an environment's episodes in worker processes."""
 
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Sequence
+from collections.abc import Awaitable, Iterable, Sequence
 from dataclasses import replace
-from typing import Any, TypeVar
+from typing import TypeVar
 
 import numpy as np
 import ray
+from ray.actor import ActorHandle
 
 from quatro_ray.actors.base import WATCHED, HostMixin
 from quatro_ray.actors.calls import value_or_cancel
 from quatro_ray.config import EnvironmentConfig
-from quatro_ray.data.chat_template import encode_prompt
+from quatro_ray.data.chat_template import Tokenizer, encode_prompt
 from quatro_ray.environments.episode import Episode
 from quatro_ray.environments.registry import episode_workers
 from quatro_ray.isolation.self_test import self_test
@@ -25,16 +26,25 @@ T = TypeVar("T")
 
 @ray.remote(concurrency_groups=WATCHED)
 class EnvironmentActor(HostMixin):
-    """`model_path`: for its tokenizer."""
+    """Plays groups of episodes.
+
+    Args:
+        model_path: folder or name of the model whose tokenizer is used.
+    """
 
     def __init__(self, config: EnvironmentConfig, model_path: str) -> None:
         self._config = config
         self._model_path = model_path
         self._pool = episode_workers(config)
-        self._tokenizer: Any = None
+        self._tokenizer: Tokenizer | None = None
 
     async def start(self) -> None:
-        """Starts nothing again when it already runs. Raises SandboxError where it needs one that holds and has none."""
+        """Load the tokenizer and start one process; do nothing if this has been done.
+
+        Raises:
+            SandboxError: the environment needs the sandbox, and it does not hold on this machine.
+            ConfigError: the environment's function cannot be loaded.
+        """
         if self._tokenizer is None:
             from transformers import AutoTokenizer
 
@@ -45,9 +55,14 @@ class EnvironmentActor(HostMixin):
 
     @ray.method(num_returns=2)
     async def play(
-        self, engine: Any, group_id: int, query: Query, sampling: SamplingParams, size: int
+        self, engine: ActorHandle, group_id: int, query: Query, sampling: SamplingParams, size: int
     ) -> tuple[GenerationSummary, RolloutGroup]:
-        """`size` episodes with a generator actor; returns what that one's `generate` returns."""
+        """Play `size` episodes with a generator actor, and return the group's summary and the group.
+
+        Raises:
+            EnvironmentFailed: an episode failed through no fault of the policy.
+        """
+        assert self._tokenizer is not None
         prompt_ids = encode_prompt(self._tokenizer, query.prompt)
         rollouts = await _all(
             Episode(
@@ -63,21 +78,22 @@ class EnvironmentActor(HostMixin):
 
 
 class _RemoteEngine:
-    """A generator actor as environments/episode.py sees it."""
+    """A generator actor as the Engine of environments/episode.py."""
 
-    def __init__(self, actor: Any) -> None:
+    def __init__(self, actor: ActorHandle) -> None:
         self._actor = actor
 
     async def complete(self, token_ids: Sequence[int], sampling: SamplingParams, stop: Sequence[str]) -> Rollout:
-        return await value_or_cancel(self._actor.complete.remote(list(token_ids), sampling, list(stop)))
+        rollout: Rollout = await value_or_cancel(self._actor.complete.remote(list(token_ids), sampling, list(stop)))
+        return rollout
 
 
 def _of_rollout(sampling: SamplingParams, index: int) -> SamplingParams:
     return sampling if sampling.seed is None else replace(sampling, seed=seed_of(sampling.seed, "rollout", index))
 
 
-async def _all(work: Any) -> list[Any]:
-    """Like gather; where one fails, the others are ended before that is told."""
+async def _all(work: Iterable[Awaitable[T]]) -> list[T]:
+    """Return all results; if one fails, cancel the others and wait for their ends before raising."""
     tasks = [asyncio.ensure_future(w) for w in work]
     try:
         return await asyncio.gather(*tasks)

@@ -1,10 +1,11 @@
-"""The actors of one environment, seen from the clients of the engines."""
+"""The pool of one environment's actors, which the clients of the engines use."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from typing import TYPE_CHECKING
 
+from ray.actor import ActorHandle
 from ray.exceptions import RayActorError, RayTaskError
 
 from quatro_ray.actors.calls import value_or_cancel
@@ -14,21 +15,32 @@ from quatro_ray.errors import last_line
 from quatro_ray.failures import EnvironmentFailed, GenerationFailed
 from quatro_ray.types import DropReason, GenerationSummary, Query, SamplingParams
 
+if TYPE_CHECKING:
+    from quatro_ray.actors.interfaces import GroupRef
+
 
 class EnvironmentPool(ActorPool):
-    """`spawn`: makes a new actor (a handle)."""
+    """Plays groups of episodes.
 
-    def __init__(self, spawn: Callable[[], Any], config: EnvironmentConfig) -> None:
+    Args:
+        spawn: makes a new EnvironmentActor.
+    """
+
+    def __init__(self, spawn: Callable[[], ActorHandle], config: EnvironmentConfig) -> None:
         super().__init__(spawn, config.num_actors, config.start_deadline_s)
 
     async def play(
-        self, engine: Any, group_id: int, query: Query, sampling: SamplingParams, size: int
-    ) -> tuple[GenerationSummary, Any]:
-        """A summary, and a reference to the group. The deadline of the group is the caller's.
+        self, engine: ActorHandle, group_id: int, query: Query, sampling: SamplingParams, size: int
+    ) -> tuple[GenerationSummary, GroupRef]:
+        """Return the summary of a group of episodes, and a reference to it. The caller enforces the group's deadline.
+
+        Args:
+            engine: the generator actor that samples the policy's turns.
+            size: number of episodes.
 
         Raises:
             GenerationFailed: the environment failed.
-            RayError: the engine did.
+            RayError: the engine failed.
         """
         try:
             async with self.least_loaded() as actor:

@@ -1,13 +1,13 @@
-"""Actors that do the same: the least loaded one takes the work; one that dies or does not answer is replaced."""
+"""A pool of equivalent actors: the least loaded one gets the work; one that dies or does not answer is replaced."""
 
 from __future__ import annotations
 
 import asyncio
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
-from typing import Any
 
 import ray
+from ray.actor import ActorHandle
 from ray.exceptions import RayError, RayTaskError
 
 from quatro_ray.actors.calls import ACTOR_DIED, value_of
@@ -15,25 +15,28 @@ from quatro_ray.timeouts import within
 
 
 class ActorPool:
-    """
+    """A pool of a fixed number of actors.
+
     Args:
-        spawn: makes a new actor (a handle) that has a method `start`.
+        spawn: makes a new actor, which has a method `start`.
+        start_deadline_s: limit for the start of one actor.
     """
 
-    def __init__(self, spawn: Callable[[], Any], num_actors: int, start_deadline_s: float) -> None:
+    def __init__(self, spawn: Callable[[], ActorHandle], num_actors: int, start_deadline_s: float) -> None:
         self._spawn = spawn
         self._start_deadline_s = start_deadline_s
         self.actors = [spawn() for _ in range(num_actors)]
-        self._starting: dict[Any, asyncio.Task[None]] = {}
+        self._starting: dict[ActorHandle, asyncio.Task[None]] = {}
         self._loads = dict.fromkeys(self.actors, 0)
         self.num_replaced = 0
 
     @asynccontextmanager
-    async def least_loaded(self) -> AsyncIterator[Any]:
-        """An actor that runs. A TimeoutError or the actor's death inside of the `async with` replaces it.
+    async def least_loaded(self) -> AsyncIterator[ActorHandle]:
+        """Yield a running actor; it is replaced if it dies, or if a TimeoutError is raised, inside the `async with`.
 
         Raises:
-            TimeoutError, RayError: one that is new does not start; it is replaced too.
+            TimeoutError: a new actor did not start in time; it is replaced too.
+            RayError: a new actor did not start; it is replaced too.
         """
         actor = min(self._loads, key=self._loads.__getitem__)
         self._loads[actor] += 1
@@ -41,29 +44,32 @@ class ActorPool:
             await self._started(actor)
             yield actor
         except (TimeoutError, *ACTOR_DIED) as error:
-            if not isinstance(error, RayTaskError):  # that would be another actor's death, told by this one
+            # a RayTaskError reports the death of another actor, which this one called
+            if not isinstance(error, RayTaskError):
                 self.replace(actor)
             raise
         finally:
             if actor in self._loads:
                 self._loads[actor] -= 1
 
-    async def _started(self, actor: Any) -> None:
-        """Its start does not count against its work. Many may wait; one asks."""
+    async def _started(self, actor: ActorHandle) -> None:
+        """Wait until the actor runs. Its start is requested once, and does not count against its work's deadline."""
         if actor not in self._starting:
             self._starting[actor] = asyncio.create_task(self._start(actor))
         try:
+            # shield: a caller that is cancelled must not cancel the start for the others
             await asyncio.shield(self._starting[actor])
         except (TimeoutError, RayError):
             self.replace(actor)
             raise
 
-    async def _start(self, actor: Any) -> None:
+    async def _start(self, actor: ActorHandle) -> None:
         await within(self._start_deadline_s, value_of(actor.start.remote()))
 
-    def replace(self, actor: Any) -> None:
+    def replace(self, actor: ActorHandle) -> None:
+        """Kill the actor and spawn another one in its place; do nothing if it was replaced already."""
         if actor not in self._loads:
-            return  # someone else who had it was faster
+            return  # another caller that used it was faster
         ray.kill(actor)
         self.actors.remove(actor)
         del self._loads[actor]

@@ -14,7 +14,7 @@ from quatro_ray.engines.reward_model import RewardModelEngine
 
 @ray.remote(concurrency_groups=WATCHED)
 class RewardModelActor(HostMixin):
-    """One engine. Methods mirror RewardModelEngine; calls run side by side, so give it a high max_concurrency."""
+    """One engine, with RewardModelEngine's methods. Calls run concurrently: spawn it with high max_concurrency."""
 
     def __init__(self, config: ModelRewardConfig, *, device: str) -> None:
         detach_resource_tracker()

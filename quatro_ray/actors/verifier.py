@@ -6,7 +6,7 @@ import asyncio
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
-from typing import Any
+from typing import TYPE_CHECKING
 
 import ray
 
@@ -16,6 +16,9 @@ from quatro_ray.rewards.extract import extract
 from quatro_ray.rewards.registry import applies, make_remote
 from quatro_ray.rewards.scorer import Scorer
 from quatro_ray.types import GroupSummary, Outcome, RolloutGroup, Score
+
+if TYPE_CHECKING:
+    from quatro_ray.rewards.reward_model_client import RewardModelHandle
 
 _ANSWER_CHARS = 200
 
@@ -33,7 +36,7 @@ class VerifierActor(HostMixin):
         self,
         rewards: Mapping[str, RewardConfig],
         config: VerifierConfig,
-        models: Mapping[str, list[Any]],
+        models: Mapping[str, Sequence[RewardModelHandle]],
         sandboxed: frozenset[str] = frozenset(),
     ) -> None:
         self._rewards = rewards
@@ -73,7 +76,7 @@ class VerifierActor(HostMixin):
 def summarise(rewards: Mapping[str, RewardConfig], group: RolloutGroup, scores: Sequence[Score]) -> GroupSummary:
     """Return the summary of a group whose rollouts have these scores.
 
-    The answer of a response, and whether it is correct, is said by the first of `rewards` that applies to the query.
+    The first of `rewards` that applies to the query decides what the answer of a response is, and if it is correct.
     """
     name, deciding = next((n, r) for n, r in rewards.items() if applies(r, group.query))
     extraction: Extraction = getattr(deciding, "extract", "whole")

@@ -1,10 +1,11 @@
-"""The verifier actors, seen from the controller."""
+"""The pool of verifier actors that the controller and evaluation use."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from typing import TYPE_CHECKING
 
+from ray.actor import ActorHandle
 from ray.exceptions import RayError
 
 from quatro_ray.actors.calls import value_of
@@ -15,23 +16,26 @@ from quatro_ray.failures import VerifierFailed
 from quatro_ray.timeouts import within
 from quatro_ray.types import DropReason, GroupSummary
 
+if TYPE_CHECKING:
+    from quatro_ray.actors.interfaces import GroupRef, ScoredGroup
+
 
 class VerifierPool(ActorPool):
-    """Deadlines of single responses are the actors' (isolation/worker_pool.py); this one holds those of groups.
+    """Scores groups, and enforces their deadline; the actors enforce those of responses (isolation/worker_pool.py).
 
     Args:
-        spawn: makes a new actor (a handle).
+        spawn: makes a new VerifierActor.
     """
 
-    def __init__(self, spawn: Callable[[], Any], config: VerifierConfig) -> None:
+    def __init__(self, spawn: Callable[[], ActorHandle], config: VerifierConfig) -> None:
         super().__init__(spawn, config.num_actors, config.start_deadline_s)
         self._config = config
 
-    async def score(self, group: Any) -> tuple[GroupSummary, Any]:
-        """`group` is a reference; returns the summary of actors/verifier.py and a reference to the scored group.
+    async def score(self, group: GroupRef) -> tuple[GroupSummary, ScoredGroup]:
+        """Return the summary of the scores, and a reference to the scored group.
 
         Raises:
-            VerifierFailed: never a reward that the machinery made up.
+            VerifierFailed: every try failed; a failure never becomes a reward.
         """
         failure = VerifierFailed(DropReason.VERIFIER_ERROR, "never tried")
         for _ in range(1 + self._config.max_retries):
@@ -41,12 +45,12 @@ class VerifierPool(ActorPool):
                 failure = error
         raise failure
 
-    async def _score_once(self, group: Any) -> tuple[GroupSummary, Any]:
+    async def _score_once(self, group: GroupRef) -> tuple[GroupSummary, ScoredGroup]:
         try:
             async with self.least_loaded() as actor:
                 summary, scored = actor.score.remote(group)
                 return await within(self._config.group_deadline_s, value_of(summary)), scored
         except TimeoutError as error:
             raise VerifierFailed(DropReason.VERIFIER_TIMEOUT, "a verifier did not answer in time") from error
-        except RayError as error:  # it died, or a reward failed
+        except RayError as error:  # the actor died, or a reward failed
             raise VerifierFailed(DropReason.VERIFIER_ERROR, last_line(error)) from error

@@ -1,1 +1,1 @@
-"""Where queries come from: files, Hugging Face datasets, generators; mixed, shuffled, filtered."""
+"""Data: reads queries from files, Hugging Face datasets and generators, then mixes, shuffles and filters them."""

@@ -1,17 +1,33 @@
-"""From a query's prompt, or prompt and response, to tokens; the one place that knows about chat templates."""
+"""Encodes prompts and conversations as tokens; only this module uses chat templates."""
 
 from __future__ import annotations
 
 import json
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, Protocol
 
 _CHAT = '[{"role"'
 _MARK = "\u2402 turn \u2403"
 
 
-def encode_prompt(tokenizer: Any, prompt: str) -> list[int]:
-    """Plain text as it is; chat messages (JSON text, as `chat_prompt` makes it) through the chat template.
+class Tokenizer(Protocol):
+    """The part of a transformers tokenizer that this package uses."""
+
+    @property
+    def all_special_ids(self) -> list[int]: ...
+
+    def encode(self, text: str, *, add_special_tokens: bool = True) -> list[int]: ...
+
+    def decode(self, token_ids: list[int]) -> str: ...
+
+    def apply_chat_template(self, conversation: list[dict[str, Any]], **options: Any) -> Any: ...
+
+
+def encode_prompt(tokenizer: Tokenizer, prompt: str) -> list[int]:
+    """Return the tokens of a prompt: plain text as it is, a chat by the chat template.
+
+    Args:
+        prompt: plain text, or chat messages as the JSON text that `chat_prompt` makes.
 
     Raises:
         ValueError: the tokenizer has no template, or its template refuses these messages.
@@ -21,47 +37,53 @@ def encode_prompt(tokenizer: Any, prompt: str) -> list[int]:
     return list(tokenizer.encode(prompt))
 
 
-def encode_conversation(tokenizer: Any, prompt: str, response: str) -> list[int]:
-    """Prompt and response as a reward model reads them: a chat through its template with the response as the
-    assistant's turn, its end included; else the two texts in one, as they are."""
+def encode_conversation(tokenizer: Tokenizer, prompt: str, response: str) -> list[int]:
+    """Return the tokens of prompt and response as a reward model reads them.
+
+    In a chat the response is the assistant's complete turn, by the chat template; else the two texts are concatenated.
+    """
     if is_chat(prompt):
         messages = [*json.loads(prompt), {"role": "assistant", "content": response}]
         return list(_apply_template(tokenizer, messages, add_generation_prompt=False, return_dict=False))
     return list(tokenizer.encode(prompt + response))
 
 
-def _apply_template(tokenizer: Any, messages: list[dict[str, Any]], **how: Any) -> Any:
+def _apply_template(tokenizer: Tokenizer, messages: list[dict[str, Any]], **options: Any) -> Any:
     from jinja2 import TemplateError
 
     try:
-        return tokenizer.apply_chat_template(messages, **how)
+        return tokenizer.apply_chat_template(messages, **options)
     except TemplateError as error:
         raise ValueError(f"the chat template refuses its messages: {error}") from error
 
 
 def is_chat(prompt: str) -> bool:
+    """Return whether the prompt is the JSON text of chat messages."""
     return prompt.startswith(_CHAT)
 
 
 def chat_prompt(messages: Sequence[dict[str, Any]]) -> str:
-    """The messages as text with the keys in the order by which `encode_prompt` knows them."""
+    """Return the messages as JSON text, whose order of keys is what `is_chat` recognises."""
     return json.dumps([{"role": m["role"], "content": m["content"]} for m in messages], ensure_ascii=False)
 
 
 def as_messages(text: str, system_prompt: str | None) -> list[dict[str, Any]]:
-    """One user message, after the system's if there is one."""
+    """Return one user message, after a system message if there is a system prompt."""
     system = [] if system_prompt is None else [{"role": "system", "content": system_prompt}]
     return [*system, {"role": "user", "content": text}]
 
 
-def encode_given(tokenizer: Any, prompt: str, text: str, role: str, last_token: int | None) -> list[int]:
-    """What an environment gives between turns, as the tokens that follow `last_token`, the newest of the response.
+def encode_given(tokenizer: Tokenizer, prompt: str, text: str, role: str, last_token: int | None) -> list[int]:
+    """Return the tokens of what an environment gives between turns.
 
-    Plain prompts: the text as it is. Chats: the end of the policy's turn, the message and the start of the next turn,
-    cut out of what the template makes of a conversation, so that earlier turns stay the tokens that they are.
+    In a plain prompt this is the text as it is. In a chat it is the end of the policy's turn, the message, and the
+    start of the next turn. They are cut out of a rendered conversation, so the tokens of earlier turns never change.
+
+    Args:
+        last_token: newest token of the response, which the result follows; None if the response is empty.
 
     Raises:
-        ValueError: the template cannot show a message of this role after the assistant's.
+        ValueError: the template cannot render a message of this role after the assistant's.
     """
     if not is_chat(prompt):
         return list(tokenizer.encode(text, add_special_tokens=False))
@@ -70,7 +92,6 @@ def encode_given(tokenizer: Any, prompt: str, text: str, role: str, last_token: 
     _, mark, rest = shown.partition(_MARK)
     if not mark or text.strip() not in rest:
         raise ValueError(f"the chat template shows no message of role {role!r} after the assistant's")
-    ended = last_token is not None and last_token in tokenizer.all_special_ids
-    if ended and rest.startswith(end := tokenizer.decode([last_token])):
-        rest = rest.removeprefix(end)
+    if last_token is not None and last_token in tokenizer.all_special_ids:
+        rest = rest.removeprefix(tokenizer.decode([last_token]))
     return list(tokenizer.encode(rest, add_special_tokens=False))

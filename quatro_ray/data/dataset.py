@@ -1,4 +1,4 @@
-"""A set of queries with what was left out of it, and the endless stream that training draws from."""
+"""The queries of a run, what was left out of them, and the endless stream of queries for training."""
 
 from __future__ import annotations
 
@@ -12,7 +12,12 @@ from quatro_ray.types import Query
 
 @dataclass
 class Rows:
-    """`places`: file and line of each query, by its id; `skipped`: rows that were left out, by reason."""
+    """The queries of one source.
+
+    Attributes:
+        places: file and line of each query, by its id.
+        skipped: number of rows that were left out, by reason.
+    """
 
     queries: list[Query] = field(default_factory=list)
     places: dict[str, str] = field(default_factory=dict)
@@ -21,9 +26,14 @@ class Rows:
 
 @dataclass(frozen=True)
 class Dataset:
-    """Queries by source, and the share of draws of each training source.
+    """All queries of a run.
 
-    `warmup`: what a tiny model imitates, and what is held out of that.
+    Attributes:
+        train: queries for training, by source.
+        weights: relative frequency with which each training source is drawn.
+        held_out: queries for evaluation, by source.
+        skipped: number of rows that were left out, by reason, for each section of the data.
+        warmup: queries that a tiny model imitates before training, and queries held out from those.
     """
 
     train: Mapping[str, Sequence[Query]]
@@ -34,9 +44,9 @@ class Dataset:
 
 
 class QueryStream(Iterator[Query]):
-    """Draws for ever: a source by its weight, and from it every query once an epoch, each epoch in its own order.
+    """An endless stream: draws a source by its weight, and from the source every query once per epoch, reshuffled.
 
-    A function of the seed and of how many were drawn alone, so `state()` is small and resuming is exact.
+    Every draw depends only on the seed and the number of draws so far, so `state()` is small and resuming is exact.
     """
 
     def __init__(self, dataset: Dataset, seed: int, *, shuffle: bool = True) -> None:
@@ -49,7 +59,7 @@ class QueryStream(Iterator[Query]):
 
     def __next__(self) -> Query:
         number = sum(self._drawn.values())
-        # a generator of its own for each draw: no state but the number
+        # each draw has its own random generator, so the number of draws is the only state
         (name,) = random.Random(f"{self._seed}/source/{number}").choices(list(self._sources), self._weights)
         epoch, position = divmod(self._drawn[name], len(self._sources[name]))
         self._drawn[name] += 1
@@ -64,11 +74,15 @@ class QueryStream(Iterator[Query]):
         return self._orders[name][1]
 
     def state(self) -> dict[str, int]:
-        """Draws so far, by source."""
+        """Return the number of draws so far, by source."""
         return dict(self._drawn)
 
     def restore(self, state: Mapping[str, int]) -> None:
-        """Raises ValueError where the sources are others than those of `state`."""
+        """Continue from a saved state.
+
+        Raises:
+            ValueError: `state` has other sources.
+        """
         if state.keys() != self._drawn.keys():
             raise ValueError(f"the data has sources {sorted(self._drawn)}, the saved position {sorted(state)}")
         self._drawn = dict(state)

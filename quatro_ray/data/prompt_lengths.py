@@ -1,13 +1,12 @@
-"""Prompts that do not fit, known once there is a tokenizer."""
+"""Leaves out queries whose prompts are too long, once the tokenizer is known."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
-from typing import Any
 
 from quatro_ray.config import Config
-from quatro_ray.data.chat_template import encode_prompt
+from quatro_ray.data.chat_template import Tokenizer, encode_prompt
 from quatro_ray.data.dataset import Dataset
 from quatro_ray.errors import DataError
 from quatro_ray.types import Query
@@ -15,12 +14,14 @@ from quatro_ray.types import Query
 _REASON = "its prompt is longer than generator.max_prompt_tokens"
 
 
-def fit_prompts(dataset: Dataset, tokenizer: Any, config: Config) -> Dataset:
-    """Without the queries whose prompt has more than generator.max_prompt_tokens tokens, or none; they are counted.
+def fit_prompts(dataset: Dataset, tokenizer: Tokenizer, config: Config) -> Dataset:
+    """Return the dataset without queries whose prompt is empty or longer than generator.max_prompt_tokens.
+
+    The queries that are left out are counted in `skipped`.
 
     Raises:
-        DataError: there is one and data.bad_rows=refuse; nothing is left of a source; or the tokenizer's chat template
-            cannot show a prompt.
+        DataError: a prompt does not fit and data.bad_rows=refuse; no query of a source is left; or the tokenizer's chat
+            template cannot render a prompt.
     """
     max_tokens, refuse = config.generator.max_prompt_tokens, config.data.bad_rows == "refuse"
     skipped = {label: counts.copy() for label, counts in dataset.skipped.items()}
@@ -32,8 +33,8 @@ def fit_prompts(dataset: Dataset, tokenizer: Any, config: Config) -> Dataset:
                 length = len(encode_prompt(tokenizer, query.prompt))
             except ValueError as error:
                 raise DataError(
-                    f"{query.query_id}: its chat cannot be shown to the model ({str(error).splitlines()[0]}); take a "
-                    "model with a chat template for it, or leave out as_chat, system_prompt or the system's messages"
+                    f"{query.query_id}: its chat cannot be rendered for the model ({str(error).splitlines()[0]}); use "
+                    "a model whose chat template accepts it, or remove as_chat, system_prompt or the system messages"
                 ) from error
             if 1 <= length <= max_tokens:
                 kept.append(query)

@@ -1,4 +1,4 @@
-"""Questions that reasoning-gym generates. Distinct ones only: small questions recur under many indices."""
+"""Queries that reasoning-gym generates, without duplicates: small questions recur under many indices."""
 
 from __future__ import annotations
 
@@ -13,11 +13,15 @@ from quatro_ray.rewards.reasoning_gym import METADATA_KEY
 from quatro_ray.types import Query
 
 _ITEMS_PER_QUESTION = 8
-"""Items drawn from chain_sum for each distinct question wanted, before giving up."""
+"""Items that are drawn from chain_sum, at most, for each distinct question that is wanted."""
 
 
 def chain_sum(config: ChainSumSourceConfig, label: str) -> Rows:
-    """Raises ConfigError where there are not so many distinct questions."""
+    """Return `num_questions` distinct sums.
+
+    Raises:
+        ConfigError: the generator gave fewer distinct questions.
+    """
     import reasoning_gym
 
     ranges = {n: getattr(config, n) for n in ("min_terms", "max_terms", "min_digits", "max_digits")}
@@ -34,12 +38,16 @@ def chain_sum(config: ChainSumSourceConfig, label: str) -> Rows:
 
 
 def render(expression: str) -> str:
-    """`12 + 34` → `12+34=`."""
+    """Return the expression as a prompt: `12 + 34` becomes `12+34=`."""
     return expression.replace(" ", "") + "="
 
 
 def reasoning_gym_task(config: ReasoningGymSourceConfig, label: str) -> Rows:
-    """Raises ConfigError where the task or its parameters do not exist."""
+    """Return the distinct questions of a task.
+
+    Raises:
+        ConfigError: reasoning-gym has no such task, or refuses its parameters.
+    """
     items = _create(config, label)
     rows, seen = Rows(), set()
     for index in range(config.size):
@@ -48,12 +56,12 @@ def reasoning_gym_task(config: ReasoningGymSourceConfig, label: str) -> Rows:
             rows.skipped["the question recurs"] += 1
             continue
         seen.add(item["question"])
-        where = {"task": config.task, "params": config.params, "seed": config.seed, "size": config.size, "index": index}
+        entry = {"task": config.task, "params": config.params, "seed": config.seed, "size": config.size, "index": index}
         prompt = config.prompt_template.replace("{prompt}", item["question"])
         if config.as_chat or config.system_prompt is not None:
             prompt = chat_prompt(as_messages(prompt, config.system_prompt))
         answer = str(item["answer"])
-        rows.queries.append(Query(f"{label}:{index}", prompt, answer, {METADATA_KEY: json.dumps(where)}))
+        rows.queries.append(Query(f"{label}:{index}", prompt, answer, {METADATA_KEY: json.dumps(entry)}))
     return rows
 
 

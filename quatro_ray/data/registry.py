@@ -1,4 +1,4 @@
-"""From the configuration to the queries of a run. A new kind of source needs its function here and its section."""
+"""Reads all data of a run. A new kind of source needs its function here and its section in config/data.py."""
 
 from __future__ import annotations
 
@@ -20,19 +20,22 @@ from quatro_ray.data.reasoning_gym import chain_sum, reasoning_gym_task
 from quatro_ray.data.rows import read_rows
 from quatro_ray.data.verifiers_library import verifiers_rows
 from quatro_ray.errors import DataError
+from quatro_ray.rewards.base import CheckingReward
 from quatro_ray.rewards.program_cases import check_cases
 from quatro_ray.rewards.registry import REMOTE, applies, make_reward
 from quatro_ray.types import Query
 
 _GENERATED = (ChainSumSourceConfig, ReasoningGymSourceConfig, VerifiersSourceConfig)
 _WARMUP_HELD_OUT = 128
+Check = Callable[[Query], str | None]
+"""Returns why responses to a query cannot be scored, or None if they can."""
 
 
 def make_dataset(config: DataConfig, rewards: Mapping[str, RewardConfig]) -> Dataset:
-    """Reads and generates everything, and checks each answer with the rewards that will judge it.
+    """Read and generate all queries, and check each query with the rewards that will score its responses.
 
     Raises:
-        DataError: a row cannot be used and `bad_rows` refuses it; or nothing is left of a source.
+        DataError: a row cannot be used and data.bad_rows=refuse, or no query of a source is left.
         ConfigError: a generator or a reward cannot be made.
     """
     checks = _checks(rewards)
@@ -41,11 +44,11 @@ def make_dataset(config: DataConfig, rewards: Mapping[str, RewardConfig]) -> Dat
     train = {name: _read(source, name, f"train.{name}", refuse) for name, source in config.train.items()}
     together = {f"train.{n}": r for n, r in train.items()} | {f"eval.{n}": r for n, r in held_out.items()}
     for label, rows in together.items():
-        _leave_out_what_cannot_be_judged(rows, label, rewards, checks, refuse)
+        _drop_unscorable(rows, label, rewards, checks, refuse)
     reserved = {query.prompt for rows in held_out.values() for query in rows.queries}
     for name, rows in train.items():
         generated = isinstance(config.train[name], _GENERATED)
-        _leave_out_held_out(rows, f"train.{name}", reserved, refuse and not generated)
+        _drop_held_out(rows, f"train.{name}", reserved, refuse and not generated)
     warmup = (_all(train), _all(held_out))
     if config.warmup is not None:
         together["warmup"] = rows = _read_warmup(config.warmup, reserved, refuse)
@@ -59,13 +62,12 @@ def make_dataset(config: DataConfig, rewards: Mapping[str, RewardConfig]) -> Dat
     )
 
 
-def _checks(rewards: Mapping[str, RewardConfig]) -> dict[str, Callable[[Query], str | None]]:
-    """By the name of the reward: why it cannot judge a query; those that can tell."""
-    made = {name: make_reward(part) for name, part in rewards.items() if not isinstance(part, REMOTE)}
-    remote = [name for name, part in rewards.items() if isinstance(part, SandboxFusionRewardConfig)]
-    return {name: reward.check for name, reward in made.items() if hasattr(reward, "check")} | dict.fromkeys(
-        remote, check_cases
-    )
+def _checks(rewards: Mapping[str, RewardConfig]) -> dict[str, Check]:
+    """Return the checks of queries, by the name of the reward; some rewards have none."""
+    made = {name: make_reward(config) for name, config in rewards.items() if not isinstance(config, REMOTE)}
+    checks: dict[str, Check] = {name: r.check for name, r in made.items() if isinstance(r, CheckingReward)}
+    remote = [name for name, config in rewards.items() if isinstance(config, SandboxFusionRewardConfig)]
+    return checks | dict.fromkeys(remote, check_cases)
 
 
 def _all(sources: Mapping[str, Rows]) -> list[Query]:
@@ -74,7 +76,7 @@ def _all(sources: Mapping[str, Rows]) -> list[Query]:
 
 def _read_warmup(source: SourceConfig, reserved: set[str], refuse: bool) -> Rows:
     rows = _read(source, "warmup", "warmup", refuse)
-    _leave_out_held_out(rows, "warmup", reserved, refuse and not isinstance(source, _GENERATED))
+    _drop_held_out(rows, "warmup", reserved, refuse and not isinstance(source, _GENERATED))
     if (num := len(rows.queries)) <= _WARMUP_HELD_OUT:
         raise DataError(f"data.warmup: has {num} rows; give more than {_WARMUP_HELD_OUT}, which are held out")
     return rows
@@ -93,36 +95,36 @@ def _read(source: SourceConfig, name: str, label: str, refuse: bool) -> Rows:
     return rows
 
 
-def _leave_out_what_cannot_be_judged(
+def _drop_unscorable(
     rows: Rows,
     label: str,
     rewards: Mapping[str, RewardConfig],
-    checks: Mapping[str, Callable[[Query], str | None]],
+    checks: Mapping[str, Check],
     refuse: bool,
 ) -> None:
     kept = []
     for query in rows.queries:
         reasons = (
-            f"rewards.{part} {reason}, not {query.answer[:40]!r}"
-            for part, check in checks.items()
-            if applies(rewards[part], query) and (reason := check(query))
+            f"rewards.{name} {reason}, not {query.answer[:40]!r}"
+            for name, check in checks.items()
+            if applies(rewards[name], query) and (reason := check(query))
         )
         if (reason := next(reasons, None)) is None:
             kept.append(query)
         elif refuse:
-            where = rows.places.get(query.query_id, query.query_id)
-            raise DataError(f"{where}: {reason}; correct the row, or set data.bad_rows: skip")
+            place = rows.places.get(query.query_id, query.query_id)
+            raise DataError(f"{place}: {reason}; correct the row, or set data.bad_rows: skip")
         else:
             rows.skipped[reason] += 1
     _keep(rows, kept, label)
 
 
-def _leave_out_held_out(rows: Rows, label: str, reserved: set[str], refuse: bool) -> None:
+def _drop_held_out(rows: Rows, label: str, reserved: set[str], refuse: bool) -> None:
     left_out = [query for query in rows.queries if query.prompt in reserved]
     if refuse and left_out:
         first = left_out[0]
         raise DataError(
-            f"data.{label}: {len(left_out)} prompts also stand in data.eval (first: "
+            f"data.{label}: {len(left_out)} prompts are also in data.eval (first: "
             f"{rows.places[first.query_id]}, {first.prompt[:60]!r}); remove them, or set data.bad_rows: skip"
         )
     rows.skipped["it is held out"] += len(left_out)
@@ -137,7 +139,7 @@ def _keep(rows: Rows, kept: list[Query], label: str) -> None:
 
 
 def describe(dataset: Dataset) -> list[str]:
-    """Lines for people: how many queries each source has, and what was left out."""
+    """Return one line of text for each source: its number of queries, and what was left out."""
     num = {f"train.{name}": len(queries) for name, queries in dataset.train.items()}
     num |= {f"eval.{name}": len(queries) for name, queries in dataset.held_out.items()}
     if "warmup" in dataset.skipped:

@@ -1,9 +1,9 @@
-"""From rows of files and Hugging Face datasets to queries."""
+"""Reads rows of files and Hugging Face datasets, and makes queries of them."""
 
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +15,8 @@ from quatro_ray.rewards.extract import extract
 from quatro_ray.types import Query
 
 RowSource = JsonLinesSourceConfig | ParquetSourceConfig | HuggingFaceSourceConfig
+Row = dict[str, Any]
+"""A row as its file has it: values by column."""
 _PROMPT_KEYS = ("prompt", "messages", "question", "problem", "query", "input")
 _ANSWER_KEYS = (
     "answer", "reward_model.ground_truth", "ground_truth", "final_answer", "label", "solution", "target",
@@ -22,17 +24,25 @@ _ANSWER_KEYS = (
 
 
 class BadRow(Exception):
-    """Why a row cannot be used, without its place."""
+    """A row cannot be used; the message says why, without the place of the row."""
+
+
+PlacedRow = tuple[str, Row | BadRow]
+"""File and number of a row, and the row."""
 
 
 def read_rows(config: RowSource, label: str, *, refuse: bool) -> Rows:
-    """Rows that cannot be used are counted, or (`refuse`) end it.
+    """Return the queries of a source; rows that cannot be used are counted.
+
+    Args:
+        label: section of the data, which begins the ids of its queries.
+        refuse: raise for the first row that cannot be used, instead of counting it.
 
     Raises:
-        DataError: names the file and the row, the rule and the remedy.
+        DataError: the source cannot be read, has no usable row, or has an unusable one and `refuse` is set.
     """
     rows = Rows()
-    for number, (where, row) in enumerate(_READERS[type(config)](config)):
+    for number, (place, row) in enumerate(_READERS[type(config)](config)):
         if number == config.max_rows:
             break
         try:
@@ -41,11 +51,11 @@ def read_rows(config: RowSource, label: str, *, refuse: bool) -> Rows:
             query = _to_query(row, config, f"{label}:{number}")
         except BadRow as error:
             if refuse:
-                raise DataError(f"{where}: {error}; correct it, or set data.bad_rows: skip") from error
+                raise DataError(f"{place}: {error}; correct it, or set data.bad_rows: skip") from error
             rows.skipped[str(error)] += 1
         else:
             rows.queries.append(query)
-            rows.places[query.query_id] = where
+            rows.places[query.query_id] = place
     if not rows.queries:
         raise DataError(f"data.{label}: {config.path} has no row that can be used ({_shown(rows)})")
     return rows
@@ -55,7 +65,7 @@ def _shown(rows: Rows) -> str:
     return "; ".join(f"{n} rows: {reason}" for reason, n in rows.skipped.items()) or "it is empty"
 
 
-def _json_lines(config: JsonLinesSourceConfig) -> Iterator[tuple[str, dict[str, Any] | BadRow]]:
+def _json_lines(config: JsonLinesSourceConfig) -> Iterator[PlacedRow]:
     try:
         with config.path.open(encoding="utf-8") as file:
             for number, line in enumerate(file, start=1):
@@ -67,7 +77,7 @@ def _json_lines(config: JsonLinesSourceConfig) -> Iterator[tuple[str, dict[str, 
         raise DataError(f"{config.path}: is not UTF-8 text ({error.reason} at byte {error.start})") from error
 
 
-def _parse_line(line: str) -> dict[str, Any] | BadRow:
+def _parse_line(line: str) -> Row | BadRow:
     try:
         row = json.loads(line)
     except json.JSONDecodeError as error:
@@ -79,7 +89,7 @@ def _parse_line(line: str) -> dict[str, Any] | BadRow:
     return row if isinstance(row, dict) else BadRow(f"must be a JSON object, not {type(row).__name__}")
 
 
-def _parquet(config: ParquetSourceConfig) -> Iterator[tuple[str, dict[str, Any]]]:
+def _parquet(config: ParquetSourceConfig) -> Iterator[PlacedRow]:
     import pyarrow
     import pyarrow.parquet
 
@@ -92,12 +102,12 @@ def _parquet(config: ParquetSourceConfig) -> Iterator[tuple[str, dict[str, Any]]
         raise DataError(f"{config.path}: cannot be read as Parquet ({str(error).splitlines()[0]})") from error
 
 
-def _hugging_face(config: HuggingFaceSourceConfig) -> Iterator[tuple[str, dict[str, Any]]]:
+def _hugging_face(config: HuggingFaceSourceConfig) -> Iterator[PlacedRow]:
     for number, row in enumerate(_load_hugging_face(config)):
         yield f"{config.path}: row {number}", row
 
 
-def _load_hugging_face(config: HuggingFaceSourceConfig) -> Any:
+def _load_hugging_face(config: HuggingFaceSourceConfig) -> Iterable[Row]:
     import datasets
 
     try:
@@ -108,29 +118,31 @@ def _load_hugging_face(config: HuggingFaceSourceConfig) -> Any:
     except (OSError, ValueError, RuntimeError, datasets.exceptions.DatasetsError) as error:
         raise DataError(f"{config.path}: cannot be loaded ({str(error).strip().splitlines()[0]})") from error
     if not isinstance(loaded, datasets.DatasetDict):
-        return loaded
+        rows: Iterable[Row] = loaded
+        return rows
     if config.split not in loaded:
         raise DataError(f"{config.path}: has splits {sorted(loaded)}, not {config.split!r}; set its split")
-    return loaded[config.split]
+    split: Iterable[Row] = loaded[config.split]
+    return split
 
 
 def _is_repository(path: Path) -> bool:
-    """A local copy of a hub dataset (data files), in place of what save_to_disk writes."""
+    """Return whether the folder is a local copy of a hub dataset; save_to_disk writes other files."""
     return not any((path / name).is_file() for name in ("dataset_info.json", "state.json", "dataset_dict.json"))
 
 
-_READERS: dict[type, Any] = {
+_READERS: dict[type, Callable[[Any], Iterator[PlacedRow]]] = {
     JsonLinesSourceConfig: _json_lines,
     ParquetSourceConfig: _parquet,
     HuggingFaceSourceConfig: _hugging_face,
 }
 
 
-def _to_query(row: dict[str, Any], config: RowSource, query_id: str) -> Query:
+def _to_query(row: Row, config: RowSource, query_id: str) -> Query:
     prompt = _prompt(row, _column(row, config.prompt_key, _PROMPT_KEYS, "prompt_key"), config)
     answer = _answer(_column(row, config.answer_key, _ANSWER_KEYS, "answer_key"), config)
     if not _is_text(prompt) or not _is_text(answer):
-        raise BadRow("holds half of a character (a lone surrogate)")
+        raise BadRow("contains a lone surrogate, which is not a valid character")
     return Query(query_id, prompt, answer)
 
 
@@ -138,18 +150,18 @@ def _is_text(text: str) -> bool:
     return not any("\ud800" <= character <= "\udfff" for character in text)
 
 
-def _column(row: dict[str, Any], key: str | None, usual: tuple[str, ...], field: str) -> Any:
+def _column(row: Row, key: str | None, usual: tuple[str, ...], field: str) -> object:
     for candidate in [key] if key is not None else usual:
         found, value = _look_up(row, candidate)
         if found:
             return value
     wanted = f"has no column {key!r}" if key is not None else f"has none of the columns {', '.join(usual)}"
-    other = " (to any, where no reward reads the answer)" if field == "answer_key" else ""
+    other = " (to any column if no reward reads the answer)" if field == "answer_key" else ""
     raise BadRow(f"{wanted}; it has {sorted(row)}: set {field}{other}")
 
 
-def _look_up(row: Any, key: str) -> tuple[bool, Any]:
-    """`a.b` is a column of that name, or column b inside of a."""
+def _look_up(row: object, key: str) -> tuple[bool, object]:
+    """Return whether the row has the column, and its value; `a.b` is a column of that name, or column b within a."""
     if isinstance(row, dict) and key in row:
         return True, row[key]
     head, dot, rest = key.partition(".")
@@ -158,31 +170,35 @@ def _look_up(row: Any, key: str) -> tuple[bool, Any]:
     return False, None
 
 
-def _prompt(row: dict[str, Any], value: Any, config: RowSource) -> str:
+def _prompt(row: Row, value: object, config: RowSource) -> str:
     if isinstance(value, str) and value.strip():
         text = _fill(config.prompt_template, row | {"prompt": value})
         if config.as_chat or config.system_prompt is not None:
             return chat_prompt(as_messages(text, config.system_prompt))
         if is_chat(text):
-            raise BadRow("the prompt is the text of chat messages: give them as a list of role and content")
+            raise BadRow(
+                "the prompt is the JSON text of chat messages: give it as a list of messages with role and content"
+            )
         return text
     if isinstance(value, list) and value and all(_is_message(m) for m in value):
         if value[-1]["role"] == "assistant":
-            raise BadRow("the last message is the assistant's, so that the prompt would hold the response: remove it")
+            raise BadRow(
+                "the last message is the assistant's, so the prompt would contain a response: remove that message"
+            )
         messages = value if value[0]["role"] == "system" else [*_system(config), *value]
         return chat_prompt(messages)
     raise BadRow("the prompt must be text, or a list of messages with role and content")
 
 
-def _fill(template: str, row: dict[str, Any]) -> str:
-    """Braces in the values, and those in the template that name no column, stay as they are."""
+def _fill(template: str, row: Mapping[str, object]) -> str:
+    """Return the template with `{column}` replaced; braces in values, and braces without a column, stay as they are."""
     pieces = template.split("{")
     out = pieces[0]
     for piece in pieces[1:]:
         key, brace, rest = piece.partition("}")
         if brace and key in row:
             if not isinstance(row[key], (str, int, float)):
-                raise BadRow(f"prompt_template wants the column {key!r}, which has no text or number here")
+                raise BadRow(f"prompt_template uses the column {key!r}, which has no text or number here")
             out += f"{row[key]}{rest}"
         else:
             out += "{" + piece
@@ -193,11 +209,11 @@ def _system(config: RowSource) -> list[dict[str, str]]:
     return [] if config.system_prompt is None else [{"role": "system", "content": config.system_prompt}]
 
 
-def _is_message(value: Any) -> bool:
+def _is_message(value: object) -> bool:
     return isinstance(value, dict) and isinstance(value.get("role"), str) and isinstance(value.get("content"), str)
 
 
-def _answer(value: Any, config: RowSource) -> str:
+def _answer(value: object, config: RowSource) -> str:
     if isinstance(value, list) and len(value) == 1 and isinstance(value[0], str):
         value = value[0]  # OlympiadBench's final_answer
     if isinstance(value, (dict, list)):
@@ -208,5 +224,5 @@ def _answer(value: Any, config: RowSource) -> str:
         raise BadRow("the answer is missing (empty, or not a number)")
     answer = extract(str(value), config.answer_extract)
     if answer is None:
-        raise BadRow(f"the answer has nothing that answer_extract={config.answer_extract} finds")
+        raise BadRow(f"answer_extract={config.answer_extract} finds nothing in the answer")
     return answer

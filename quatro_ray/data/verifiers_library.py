@@ -1,4 +1,4 @@
-"""Environments of the `verifiers` library (0.1) bring their own data; environments/verifiers_library.py plays them."""
+"""Reads the datasets of the `verifiers` library's environments (0.1); environments/verifiers_library.py plays them."""
 
 from __future__ import annotations
 
@@ -13,14 +13,18 @@ from quatro_ray.errors import ConfigError
 from quatro_ray.types import Query
 
 METADATA_KEY = "verifiers"
-"""In Query.metadata: the row of the environment's data set, as JSON."""
+"""Key in Query.metadata; its value is the row of the environment's dataset, as JSON."""
 
 
 def load(env: str, args: Mapping[str, Any]) -> Any:
-    """The library's environment, by its name.
+    """Return an environment of the library.
+
+    Args:
+        env: its name.
+        args: its own arguments.
 
     Raises:
-        ConfigError: the library or the environment is not installed, or has tools that we cannot offer.
+        ConfigError: the library or the environment is not installed, or the environment offers OpenAI tools.
     """
     try:
         import verifiers
@@ -31,7 +35,7 @@ def load(env: str, args: Mapping[str, Any]) -> Any:
     datasets.disable_progress_bars()
     try:
         loaded = verifiers.load_environment(env, **args)
-    except Exception as error:  # the environment's own code runs here and may raise anything; the message names it
+    except Exception as error:  # this runs the environment's own code, which may raise anything
         raise ConfigError(f"verifiers: the environment {env!r} cannot be loaded: {error}") from error
     if loaded.oai_tools:
         raise ConfigError(
@@ -42,7 +46,11 @@ def load(env: str, args: Mapping[str, Any]) -> Any:
 
 
 def verifiers_rows(config: VerifiersSourceConfig, label: str) -> Rows:
-    """Raises ConfigError like `load`."""
+    """Return the queries of an environment's dataset.
+
+    Raises:
+        ConfigError: as `load` raises it.
+    """
     environment = load(config.env, config.args)
     rows = environment.get_dataset() if config.split == "train" else environment.get_eval_dataset()
     queries = []

@@ -1,1 +1,1 @@
-"""Rollouts of several turns: a user's function in a process of its own, talking to the policy."""
+"""Environments: rollouts of several turns, in which a user's function in its own process talks to the policy."""

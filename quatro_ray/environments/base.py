@@ -1,47 +1,53 @@
-"""The interface of an environment. docs/environments.md starts with one in ten lines."""
+"""The interface of an environment. docs/environments.md starts with an environment in ten lines."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Coroutine, Mapping, Sequence
 from typing import Any, Protocol
 
 from quatro_ray.types import Query, Turn
 
+EpisodeResult = Mapping[str, float] | float | None
+"""What an episode returns: numbers by name, one number (whose name is `reward`), or None if other rewards score it."""
+
 
 class Policy(Protocol):
-    """The policy, as an episode talks to it."""
+    """The policy that an episode talks to."""
 
     def generate(self, *, stop: Sequence[str] = (), max_tokens: int | None = None) -> Turn | None:
-        """What the policy says next.
+        """Return the policy's next turn.
 
         Args:
-            stop: strings at which its turn ends; the text ends with the one that it met.
-            max_tokens: of this turn; None: as many as there is room for.
+            stop: strings that end the turn; the text then ends with the one that was met.
+            max_tokens: limit of this turn; None for as many tokens as the response may still have.
 
         Returns:
-            None where the episode has no room or no turn left: it must end now.
+            The turn, or None if the episode has no tokens or no turns left and must end now.
         """
         ...
 
     def give(self, text: str, role: str = "user") -> None:
-        """Puts text in front of the policy's next turn. It is context: not trained on.
+        """Put text before the policy's next turn, as context that is not trained on.
 
         Args:
-            role: of the message, in a chat; a prompt without a chat template gets the text as it is.
+            role: role of the message, in a chat. In a plain prompt the text is used as it is.
         """
         ...
 
 
 class Environment(Protocol):
-    """One episode: a function, in a process of its own, that may block, and that may be `async def`.
+    """A function that plays one episode in its own process; it may block, and it may be `async def`.
 
-    A function of its arguments alone: where its process is lost, it is called again and hears the same turns.
+    It must depend on its arguments alone: if its process is lost, it is called again and gets the same turns.
 
     Returns:
-        A number or numbers by name, for rewards of kind `environment`; None where other rewards judge.
+        Numbers by name or one number, for rewards of kind `environment`; None if only other rewards score the episode.
 
     Raises:
-        Exception: anything, where it cannot go on. The group is generated again and then dropped; never a reward.
+        Exception: any, if the episode cannot continue. The group is generated again and then dropped; an exception
+            never becomes a reward.
     """
 
-    def __call__(self, query: Query, policy: Policy, **params: Any) -> Mapping[str, float] | float | None: ...
+    def __call__(
+        self, query: Query, policy: Policy, **params: Any
+    ) -> EpisodeResult | Coroutine[Any, Any, EpisodeResult]: ...

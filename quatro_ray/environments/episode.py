@@ -1,39 +1,42 @@
-"""One episode, seen from the side that has the tokens: the function's process on one hand, the engine on the other."""
+"""Plays one episode: passes turns between the environment's process and the engine, and keeps the tokens."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, replace
-from typing import Any, Protocol
+from typing import Protocol
 
 from quatro_ray.config import EnvironmentConfig
-from quatro_ray.data.chat_template import encode_given
+from quatro_ray.data.chat_template import Tokenizer, encode_given
 from quatro_ray.environments.transcript import Transcript
 from quatro_ray.failures import EnvironmentFailed
+from quatro_ray.isolation.protocol import Message
 from quatro_ray.isolation.worker_pool import Exhausted, ProcessPool, Worker, WorkerLost
 from quatro_ray.seeding import seed_of
 from quatro_ray.timeouts import within
-from quatro_ray.types import DropReason, Query, Rollout, SamplingParams
+from quatro_ray.types import DropReason, Query, Rollout, SamplingParams, Turn
 
 
 class Engine(Protocol):
+    """The engine that samples the policy's turns."""
+
     async def complete(self, token_ids: Sequence[int], sampling: SamplingParams, stop: Sequence[str]) -> Rollout:
-        """Continues the tokens; spans count from the first new one."""
+        """Return the continuation of the tokens; its spans count from the first new token."""
         ...
 
 
 class Episode:
-    """Can be played again from its beginning: turns that the policy has said are not sampled again, but repeated.
+    """One episode. If its process is lost it is played again from the start, and the turns so far are repeated.
 
     Args:
-        prompt_ids: the query's prompt as tokens.
-        sampling: `max_tokens` for the whole response, what the environment gives included; the seed is the episode's.
+        prompt_ids: tokens of the query's prompt, [P].
+        sampling: `max_tokens` bounds the whole response, including the environment's tokens; `seed` is the episode's.
     """
 
     def __init__(
         self,
         config: EnvironmentConfig,
-        tokenizer: Any,
+        tokenizer: Tokenizer,
         engine: Engine,
         query: Query,
         prompt_ids: Sequence[int],
@@ -45,11 +48,11 @@ class Episode:
         self._query = query
         self._sampling = sampling
         self._transcript = Transcript(prompt_ids, sampling.max_tokens)
-        self._turns: list[dict[str, Any] | None] = []
+        self._turns: list[Turn | None] = []
         self._truncated = False
 
     async def play(self, pool: ProcessPool) -> Rollout:
-        """Waits for a process; one that is lost is replaced by a fresh one, once.
+        """Wait for a free process, play the episode and return its rollout.
 
         Raises:
             EnvironmentFailed: the function raised, the episode missed its deadline, or a process was lost through no
@@ -58,7 +61,7 @@ class Episode:
         try:
             return await pool.use(self._within_deadline)
         except Exhausted as exhausted:
-            if self._transcript.num_sampled == 0:  # nothing that the policy said can have caused it
+            if self._transcript.num_sampled == 0:  # the policy has said nothing, so it cannot be the cause
                 raise EnvironmentFailed(DropReason.ENVIRONMENT_ERROR, f"{exhausted}, before the first turn") from None
             return self._transcript.rollout(self._tokenizer, "exhausted", {})
         except WorkerLost as lost:
@@ -77,14 +80,15 @@ class Episode:
         while "generate" in answer:
             if number == len(self._turns):
                 self._turns.append(await self._next_turn(answer["given"], **answer["generate"]))
-            answer = await self._ask(worker, {"turn": self._turns[number]})
+            turn = self._turns[number]
+            answer = await self._ask(worker, {"turn": None if turn is None else asdict(turn)})
             number += 1
         if number < len(self._turns):
             detail = f"played again, the episode took {number} turns instead of {len(self._turns)}"
             raise EnvironmentFailed(DropReason.ENVIRONMENT_ERROR, f"{detail}: it must depend on its arguments alone")
         return self._ended(answer["end"])
 
-    async def _ask(self, worker: Worker, request: dict[str, Any]) -> dict[str, Any]:
+    async def _ask(self, worker: Worker, request: Message) -> Message:
         answer = await worker.ask(request, self._config.turn_deadline_s)
         if "error" in answer:
             raise EnvironmentFailed(DropReason.ENVIRONMENT_ERROR, answer["error"])
@@ -92,15 +96,15 @@ class Episode:
 
     async def _next_turn(
         self, given: Sequence[tuple[str, str]], stop: Sequence[str], max_tokens: int | None
-    ) -> dict[str, Any] | None:
-        """None where no turn can follow, and then nothing is given: half a message would mean something else."""
+    ) -> Turn | None:
+        """Return the next turn, or None if no turn can follow; then nothing of the context is added either."""
         context = self._encode(given)
-        room = self._transcript.room - len(context)
-        if self._truncated or room < 1 or len(self._turns) >= self._config.max_turns:
+        num_left = self._transcript.num_left - len(context)
+        if self._truncated or num_left < 1 or len(self._turns) >= self._config.max_turns:
             self._truncated = True
             return None
         self._transcript.give(context)
-        return await self._generate(stop, min(room, max_tokens or room))
+        return await self._generate(stop, min(num_left, max_tokens or num_left))
 
     def _encode(self, given: Sequence[tuple[str, str]]) -> list[int]:
         token_ids: list[int] = []
@@ -112,19 +116,19 @@ class Episode:
                 raise EnvironmentFailed(DropReason.ENVIRONMENT_ERROR, str(error)) from error
         return token_ids
 
-    async def _generate(self, stop: Sequence[str], max_tokens: int) -> dict[str, Any]:
+    async def _generate(self, stop: Sequence[str], max_tokens: int) -> Turn:
         number = len(self._turns)
         seed = None if self._sampling.seed is None else seed_of(self._sampling.seed, "turn", number)
         sampling = replace(self._sampling, max_tokens=max_tokens, seed=seed)
-        turn = await self._engine.complete(self._transcript.prefix, sampling, stop)
-        self._transcript.add(turn)
-        truncated = turn.finish_reason == "length"
-        self._truncated = truncated and self._transcript.room < 1
-        return {"text": turn.text, "truncated": truncated}
+        sampled = await self._engine.complete(self._transcript.prefix, sampling, stop)
+        self._transcript.add(sampled)
+        truncated = sampled.finish_reason == "length"
+        self._truncated = truncated and self._transcript.num_left < 1
+        return Turn(sampled.text, truncated)
 
     def _ended(self, environment: Mapping[str, float]) -> Rollout:
         finish_reason = "length" if self._truncated else "stop"
         try:
             return self._transcript.rollout(self._tokenizer, finish_reason, environment)
         except ValueError as error:
-            raise EnvironmentFailed(DropReason.ENVIRONMENT_ERROR, f"the episode ended, and {error}") from error
+            raise EnvironmentFailed(DropReason.ENVIRONMENT_ERROR, f"the episode ended, but {error}") from error

@@ -1,13 +1,13 @@
-"""From the configuration to the functions of environments, and to what each query plays in."""
+"""Loads the functions of environments, and makes the processes that run them."""
 
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
 
 from quatro_ray.config import Config, EnvironmentConfig
+from quatro_ray.environments.base import Environment
 from quatro_ray.errors import ConfigError
 from quatro_ray.isolation.bubblewrap import in_the_sandbox
 from quatro_ray.isolation.user_function import load_function
@@ -16,8 +16,16 @@ from quatro_ray.isolation.worker_pool import ProcessPool, in_the_open
 _PROGRAM = "quatro_ray.environments.worker"
 
 
-def load_environment(path: str, params: Mapping[str, Any]) -> Callable[..., Any]:
-    """Raises ConfigError where the function is not there or does not take these arguments."""
+def load_environment(path: str, params: Mapping[str, object]) -> Environment:
+    """Return the function of an environment.
+
+    Args:
+        path: `module:name` or `path/to/file.py:name`.
+        params: keyword arguments with which the function is to be called.
+
+    Raises:
+        ConfigError: the function cannot be loaded or does not take these arguments.
+    """
     function = load_function(path)
     try:
         inspect.signature(function).bind("query", "policy", **params)
@@ -30,7 +38,11 @@ def load_environment(path: str, params: Mapping[str, Any]) -> Callable[..., Any]
 
 
 def check_environments(environments: Mapping[str, EnvironmentConfig]) -> None:
-    """Before anything starts. Raises ConfigError with the name of the environment."""
+    """Load every environment once, before anything starts.
+
+    Raises:
+        ConfigError: an environment cannot be loaded; the message has its name.
+    """
     for name, environment in environments.items():
         try:
             load_environment(environment.function, environment.params)
@@ -39,7 +51,7 @@ def check_environments(environments: Mapping[str, EnvironmentConfig]) -> None:
 
 
 def episode_workers(config: EnvironmentConfig) -> ProcessPool:
-    """Not started yet."""
+    """Return the pool of processes that play episodes; it is not started yet."""
     if config.sandbox:
         launch = in_the_sandbox(_PROGRAM, config.memory_mib, read_only=_file_of(config.function))
     else:
@@ -55,12 +67,15 @@ def episode_workers(config: EnvironmentConfig) -> ProcessPool:
 
 
 def _file_of(function: str) -> list[Path]:
-    """Of a function in a file: that file, and not its neighbours, for what the policy wrote could read them too. An
-    installed module can be read anyway."""
+    """Return the file of a function that lives in a file.
+
+    Other files of its folder are not mounted, because what the policy wrote could read them too. An installed module is
+    readable anyway.
+    """
     module, _, _ = function.rpartition(":")
     return [Path(module)] if module.endswith(".py") else []
 
 
 def environment_of(config: Config) -> dict[str, str]:
-    """By source: the name of its environment, for those that have one."""
+    """Return the name of each source's environment, for the sources that have one."""
     return {name: same[0].environment for name, same in config.sources.items() if same[0].environment is not None}

@@ -1,17 +1,22 @@
-"""The tokens of one episode as the policy sees them: token in, token out, nothing is ever encoded twice."""
+"""The tokens of one episode as the policy sees them; no sampled token is ever decoded and encoded again."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any
 
 import numpy as np
 
+from quatro_ray.data.chat_template import Tokenizer
 from quatro_ray.types import Rollout, VersionSpan
 
 
 class Transcript:
-    """Grows turn by turn; `max_tokens`: of the response, what is given included."""
+    """The response of an episode, which grows turn by turn.
+
+    Args:
+        prompt_ids: tokens of the prompt, [P].
+        max_tokens: limit of the response, including the environment's tokens.
+    """
 
     def __init__(self, prompt_ids: Sequence[int], max_tokens: int) -> None:
         self._prompt_ids = list(prompt_ids)
@@ -23,30 +28,32 @@ class Transcript:
         self.last_turn = ""
 
     @property
-    def room(self) -> int:
-        """Tokens left."""
+    def num_left(self) -> int:
+        """Number of tokens that the response may still have."""
         return self._max_tokens - len(self._token_ids)
 
     @property
     def prefix(self) -> list[int]:
-        """What the engine continues."""
+        """Prompt and response so far, which the engine continues."""
         return self._prompt_ids + self._token_ids
 
     @property
     def num_sampled(self) -> int:
+        """Number of tokens that the policy sampled."""
         return sum(self._sampled)
 
     @property
     def last_token(self) -> int | None:
+        """Newest token of the response; None if it is empty."""
         return self._token_ids[-1] if self._token_ids else None
 
     def add(self, turn: Rollout) -> None:
-        """What the policy sampled."""
+        """Append a turn that the policy sampled."""
         self._append(turn.token_ids.tolist(), turn.behavior_logprobs.tolist(), True, turn.versions().tolist())
         self.last_turn = turn.text
 
     def give(self, token_ids: Sequence[int]) -> None:
-        """Context; its version is that of the tokens before it, which means nothing, for it is not trained on."""
+        """Append context, which is not trained on; it gets the version of the token before it, which has no effect."""
         version = self._versions[-1] if self._versions else _NONE
         self._append(list(token_ids), [0.0] * len(token_ids), False, [version] * len(token_ids))
 
@@ -56,8 +63,12 @@ class Transcript:
         self._sampled += [sampled] * len(token_ids)
         self._versions += versions
 
-    def rollout(self, tokenizer: Any, finish_reason: str, environment: Mapping[str, float]) -> Rollout:
-        """Raises ValueError where the policy has sampled nothing."""
+    def rollout(self, tokenizer: Tokenizer, finish_reason: str, environment: Mapping[str, float]) -> Rollout:
+        """Return the rollout.
+
+        Raises:
+            ValueError: the policy has sampled nothing.
+        """
         if not any(self._sampled):
             raise ValueError("the policy has sampled nothing")
         return Rollout(
@@ -72,7 +83,7 @@ class Transcript:
         )
 
     def _spans(self) -> tuple[VersionSpan, ...]:
-        """What was given before the first turn counts to the first turn's version."""
+        """Return the spans; context before the first turn gets the version of the first turn."""
         first = next(v for v in self._versions if v != _NONE)
         versions = [first if v == _NONE else v for v in self._versions]
         starts = [i for i, v in enumerate(versions) if i == 0 or v != versions[i - 1]]

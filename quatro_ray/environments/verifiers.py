@@ -1,4 +1,4 @@
-"""Deprecated name of quatro_ray.environments.verifiers_library, kept for configurations that name it."""
+"""Deprecated alias of quatro_ray.environments.verifiers_library, for configurations that still name it."""
 
 from __future__ import annotations
 

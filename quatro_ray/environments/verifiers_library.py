@@ -1,14 +1,14 @@
-"""Environments of the `verifiers` library (0.1), several turns and single ones, as episodes.
+"""Plays environments of the `verifiers` library (0.1) as episodes, whether they have one turn or several.
 
-The library asks an OpenAI client for completions, with all messages so far; the client here passes on what is new since
-the turn before, so that what the policy has said stays the tokens that it sampled.
+The library asks an OpenAI client for completions and sends all messages so far. The client here passes on only what is
+new since the last turn, so the policy's earlier turns stay the tokens that it sampled.
 """
 
 from __future__ import annotations
 
 import json
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Coroutine, Mapping, Sequence
 from functools import lru_cache
 from types import SimpleNamespace
 from typing import Any
@@ -18,11 +18,14 @@ from quatro_ray.environments.base import Policy
 from quatro_ray.types import Query
 
 
-def episode(query: Query, policy: Policy, *, env: str, args: Mapping[str, Any] | None = None) -> Any:
-    """A coroutine for one rollout, scored by the environment's own rubric: `reward`, and its metrics by name.
+def episode(
+    query: Query, policy: Policy, *, env: str, args: Mapping[str, Any] | None = None
+) -> Coroutine[Any, Any, dict[str, float]]:
+    """Return a coroutine that plays one rollout and returns its `reward` and its metrics, by the environment's rubric.
 
     Args:
-        env, args: as verifiers.load_environment takes them.
+        env: name of the environment, for verifiers.load_environment.
+        args: the environment's own arguments, for verifiers.load_environment.
     """
     return _rollout(_loaded(env, json.dumps(dict(args or {}), sort_keys=True)), query, policy)
 
@@ -43,7 +46,7 @@ async def _rollout(environment: Any, query: Query, policy: Policy) -> dict[str, 
 
 
 class _Client:
-    """As much of openai.AsyncOpenAI as the library uses. `prompt`: what the policy has in front of it already."""
+    """The part of openai.AsyncOpenAI that the library uses; `prompt`: the prompt that the policy already has."""
 
     def __init__(self, policy: Policy, prompt: Any) -> None:
         self._policy = policy
@@ -75,9 +78,15 @@ class _Client:
         )
 
     def _new(self, conversation: Any) -> Any:
-        """Raises ValueError where the environment changed what was said before: those are tokens that were sampled."""
+        """Return what the conversation has beyond the last turn.
+
+        Raises:
+            ValueError: the environment changed earlier turns, whose tokens were sampled and cannot change.
+        """
         if conversation[: len(self._seen)] != self._seen:
-            raise ValueError("the environment rewrote earlier turns; a rollout is one line of tokens")
+            raise ValueError(
+                "the environment rewrote earlier turns; a rollout is one sequence of tokens that only grows"
+            )
         return conversation[len(self._seen) :]
 
     def _generate(self, settings: Mapping[str, Any]) -> tuple[str, str]:
@@ -88,13 +97,13 @@ class _Client:
         )
         if turn is None:
             raise _overlong()
-        # the library takes an empty answer for a failure of the server; it is one of the policy's
+        # the library treats an empty answer as a failure of the server, but the policy may answer nothing
         return turn.text or " ", "length" if turn.truncated else "stop"
 
 
 def _plain(message: Mapping[str, Any]) -> dict[str, str]:
     if not isinstance(message["content"], str):
-        raise ValueError(f"a message of role {message['role']!r} is no plain text; only text is supported")
+        raise ValueError(f"a message of role {message['role']!r} is not plain text; only text is supported")
     return {"role": message["role"], "content": message["content"]}
 
 
@@ -103,10 +112,11 @@ def _envelope(kind: str, choice: dict[str, Any]) -> dict[str, Any]:
 
 
 def _overlong() -> Exception:
-    """What a server says where there is no room left: the library ends the rollout as truncated."""
+    """Return the error of a server whose context is full; the library then ends the rollout as truncated."""
     import httpx
     from openai import BadRequestError
 
     request = httpx.Request("POST", "http://localhost/chat/completions")
     response = httpx.Response(400, request=request, text="the maximum context length is reached")
-    return BadRequestError("no room left", response=response, body=None)
+    error: Exception = BadRequestError("no tokens left", response=response, body=None)
+    return error

@@ -1,64 +1,70 @@
-"""The program of an episode's process: `python -m quatro_ray.environments.worker`. One episode at a time.
+"""The program of a process that plays episodes, one at a time: `python -m quatro_ray.environments.worker`.
 
-A request starts an episode or brings the policy's turn; the answer asks for a turn or says what the episode returned,
-with all that was given to the policy since the answer before (isolation/protocol.py).
+A request starts an episode or carries the policy's turn. The answer asks for the next turn, with the context given
+since the last answer, or it carries what the episode returned (isolation/protocol.py).
 """
 
 from __future__ import annotations
 
 import asyncio
-import inspect
 import sys
-from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from collections.abc import Coroutine, Mapping, Sequence
 
+from quatro_ray.environments.base import EpisodeResult
 from quatro_ray.environments.registry import load_environment
-from quatro_ray.isolation.protocol import Pipes, serve
+from quatro_ray.isolation.protocol import Handler, Message, Pipes, serve
 from quatro_ray.types import Query, Turn
 
 
-def _make_player(hello: dict[str, Any]) -> Callable[[Pipes, dict[str, Any]], dict[str, Any]]:
+def _make_player(hello: Message) -> Handler:
     function = load_environment(hello["function"], hello["params"])
 
-    def play(pipes: Pipes, request: dict[str, Any]) -> dict[str, Any]:
+    def play(pipes: Pipes, request: Message) -> Message:
         policy = PipedPolicy(pipes)
         result = function(Query(**request["query"]), policy, **hello["params"])
-        if inspect.iscoroutine(result):
-            result = asyncio.run(result)
-        return {"end": _numbers(result)}
+        return {"end": _numbers(asyncio.run(result) if isinstance(result, Coroutine) else result)}
 
     return play
 
 
 class PipedPolicy:
-    """environments/base.py: Policy, with the engine at the other end of the pipes."""
+    """The Policy of environments/base.py, whose engine is at the other end of the pipes."""
 
     def __init__(self, pipes: Pipes) -> None:
         self._pipes = pipes
         self._over = False
-        self._given: list[tuple[str, str]] = []  # since the last turn
+        self._given: list[tuple[str, str]] = []  # text and role, since the last turn
 
     def generate(self, *, stop: Sequence[str] = (), max_tokens: int | None = None) -> Turn | None:
         if self._over:
-            raise RuntimeError("policy.generate() was called again after it had returned None: end the episode then")
+            raise RuntimeError("policy.generate() was called after it returned None: end the episode at None")
         if isinstance(stop, str) or (max_tokens is not None and max_tokens < 1):
-            raise ValueError(f"generate(stop={stop!r}, max_tokens={max_tokens}): a list of strings, and 1 or more")
+            raise ValueError(
+                f"generate(stop={stop!r}, max_tokens={max_tokens}): stop must be a list of strings, "
+                "and max_tokens at least 1"
+            )
         self._pipes.write({"generate": {"stop": list(stop), "max_tokens": max_tokens}, "given": self._given})
         self._given = []
         request = self._pipes.read()
-        if request is None:  # the parent has gone
+        if request is None:  # the parent has ended
             sys.exit(1)
         self._over = request["turn"] is None
         return None if self._over else Turn(**request["turn"])
 
     def give(self, text: str, role: str = "user") -> None:
         if not isinstance(text, str) or not isinstance(role, str):
-            raise TypeError(f"give() takes text and a role, not {type(text).__name__} and {type(role).__name__}")
+            raise TypeError(
+                f"give() takes a text and a role as strings, not {type(text).__name__} and {type(role).__name__}"
+            )
         self._given.append((text, role))
 
 
-def _numbers(result: Any) -> dict[str, float]:
-    """Raises TypeError where it is neither numbers by name, nor a number, nor None."""
+def _numbers(result: EpisodeResult) -> dict[str, float]:
+    """Return the numbers of a result by name.
+
+    Raises:
+        TypeError: the result is neither numbers by name, nor a number, nor None.
+    """
     if result is None:
         return {}
     try:

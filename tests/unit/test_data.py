@@ -22,7 +22,7 @@ from quatro_ray.orchestrator.group_filters import why_not
 from quatro_ray.rewards.registry import make_reward
 from quatro_ray.types import DropReason, Query, Response
 from tests.make import config
-from tests.unit.test_worker_pool import parts
+from tests.unit.test_worker_pool import reward_configs
 
 HELD_OUT = {"kind": "chain_sum", "num_questions": 8, "seed": 9}
 
@@ -30,7 +30,7 @@ HELD_OUT = {"kind": "chain_sum", "num_questions": 8, "seed": 9}
 def load(source: dict[str, Any], *, bad_rows: str = "refuse", reward: str = "exact", **more: Any) -> Dataset:
     held_out = more.pop("eval", {"held": HELD_OUT})
     config = DataConfig.model_validate({"train": {"mine": source}, "eval": held_out, "bad_rows": bad_rows})
-    rewards: dict[str, RewardConfig] = parts(answer={"kind": reward, "only": ["mine"]})
+    rewards: dict[str, RewardConfig] = reward_configs(answer={"kind": reward, "only": ["mine"]})
     return make_dataset(config, rewards)
 
 
@@ -118,8 +118,8 @@ BAD_ROWS = [
     ('{"prompt": "p", "answer": NaN}', "exact", "the answer is missing (empty, or not a number)"),
     ('{"prompt": "p", "answer": ""}', "exact", "the answer is missing"),
     ('{"prompt": "p", "answer": ' + "9" * 5000 + "}", "exact", "cannot be read (Exceeds the limit"),
-    ('{"prompt": "a \\ud800", "answer": "a"}', "exact", "holds half of a character"),
-    ('{"prompt": "[{\\"role\\" is no JSON", "answer": "a"}', "exact", "the prompt is the text of chat messages"),
+    ('{"prompt": "a \\ud800", "answer": "a"}', "exact", "contains a lone surrogate"),
+    ('{"prompt": "[{\\"role\\" is no JSON", "answer": "a"}', "exact", "the prompt is the JSON text of chat messages"),
     (
         '{"messages": [{"role": "user", "content": "q"}, {"role": "assistant", "content": "a"}], "answer": "a"}',
         "exact",
@@ -154,7 +154,7 @@ def test_held_out_prompts_are_not_trained_on(tmp_path: Path) -> None:
     train = jsonl(tmp_path, *rows)
     (tmp_path / "eval.jsonl").write_text(json.dumps(rows[1]))
     held_out = {"held": {"kind": "jsonl", "path": str(tmp_path / "eval.jsonl")}}
-    with pytest.raises(DataError, match=r"1 prompts also stand in data.eval \(first: .*train.jsonl:2, 'b'\)"):
+    with pytest.raises(DataError, match=r"1 prompts are also in data.eval \(first: .*train.jsonl:2, 'b'\)"):
         load(train, eval=held_out)
     dataset = load(train, eval=held_out, bad_rows="skip")
     assert [q.prompt for q in dataset.train["mine"]] == ["a"]
@@ -305,14 +305,14 @@ def test_benchmarks_load_from_local_copies(tmp_path: Path, name: str) -> None:
     datasets.DatasetDict({source["split"]: made}).save_to_disk(tmp_path / "copy")
     (query, _) = load(source | {"path": str(tmp_path / "copy")}, reward="math").train["mine"]
     assert json.loads(query.prompt)[-1] == {"role": "user", "content": "q"}
-    (reward,) = [make_reward(part) for part in parts(answer={"kind": "math"}).values()]
+    (reward,) = [make_reward(part) for part in reward_configs(answer={"kind": "math"}).values()]
     assert reward(query, Response(r"therefore \boxed{7}", 3, truncated=False)) == 1
 
 
 def test_a_column_of_the_template_that_is_empty_in_a_row(tmp_path: Path) -> None:
     rows = [{"prompt": "q", "answer": "a", "context": "c"}, {"prompt": "q", "answer": "a", "context": None}]
     source = jsonl(tmp_path, *rows, prompt_template="{context} {prompt}")
-    with pytest.raises(DataError, match="prompt_template wants the column 'context', which has no text or number here"):
+    with pytest.raises(DataError, match="prompt_template uses the column 'context', which has no text or number here"):
         load(source)
     assert [q.prompt for q in load(source, bad_rows="skip").train["mine"]] == ["c q"]
 
@@ -321,7 +321,7 @@ def test_test_cases_for_a_server_are_checked_too(tmp_path: Path) -> None:
     made = DataConfig.model_validate(
         {"train": {"mine": jsonl(tmp_path, {"prompt": "p", "answer": "no"})}, "eval": {"held": HELD_OUT}}
     )
-    rewards = parts(answer={"kind": "sandbox_fusion", "urls": ["http://127.0.0.1:1"], "only": ["mine"]})
+    rewards = reward_configs(answer={"kind": "sandbox_fusion", "urls": ["http://127.0.0.1:1"], "only": ["mine"]})
     with pytest.raises(DataError, match=r"train.jsonl:1: rewards.answer .*test cases"):
         make_dataset(made, rewards)
 
@@ -335,9 +335,11 @@ def test_what_is_held_out_is_not_imitated_either(tmp_path: Path) -> None:
         "eval": {"held": {"kind": "jsonl", "path": str(tmp_path / "held.jsonl")}},
         "warmup": {"kind": "jsonl", "path": str(tmp_path / "warm.jsonl")},
     }
-    with pytest.raises(DataError, match=r"data.warmup: 1 prompts also stand in data.eval"):
-        make_dataset(DataConfig.model_validate(tree), parts(answer={"kind": "exact"}))
-    dataset = make_dataset(DataConfig.model_validate(tree | {"bad_rows": "skip"}), parts(answer={"kind": "exact"}))
+    with pytest.raises(DataError, match=r"data.warmup: 1 prompts are also in data.eval"):
+        make_dataset(DataConfig.model_validate(tree), reward_configs(answer={"kind": "exact"}))
+    dataset = make_dataset(
+        DataConfig.model_validate(tree | {"bad_rows": "skip"}), reward_configs(answer={"kind": "exact"})
+    )
     assert [len(part) for part in dataset.warmup] == [72, 128]
     assert "data.warmup: 200 queries; 1 left out: it is held out" in describe(dataset)
 
@@ -367,7 +369,7 @@ def with_limit(max_prompt_tokens: int, bad_rows: str = "refuse") -> Config:
 def test_a_chat_that_the_tokenizer_cannot_show_is_refused(tmp_path: Path) -> None:
     dataset = load(jsonl(tmp_path, {"prompt": "1+1?", "answer": "2"}) | {"as_chat": True})
     tokenizer = make_tokenizer()
-    with pytest.raises(DataError, match=r"train.mine:0: its chat cannot be shown to the model \(.*chat_template"):
+    with pytest.raises(DataError, match=r"train.mine:0: its chat cannot be rendered for the model \(.*chat_template"):
         fit_prompts(dataset, tokenizer, with_limit(50))
     tokenizer.chat_template = "{{ raise_exception('no system messages') }}"
     with pytest.raises(DataError, match="the chat template refuses its messages: no system messages"):

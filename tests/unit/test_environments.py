@@ -196,7 +196,7 @@ def test_limits_used_up_twice_end_the_episode_and_no_turn_is_sampled_twice(funct
     [
         ("obey", ["raise"], "RuntimeError: out of order"),
         ("obey", ["text"], "must return a number, numbers by name, or None, not 'seven'"),
-        ("obey", ["again"] * 30, "called again after it had returned None"),
+        ("obey", ["again"] * 30, "was called after it returned None"),
         ("hang_at_once", [], "before the first turn"),
         ("give_first", [], "the policy has sampled nothing"),
         ("silent", [], "the policy has sampled nothing"),

@@ -14,7 +14,9 @@ from quatro_ray.config import EnvironmentConfig, VerifiersSourceConfig
 from quatro_ray.data.chat_template import chat_prompt, encode_prompt
 from quatro_ray.data.verifiers_library import verifiers_rows
 from quatro_ray.engines.tiny_tokenizer import make_tokenizer
+from quatro_ray.environments import verifiers_library
 from quatro_ray.environments.episode import Episode
+from quatro_ray.environments.registry import load_environment
 from quatro_ray.errors import ConfigError
 from quatro_ray.failures import EnvironmentFailed
 from quatro_ray.types import Query, Rollout, SamplingParams
@@ -145,3 +147,10 @@ def test_what_cannot_be_used_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "verifiers", None)
     with pytest.raises(ConfigError, match=r"pip install 'verifiers==0\.1\.10'"):
         verifiers_rows(source(), "train.guess")
+
+
+def test_the_old_name_of_the_module_still_works_and_warns(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delitem(sys.modules, "quatro_ray.environments.verifiers", raising=False)
+    with pytest.warns(DeprecationWarning, match="is now quatro_ray.environments.verifiers_library"):
+        loaded = load_environment("quatro_ray.environments.verifiers:episode", {"env": "guess"})
+    assert loaded is verifiers_library.episode
