@@ -8,7 +8,7 @@ from typing import Any, Protocol
 from quatro_ray.types import Query, Turn
 
 EpisodeResult = Mapping[str, float] | float | None
-"""What an episode returns: numbers by name, one number (whose name is `reward`), or None if other rewards score it."""
+"""The result of an episode: numbers by name, one number (whose name is `reward`), or None if other rewards score it."""
 
 
 class Policy(Protocol):

@@ -17,7 +17,7 @@ CLONE_NEWUSER = 0x10000000
 
 
 class Given(TypedDict):
-    """What self_test.py writes to standard input, as JSON."""
+    """The JSON object that self_test.py writes to standard input."""
 
     canary: str
     port: int
