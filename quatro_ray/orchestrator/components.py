@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from quatro_ray.actors.fleet import Fleet
+from quatro_ray.actors.fleet import EngineSlot, Fleet
 from quatro_ray.actors.interfaces import Learner, Replay, Verifiers
 from quatro_ray.engines.checkpoint_store import CheckpointStore
 from quatro_ray.orchestrator.background_evaluation import DedicatedEvaluator
@@ -23,6 +23,6 @@ class Components:
     verifiers: Verifiers
     replay: Replay
     learner: Learner
-    weight_sync: WeightSyncCoordinator
+    weight_sync: WeightSyncCoordinator[EngineSlot]
     checkpoints: CheckpointStore
     evaluator: DedicatedEvaluator | None = None

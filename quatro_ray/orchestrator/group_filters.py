@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
 
 from quatro_ray.config import FilterConfig
 from quatro_ray.types import DropReason
@@ -22,12 +21,12 @@ def why_not(config: FilterConfig, rewards: Sequence[float], num_truncated: int) 
     return None
 
 
-def _zero_variance(config: FilterConfig, rewards: Sequence[float], _: Any) -> DropReason | None:
+def _zero_variance(config: FilterConfig, rewards: Sequence[float], _: int) -> DropReason | None:
     """DAPO's dynamic sampling, arXiv 2503.14476, section 3.2."""
     return DropReason.ZERO_VARIANCE if config.drop_zero_variance and min(rewards) == max(rewards) else None
 
 
-def _difficulty(config: FilterConfig, rewards: Sequence[float], _: Any) -> DropReason | None:
+def _difficulty(config: FilterConfig, rewards: Sequence[float], _: int) -> DropReason | None:
     mean = sum(rewards) / len(rewards)
     if config.min_mean_reward is not None and mean < config.min_mean_reward:
         return DropReason.TOO_HARD

@@ -75,7 +75,7 @@ def num_parameters(config: Config) -> int | None:
         return model.num_parameters
     index = Path(model.path) / "model.safetensors.index.json"
     if index.is_file():
-        return json.loads(index.read_text())["metadata"]["total_size"] // 2
+        return int(json.loads(index.read_text())["metadata"]["total_size"]) // 2
     weights = Path(model.path) / "model.safetensors"
     return weights.stat().st_size // 2 if weights.is_file() else None
 

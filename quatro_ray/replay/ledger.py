@@ -229,7 +229,7 @@ class Ledger:
         row = self._db.execute("SELECT payload FROM groups WHERE group_id = ?", (group_id,)).fetchone()
         if row is None or row[0] is None:
             raise LedgerError(f"group {group_id} has no stored rollouts")
-        return row[0]
+        return bytes(row[0])
 
     def with_payload(self) -> set[int]:
         """Ids of the groups whose rollouts are kept."""

@@ -102,4 +102,5 @@ def _micro_batch(members: Sequence[tuple[int, RolloutGroup, Rollout]], width: in
 
 
 def _join(parts: Sequence[np.ndarray], pad: int, fill: float, dtype: type) -> np.ndarray:
-    return np.concatenate([*parts, np.full(pad, fill)]).astype(dtype)
+    joined: np.ndarray = np.concatenate([*parts, np.full(pad, fill)]).astype(dtype)
+    return joined

@@ -52,7 +52,8 @@ class Lineage:
         firsts = np.array([s.first for s in self.stretches])
         offsets = np.array([s.step - s.first for s in self.stretches])
         which = np.maximum(np.searchsorted(firsts, versions, side="right") - 1, 0)
-        return self.step - (versions + offsets[which])
+        age: NDArray[np.int64] = self.step - (versions + offsets[which])
+        return age
 
     def is_expired(self, oldest_version: int, max_staleness: int) -> bool:
         """Whether a group, by its oldest token, can no longer be trained within the cap; it stays so for ever."""

@@ -14,6 +14,7 @@ from typing import Any
 
 from quatro_ray.telemetry.append_log import AppendLog
 from quatro_ray.telemetry.console import Progress
+from quatro_ray.telemetry.logs import without_secrets
 from quatro_ray.types import EngineLoad, EvaluationResult, StepMetrics
 
 _OF_EVALUATIONS = ("evaluations", "evaluation_rollouts")
@@ -80,6 +81,7 @@ class Recorder:
             part: the component, such as `generator 0`.
             detail: further fields of the record.
         """
+        detail = {k: without_secrets(v) if isinstance(v, str) else v for k, v in detail.items()}
         _write(self._events, {"time_s": self.now(), "clock_s": time.time(), "event": event, "part": part, **detail})
         shown = ", ".join(f"{k} {v}" for k, v in detail.items())
         message = f"{part}: {event.replace('_', ' ')}{f' ({shown})' if shown else ''}"
@@ -127,7 +129,8 @@ class Recorder:
         self._progress.evaluation(result)
 
     def note(self, message: str, *, level: int = logging.INFO) -> None:
-        """Write a line to notes.log and to Python's logging."""
+        """Write a line, with secrets masked, to notes.log and to Python's logging."""
+        message = without_secrets(message)
         self._notes.write(f"{self.now():.1f} s  {message}")
         _logger.log(level, "%s", message)
         self._warn_if_disk_became_full()

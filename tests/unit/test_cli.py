@@ -130,7 +130,7 @@ def test_without_it_the_console_has_what_the_progress_line_says(
     assert result.stdout.splitlines() == ["generator 0: lost (why killed)", f"report: {tmp_path / 'run/report.html'}"]
     notes = (tmp_path / "run" / "notes.log").read_text().splitlines()
     assert [line.split("  ", 1)[1] for line in notes] == [
-        "group 7, again after https://user:hunter2@host/score failed",
+        "group 7, again after https://***@host/score failed",
         "generator 0: lost (why killed)",
         "checkpoint: written (step 3)",
     ]
