@@ -17,6 +17,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
@@ -173,7 +174,7 @@ def run_step(case: Case, engine: LearningEngine, rng: np.random.Generator, num_p
     batch = random_batch(case, engine.version, rng)
     num_tokens = sum(len(micro.token_ids) for micro in batch.micro_batches[0])
     start = time.perf_counter()
-    metrics = engine.train_step(batch, engine.version)
+    metrics: Mapping[str, Any] = engine.train_step(batch, engine.version)
     if case.device == "cuda":
         torch.cuda.synchronize()
     seconds = time.perf_counter() - start

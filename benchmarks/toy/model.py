@@ -6,6 +6,9 @@ vocabulary.
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+from typing import cast
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -36,7 +39,7 @@ class ToyModel(nn.Module):
     def __init__(self, vocabulary: int, max_length: int, width: int = 64, num_layers: int = 2) -> None:
         super().__init__()
         self.tokens, self.positions = nn.Embedding(vocabulary, width), nn.Embedding(max_length, width)
-        self.blocks = nn.ModuleList(Block(width) for _ in range(num_layers))
+        self.blocks = cast(Iterable[Block], nn.ModuleList(Block(width) for _ in range(num_layers)))
         self.norm = nn.LayerNorm(width)
         for module in self.modules():
             if isinstance(module, nn.Linear | nn.Embedding):

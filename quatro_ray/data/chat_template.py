@@ -10,20 +10,24 @@ _CHAT = '[{"role"'
 _MARK = "\u2402 turn \u2403"
 
 
-class Tokenizer(Protocol):
+class Encoder(Protocol):
+    """The part of a transformers tokenizer that encodes texts and chats."""
+
+    def encode(self, text: str, *, add_special_tokens: bool = True) -> list[int]: ...
+
+    def apply_chat_template(self, conversation: list[dict[str, Any]], **options: Any) -> Any: ...
+
+
+class Tokenizer(Encoder, Protocol):
     """The part of a transformers tokenizer that this package uses."""
 
     @property
     def all_special_ids(self) -> list[int]: ...
 
-    def encode(self, text: str, *, add_special_tokens: bool = True) -> list[int]: ...
-
     def decode(self, token_ids: list[int]) -> str: ...
 
-    def apply_chat_template(self, conversation: list[dict[str, Any]], **options: Any) -> Any: ...
 
-
-def encode_prompt(tokenizer: Tokenizer, prompt: str) -> list[int]:
+def encode_prompt(tokenizer: Encoder, prompt: str) -> list[int]:
     """Return the tokens of a prompt: plain text as it is, a chat by the chat template.
 
     Args:
@@ -37,7 +41,7 @@ def encode_prompt(tokenizer: Tokenizer, prompt: str) -> list[int]:
     return list(tokenizer.encode(prompt))
 
 
-def encode_conversation(tokenizer: Tokenizer, prompt: str, response: str) -> list[int]:
+def encode_conversation(tokenizer: Encoder, prompt: str, response: str) -> list[int]:
     """Return the tokens of prompt and response as a reward model reads them.
 
     In a chat the response is the assistant's complete turn, by the chat template; else the two texts are concatenated.
@@ -48,7 +52,7 @@ def encode_conversation(tokenizer: Tokenizer, prompt: str, response: str) -> lis
     return list(tokenizer.encode(prompt + response))
 
 
-def _apply_template(tokenizer: Tokenizer, messages: list[dict[str, Any]], **options: Any) -> Any:
+def _apply_template(tokenizer: Encoder, messages: list[dict[str, Any]], **options: Any) -> Any:
     from jinja2 import TemplateError
 
     try:

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 
 from quatro_ray.config import Config
-from quatro_ray.data.chat_template import Tokenizer, encode_prompt
+from quatro_ray.data.chat_template import Encoder, encode_prompt
 from quatro_ray.data.dataset import Dataset
 from quatro_ray.errors import DataError
 from quatro_ray.types import Query
@@ -14,7 +14,7 @@ from quatro_ray.types import Query
 _REASON = "its prompt is longer than generator.max_prompt_tokens"
 
 
-def fit_prompts(dataset: Dataset, tokenizer: Tokenizer, config: Config) -> Dataset:
+def fit_prompts(dataset: Dataset, tokenizer: Encoder, config: Config) -> Dataset:
     """Return the dataset without queries whose prompt is empty or longer than generator.max_prompt_tokens.
 
     The queries that are left out are counted in `skipped`.

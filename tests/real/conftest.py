@@ -10,7 +10,7 @@ import fcntl
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import pytest
 import ray
@@ -91,9 +91,13 @@ class Ring:
         return ray.get([getattr(a, method).remote(*args) for a in self.cluster.learner.actors], timeout=120)
 
     @property
+    def generators(self) -> list[GeneratorClient]:
+        return [cast(GeneratorClient, slot.client) for slot in self.cluster.fleet.slots]
+
+    @property
     def generator(self) -> GeneratorClient:
         """Of the first engine."""
-        return self.cluster.fleet.slots[0].client
+        return self.generators[0]
 
 
 def start_ring(config: Config, model_path: str) -> Ring:

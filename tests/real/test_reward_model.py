@@ -144,7 +144,8 @@ def test_the_reward_asks_real_actors(local_ray: None, reward_model: str, expecte
     """Two handles to it all the same: the second is of an actor that is dead."""
     options: Any = {"num_cpus": 0, "max_concurrency": 100, "runtime_env": {"env_vars": ENVIRONMENT}}
     config = config_of(reward_model)
-    dead, alive = (RewardModelActor.options(**options).remote(config, device="cpu") for _ in range(2))
+    made = RewardModelActor.options(**options)  # type: ignore[attr-defined]  # Ray adds it
+    dead, alive = (made.remote(config, device="cpu") for _ in range(2))
     ray.get(alive.start.remote(), timeout=300)
     assert ray.get(alive.peak_rss_bytes.remote(), timeout=60) > 0
     ray.kill(dead)

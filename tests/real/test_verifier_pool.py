@@ -12,7 +12,7 @@ from quatro_ray.actors.verifier import VerifierActor
 from quatro_ray.actors.verifier_pool import VerifierPool
 from quatro_ray.config import VerifierConfig
 from quatro_ray.failures import VerifierFailed
-from quatro_ray.types import DropReason, Query, RolloutGroup
+from quatro_ray.types import DropReason, GroupSummary, Query, RolloutGroup
 from tests.make import group, rollout
 from tests.unit.test_worker_pool import AWKWARD, reward_configs
 
@@ -25,9 +25,8 @@ def with_pool(rewards: Any, work: Any, **over: Any) -> Any:
     config = VerifierConfig(**({"num_workers": 2, "deadline_s": 3} | over))
 
     async def run() -> Any:
-        pool = VerifierPool(
-            lambda: VerifierActor.options(num_cpus=0, max_concurrency=100).remote(rewards, config, {}), config
-        )
+        made = VerifierActor.options(num_cpus=0, max_concurrency=100)  # type: ignore[attr-defined]  # Ray adds it
+        pool = VerifierPool(lambda: made.remote(rewards, config, {}), config)
         try:
             return await asyncio.wait_for(work(pool), 120)
         finally:
@@ -44,7 +43,7 @@ def awkward(tmp_path: Path) -> Any:
 
 
 def test_groups_are_scored_by_reference(local_ray: None) -> None:
-    async def work(pool: VerifierPool) -> tuple[dict[str, Any], RolloutGroup]:
+    async def work(pool: VerifierPool) -> tuple[GroupSummary, RolloutGroup]:
         summary, scored = await pool.score(ray.put(texts("2", " 2 ", "3", "2x")))
         return summary, await scored
 
@@ -105,10 +104,8 @@ def test_an_actor_that_does_not_answer_is_replaced(local_ray: None, awkward: Any
 def test_an_actor_that_never_starts_is_not_the_answers_fault(local_ray: None) -> None:
     async def run() -> None:
         config = VerifierConfig(start_deadline_s=1)
-        pool = VerifierPool(
-            lambda: VerifierActor.options(num_cpus=10_000).remote(reward_configs(a={"kind": "exact"}), config, {}),
-            config,
-        )
+        made = VerifierActor.options(num_cpus=10_000)  # type: ignore[attr-defined]  # Ray adds it
+        pool = VerifierPool(lambda: made.remote(reward_configs(a={"kind": "exact"}), config, {}), config)
         with pytest.raises(VerifierFailed) as caught:
             await pool.score(ray.put(texts("ok")))
         assert caught.value.reason is DropReason.VERIFIER_TIMEOUT

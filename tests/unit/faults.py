@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from quatro_ray.errors import Preempted
-from tests.unit.world import World
+from tests.unit.world import FakeGenerator, World
 
 FAULTS = ("engine dies", "engine hangs", "engine's core dies", "learner dies", "bit flips", "controller dies", "stop")
 
@@ -53,6 +53,7 @@ def kill_when(holds: Any) -> Any:
 
 def inflict(world: World, fault: str, which: int) -> None:
     engine = world.fleet.slots[which % len(world.fleet.slots)].client
+    assert isinstance(engine, FakeGenerator)
     if fault == "engine dies":
         engine.died = engine.died or "its process was killed"
     elif fault == "engine hangs":

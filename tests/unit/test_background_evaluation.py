@@ -29,9 +29,9 @@ class Evaluator:
         self.may_end = asyncio.Event()
 
     async def evaluate(
-        self, path: Path, version: int, step: int, held_out: Any, note: Callable[[str], None]
+        self, model_path: Path | str, version: int, step: int, held_out: Any, note: Callable[[str], None]
     ) -> list[EvaluationResult]:
-        assert path.is_dir()
+        assert Path(model_path).is_dir()
         self.begun.append(version)
         await self.may_end.wait()
         return [result(version, step)]
@@ -133,7 +133,7 @@ def test_a_resumed_run_takes_up_results_and_exports_and_removes_the_rest(tmp_pat
     for version in (2, 4, 6):
         (folder / f"version_{version}").mkdir(parents=True)
     (folder / "version_2.json").write_text(json.dumps([result(2, 2).to_dict()]))
-    evaluations = BackgroundEvaluation(object(), {}, folder, recorder, tally)
+    evaluations = BackgroundEvaluation(Evaluator(), {}, folder, recorder, tally)
     evaluations.resume([[2, 2], [4, 4], [5, 5]])  # done after the checkpoint; exported; lost
     assert [(e.version, e.step, e.pass_at) for e in tally.evaluations] == [(2, 2, {1: 0.5})]
     assert evaluations.pending() == [(4, 4)] and evaluations.newest_step == 4

@@ -9,6 +9,7 @@ from ray.exceptions import ActorDiedError, OutOfMemoryError
 
 from quatro_ray.actors.fleet import Fleet
 from quatro_ray.actors.generator_client import GeneratorClient
+from quatro_ray.actors.interfaces import Engine
 from quatro_ray.actors.replay_client import ReplayClient
 from quatro_ray.config import GeneratorConfig
 from quatro_ray.errors import StallError
@@ -49,9 +50,11 @@ def test_an_engine_whose_actor_is_gone_is_lost(death: Exception) -> None:
 
 
 def test_the_fleet_fills_the_emptiest_engine_and_no_further_than_allowed() -> None:
-    async def run() -> tuple[list[str], bool]:
+    a, b = GeneratorClient("a"), GeneratorClient("b")
+
+    async def run() -> tuple[list[Engine], bool]:
         config = GeneratorConfig(num_engines=2, max_groups_in_flight=2, max_prompt_tokens=1, max_response_tokens=1)
-        pool = Fleet(lambda index: "ab"[index], config, 60)
+        pool = Fleet(lambda index: (a, b)[index], config, 60)
         pool.started(synced=True)
         entered = [pool.lend() for _ in range(4)]
         got = [await s.__aenter__() for s in entered]
@@ -61,19 +64,21 @@ def test_the_fleet_fills_the_emptiest_engine_and_no_further_than_allowed() -> No
         await entered[1].__aexit__(None, None, None)
         return [*got, await fifth], waited
 
-    assert asyncio.run(run()) == (["a", "b", "a", "b", "b"], True)
+    assert asyncio.run(run()) == ([a, b, a, b, b], True)
 
 
 def test_engines_that_wait_for_weights_get_no_work() -> None:
+    a = GeneratorClient("a")
+
     async def run() -> bool:
         config = GeneratorConfig(num_engines=1, max_prompt_tokens=1, max_response_tokens=1)
-        pool = Fleet(lambda index: "a", config, 60)
+        pool = Fleet(lambda index: a, config, 60)
         pool.started(synced=False)
         waiting = asyncio.ensure_future(pool.lend().__aenter__())
         await asyncio.sleep(0.01)
         waited = not waiting.done()
         await pool.synced(pool.slots[0])
-        assert await waiting == "a"
+        assert await waiting is a
         return waited
 
     assert asyncio.run(run())
@@ -81,7 +86,7 @@ def test_engines_that_wait_for_weights_get_no_work() -> None:
 
 def test_an_engine_of_a_fixed_pool_that_is_lost_ends_what_it_was_for() -> None:
     async def run() -> None:
-        async with FixedPool(["a"], 1).lend():
+        async with FixedPool([GeneratorClient("a")], 1).lend():
             raise EngineLost("out of memory")
 
     with pytest.raises(PoolLost, match="an evaluation engine was lost: out of memory"):

@@ -48,17 +48,19 @@ def test_json_lines(tmp_path: Path) -> None:
     assert second.answer == "b"
 
     class Tokenizer:
-        def apply_chat_template(self, messages: list, add_generation_prompt: bool, return_dict: bool) -> list:
-            return [messages, add_generation_prompt]
+        def apply_chat_template(self, conversation: list[dict[str, Any]], **options: Any) -> Any:
+            assert options.keys() == {"add_generation_prompt", "return_dict"}
+            return [conversation, options["add_generation_prompt"]]
 
-        def encode(self, text: str) -> list:
+        def encode(self, text: str, *, add_special_tokens: bool = True) -> list[Any]:
+            assert add_special_tokens
             return [text]
 
     assert encode_prompt(Tokenizer(), second.prompt) == [[{"role": "user", "content": "two?"}], True]
     assert encode_prompt(Tokenizer(), first.prompt) == ["1+1="]
 
 
-ROWS = [
+ROWS: list[dict[str, Any]] = [
     # what verl, TRL, OpenRLHF, GSM8K and MATH look like
     {"prompt": [{"role": "user", "content": "q"}], "reward_model": {"style": "rule", "ground_truth": "7"}},
     {"prompt": "q", "ground_truth": "7"},
@@ -346,7 +348,10 @@ def test_what_is_held_out_is_not_imitated_either(tmp_path: Path) -> None:
 
 def test_prompts_that_do_not_fit_end_it_or_are_counted(tmp_path: Path) -> None:
     class Letters:
-        def encode(self, text: str) -> list[str]:
+        def apply_chat_template(self, conversation: list[dict[str, Any]], **options: Any) -> Any:
+            raise AssertionError("no prompt is a chat")
+
+        def encode(self, text: str, *, add_special_tokens: bool = True) -> list[Any]:
             return list(text)
 
     rows = [{"prompt": "short", "answer": "1"}, {"prompt": "much longer", "answer": "1"}]

@@ -128,7 +128,7 @@ def test_reference_kl() -> None:
     assert torch.autograd.gradcheck(lambda x: losses.reference_kl(x, reference), policy)
 
 
-CLIP = {"clip_low": 0.2, "clip_high": 0.2}
+CLIP: dict[str, Any] = {"clip_low": 0.2, "clip_high": 0.2}
 ADVANTAGE = torch.tensor([0.7, -0.7, 0.7, -0.7, 0.7, -0.7, 0.7, -0.7], dtype=torch.float64)
 START = logs(0.6, 0.6, 0.95, 0.95, 1.05, 1.05, 1.5, 1.5)
 NONE = torch.zeros_like(START)

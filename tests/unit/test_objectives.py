@@ -148,7 +148,7 @@ def test_every_objective_says_where_it_comes_from(kind: str) -> None:
 def test_quatro_reports_per_query() -> None:
     batch = pack(make_groups(), Lineage.unbroken(VERSION), num_ranks=1, tokens_per_micro_batch=500)
     step_batch = make_step_batch(batch, torch.zeros(batch.num_tokens, dtype=torch.float64), torch.device("cpu"))
-    reported = make_objective(objective_config("quatro")).prepare(step_batch).diagnostics
+    reported: dict[str, Any] = make_objective(objective_config("quatro")).prepare(step_batch).diagnostics
     assert len(reported["trust_region/kl_budget_nats"]) == NUM_QUERIES
     staleness, lengths = step_batch.query_staleness(), step_batch.lengths().mean(1)
     room = (2 * headroom(step_batch.rewards, step_batch.valid)).clamp(min=1).square()

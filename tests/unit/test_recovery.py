@@ -244,7 +244,7 @@ def test_a_run_that_is_told_to_end_leaves_a_checkpoint_and_goes_on(tmp_path: Pat
 def test_no_checkpoint_within_the_grace_time_ends_all_the_same(tmp_path: Path) -> None:
     world = make_world(tmp_path / "r")
 
-    async def slow(*args: Any) -> Any:
+    async def slow(folder: Path, deadline_s: float) -> Any:
         await asyncio.sleep(1000)
 
     world.learner.save_checkpoint = slow  # type: ignore[method-assign]
@@ -300,5 +300,5 @@ def test_a_fleet_that_is_closed_replaces_nobody(tmp_path: Path) -> None:
     made = len(world.generators)
     world.fleet._watcher = None  # its files are closed
     world.fleet.lost(member := world.fleet.slots[0], "its weights are in doubt")
-    assert member.client.died == "it was killed"
+    assert isinstance(member.client, FakeGenerator) and member.client.died == "it was killed"
     assert len(world.generators) == made

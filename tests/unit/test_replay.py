@@ -174,7 +174,7 @@ test_any_interleaving = RingMachine.TestCase
 
 
 def make_buffer(path: Path | str = ":memory:", **over: object) -> ReplayBuffer:
-    config = ReplayConfig(**({"groups_per_step": 2, "group_size": 2, "max_staleness": 1} | over))  # type: ignore[arg-type]
+    config = ReplayConfig(**({"groups_per_step": 2, "group_size": 2, "max_staleness": 1} | over))
     return ReplayBuffer(config, path, num_steps=10)
 
 

@@ -65,7 +65,12 @@ def test_staleness_is_exact(model: ToyModel, staleness: int, monkeypatch: pytest
     trainer = ToyTrainer(model, make_task("palindrome"), spec.objective(), spec.learner(), staleness, seed=0)
     seen: list[tuple[int, int]] = []
     original = trainer._loss
-    monkeypatch.setattr(trainer, "_loss", lambda b, p: (seen.append((trainer.version, b.version)), original(b, p))[1])
+
+    def loss(batch: Any, *args: Any) -> Any:
+        seen.append((trainer.version, batch.version))
+        return original(batch, *args)
+
+    monkeypatch.setattr(trainer, "_loss", loss)
     for _ in range(6):
         trainer.step()
     assert seen == [(k, max(0, k - staleness)) for k in range(6)]

@@ -7,9 +7,11 @@ import json
 import random
 import sqlite3
 from collections import Counter
+from collections.abc import Callable, Sequence
+from collections.abc import Set as AbstractSet
 from concurrent.futures import Future
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar, TypeVarTuple
 
 from ray.exceptions import RayTaskError
 
@@ -39,6 +41,9 @@ from quatro_ray.types import (
 from quatro_ray.weight_sync.coordinator import WeightSyncCoordinator
 from tests.make import config, group, rollout
 
+T = TypeVar("T")
+Ts = TypeVarTuple("Ts")
+
 
 class VirtualLoop(asyncio.SelectorEventLoop):
     """Time passes when nothing else can happen; threads are done at once."""
@@ -55,8 +60,8 @@ class VirtualLoop(asyncio.SelectorEventLoop):
             self._now = max(self._now, self._scheduled[0]._when)  # type: ignore[attr-defined]
         super()._run_once()  # type: ignore[misc]
 
-    def run_in_executor(self, executor: Any, func: Any, *args: Any) -> Any:
-        done: Future[Any] = Future()
+    def run_in_executor(self, executor: Any, func: Callable[[*Ts], T], *args: *Ts) -> asyncio.Future[T]:
+        done: Future[T] = Future()
         try:
             done.set_result(func(*args))
         except Exception as error:
@@ -148,7 +153,7 @@ def _rollout(versions: list[int]) -> Any:
 
 
 class FakeVerifiers:
-    def __init__(self, failing: set[int] = frozenset()) -> None:  # type: ignore[assignment]
+    def __init__(self, failing: AbstractSet[int] = frozenset()) -> None:
         self.failing = failing
         self.truncated: set[int] = set()
         self.num_replaced = 0
@@ -156,24 +161,26 @@ class FakeVerifiers:
         self.fails = False
         """Evaluations, whose groups have numbers below 0."""
 
-    async def score(self, made: RolloutGroup) -> tuple[GroupSummary, RolloutGroup]:
+    async def score(self, group: object) -> tuple[GroupSummary, Any]:
+        """The reference is the group itself, which nobody awaits here."""
+        assert isinstance(group, RolloutGroup)
         await asyncio.sleep(0)
-        if self.fails and made.group_id < 0:
+        if self.fails and group.group_id < 0:
             raise VerifierFailed(DropReason.VERIFIER_TIMEOUT, "lost")
-        if made.group_id in self.failing:
+        if group.group_id in self.failing:
             raise VerifierFailed(DropReason.VERIFIER_TIMEOUT, "lost")
-        n = len(made.rollouts)
+        n = len(group.rollouts)
         summary = GroupSummary(
             rewards=(self.reward,) * n,
             reward_values=({"answer": self.reward},) * n,
             outcomes={"ok": n},
             answers=("2",) * n,
             correct=(True,) * n,
-            truncated=n if made.group_id in self.truncated else 0,
+            truncated=n if group.group_id in self.truncated else 0,
             turns=(1,) * n,
             response_tokens=(3,) * n,
         )
-        return summary, made
+        return summary, group
 
 
 class Replay:
@@ -233,7 +240,7 @@ class FakeLearner:
             "reward/mean": 1.0,
         }
 
-    async def open_transfer(self, engines: list[FakeGenerator]) -> None:
+    async def open_transfer(self, engines: Sequence[Any]) -> None:
         await self._alive(0.1)
         self.engines = list(engines)
 
@@ -334,7 +341,7 @@ class World:
         self.generators.append(generator)
         return generator
 
-    def run(self, *, resume: bool = False, failing: set[int] = frozenset()) -> Counters:  # type: ignore[assignment]
+    def run(self, *, resume: bool = False, failing: AbstractSet[int] = frozenset()) -> Counters:
         self.verifiers.failing = failing
         path = self.config.run.dir
         path.mkdir(parents=True, exist_ok=True)

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import Iterator
+from collections.abc import Awaitable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import pytest
 import ray
@@ -62,7 +62,8 @@ def client(ring: Ring, model_path: str, functions: Path, made_pools: list[Enviro
         config = EnvironmentConfig.model_validate(tree)
 
         def spawn() -> Any:
-            return EnvironmentActor.options(num_cpus=0, max_concurrency=100).remote(config, model_path)
+            made = EnvironmentActor.options(num_cpus=0, max_concurrency=100)  # type: ignore[attr-defined]  # Ray adds it
+            return made.remote(config, model_path)
 
         made_pools.append(EnvironmentPool(spawn, config))
         return GeneratorClient(ring.cluster.generators()[0], {"mine": made_pools[-1]})
@@ -73,7 +74,7 @@ def client(ring: Ring, model_path: str, functions: Path, made_pools: list[Enviro
 async def play(client: GeneratorClient, group_id: int = 0) -> tuple[GenerationSummary, RolloutGroup]:
     query = Query(str(group_id), f"{10 + group_id}+34=", "44", source="mine")
     summary, group = await generate_once(client, GroupRequest(group_id, query, SAMPLING, 4), deadline_s=60)
-    return summary, await group
+    return summary, await cast(Awaitable[RolloutGroup], group)
 
 
 def test_log_probs_over_several_turns_are_the_learners_own(ring: Ring, client: Any) -> None:

@@ -139,7 +139,9 @@ def engine_digests(state: dict[str, torch.Tensor]) -> dict[str, str]:
         if name == "model.embed_tokens.weight":
             tensor = torch.nn.functional.pad(tensor, (0, 0, 0, -len(tensor) % 64))
         fused[name] = tensor
-    return {n: hashlib.sha256(t.contiguous().view(-1).view(torch.uint8).numpy()).hexdigest() for n, t in fused.items()}
+    return {
+        n: hashlib.sha256(t.contiguous().view(-1).view(torch.uint8).numpy().data).hexdigest() for n, t in fused.items()
+    }
 
 
 def test_requests_in_flight_go_on_under_the_new_version(ring: Ring) -> None:
