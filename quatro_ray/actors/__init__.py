@@ -1,1 +1,1 @@
-"""Ray wrappers: they translate calls, nothing else."""
+"""Ray actors, and the clients and pools through which the controller calls them."""

@@ -1,4 +1,4 @@
-"""What every actor can tell about the host it runs on, and about itself while it is busy."""
+"""The base of all actors: facts about the host, a sign of life, and stacks while the actor is busy."""
 
 from __future__ import annotations
 
@@ -16,42 +16,48 @@ from quatro_ray.telemetry.logs import log_to_stderr
 
 WATCH = "watch"
 WATCHED = {WATCH: 1}
-"""For ray.remote: `beat` and `stacks` have a thread of their own, which answers while the actor works."""
+"""The `concurrency_groups` of every actor: `beat` and `stacks` have a thread that answers while the actor works."""
 
 
 class HostMixin:
-    """Address, a free port, and memory of the actor's process tree. Its actors have concurrency_groups=WATCHED."""
+    """The base class of actors, which are declared with `ray.remote(concurrency_groups=WATCHED)`."""
 
     def __new__(cls, *_args: Any, **_kwargs: Any) -> Self:
-        """Send the process's log messages to Ray's log files; an actor has a process of its own."""
+        """Send the log messages of the actor's process to Ray's log files."""
         log_to_stderr()
         return super().__new__(cls)
 
     def address(self) -> str:
+        """Return the IP address of the actor's node."""
         return ray.util.get_node_ip_address()
 
     def free_port(self) -> int:
+        """Return a TCP port that is free now; it is not reserved."""
         with socket.socket() as s:
             s.bind(("", 0))
             return int(s.getsockname()[1])
 
     def peak_rss_bytes(self) -> int:
+        """Return the peak memory of the actor's process tree, in bytes."""
         return peak_rss_bytes()
 
     @ray.method(concurrency_group=WATCH)
     def beat(self) -> None:
-        """A sign of life."""
+        """Return at once, as a sign of life."""
 
     @ray.method(concurrency_group=WATCH)
     def stacks(self) -> str:
-        """What every thread is doing."""
+        """Return the stack of every thread, under the thread's name."""
         names = {t.ident: t.name for t in threading.enumerate()}
         frames = sys._current_frames().items()
         return "\n".join(f"{names.get(i, i)}:\n{''.join(traceback.format_stack(frame))}" for i, frame in frames)
 
 
 def interface_of(address: str) -> str | None:
-    """The network interface that has this address: gloo must be told, since host names often map to 127.0.0.1."""
+    """Return the network interface that has this address, or None.
+
+    Gloo is told the interface, because it would look up the host name, which often maps to 127.0.0.1.
+    """
     for name, addresses in psutil.net_if_addrs().items():
         if any(a.address == address for a in addresses):
             return name

@@ -9,16 +9,16 @@ import ray
 from ray.exceptions import ActorUnschedulableError, OutOfMemoryError, RayActorError
 
 ACTOR_DIED = (RayActorError, OutOfMemoryError, ActorUnschedulableError)
-"""What Ray raises where an actor is gone; OutOfMemoryError where its memory monitor killed it."""
+"""The exceptions that Ray raises if an actor is gone; OutOfMemoryError if Ray's memory monitor killed it."""
 
 
 async def value_of(ref: Any) -> Any:
-    """An object reference as a coroutine, which is what asyncio's deadlines take."""
+    """Return the value of an object reference, as a coroutine to which timeouts.py:within can give a deadline."""
     return await ref
 
 
 async def value_or_cancel(ref: Any) -> Any:
-    """Like `value_of`; where the wait is cancelled, past its deadline, the work is too."""
+    """Return the value of an object reference; if the wait is cancelled, as at a deadline, cancel the work too."""
     try:
         return await ref
     except asyncio.CancelledError:

@@ -57,7 +57,12 @@ class EnvironmentActor(HostMixin):
     async def play(
         self, engine: ActorHandle, group_id: int, query: Query, sampling: SamplingParams, size: int
     ) -> tuple[GenerationSummary, RolloutGroup]:
-        """Play `size` episodes with a generator actor, and return the group's summary and the group.
+        """Play a group of episodes, and return its summary and the group.
+
+        Args:
+            engine: the generator actor that samples the policy's turns.
+            sampling: `max_tokens` bounds each response; each episode derives its own seed from `seed`.
+            size: number of episodes.
 
         Raises:
             EnvironmentFailed: an episode failed through no fault of the policy.
@@ -74,6 +79,7 @@ class EnvironmentActor(HostMixin):
         return group.summary(), group
 
     async def shutdown(self) -> None:
+        """End the worker processes."""
         await self._pool.close()
 
 
@@ -93,7 +99,7 @@ def _of_rollout(sampling: SamplingParams, index: int) -> SamplingParams:
 
 
 async def _all(work: Iterable[Awaitable[T]]) -> list[T]:
-    """Return all results; if one fails, cancel the others and wait for their ends before raising."""
+    """Return all results; if one fails, cancel the others and wait until they have ended before raising."""
     tasks = [asyncio.ensure_future(w) for w in work]
     try:
         return await asyncio.gather(*tasks)

@@ -1,4 +1,4 @@
-"""The pool of one environment's actors, which the clients of the engines use."""
+"""The pool of one environment's actors; generator clients play episodes through it."""
 
 from __future__ import annotations
 
@@ -36,6 +36,7 @@ class EnvironmentPool(ActorPool):
 
         Args:
             engine: the generator actor that samples the policy's turns.
+            sampling: `max_tokens` bounds each response.
             size: number of episodes.
 
         Raises:
@@ -51,6 +52,8 @@ class EnvironmentPool(ActorPool):
                 raise GenerationFailed(error.cause.reason, error.cause.detail) from error
             raise
         except TimeoutError as error:
-            raise GenerationFailed(DropReason.ENVIRONMENT_TIMEOUT, "an actor did not start in time") from error
+            raise GenerationFailed(
+                DropReason.ENVIRONMENT_TIMEOUT, "an environment actor did not start in time"
+            ) from error
         except RayActorError as error:
             raise GenerationFailed(DropReason.ENVIRONMENT_ERROR, last_line(error)) from error

@@ -24,7 +24,7 @@ _LAST_WORDS_S = 1.0
 
 
 class EventSink(Protocol):
-    """Receives what happens to the engines (telemetry/recorder.py)."""
+    """Receives the events and loads of the engines (telemetry/recorder.py)."""
 
     def event(self, event: str, part: str, **detail: Any) -> None: ...
 
@@ -35,7 +35,11 @@ class EngineSlot:
     """One life of an engine; its successor is another slot with the same index."""
 
     def __init__(self, index: int, client: Engine, record: Record, lost_at: float | None = None) -> None:
-        """`lost_at`: the time at which the last healthy engine of this index was lost."""
+        """Create the slot.
+
+        Args:
+            lost_at: time at which the last healthy engine of this index was lost, in seconds of the fleet's clock.
+        """
         self.index = index
         self.client = client
         self.record = record
@@ -59,6 +63,7 @@ class Fleet:
     Args:
         spawn: makes the client of a new engine, given its index.
         liveness_deadline_s: after this many seconds without an answer, an engine counts as lost.
+        clock: returns seconds that only increase.
     """
 
     def __init__(
@@ -80,27 +85,35 @@ class Fleet:
         self._changed = asyncio.Condition()
         self._watcher: EventSink | None = None
         self.joining = asyncio.Event()
-        """Set when an engine waits for weights; the task that brings them clears it."""
+        """Set when a restarted engine waits for weights; the task that sends them clears it."""
         self.num_lost = 0
         self.slots = [
             EngineSlot(i, spawn(i), Record(Health.STARTING, clock(), incarnation=1)) for i in range(config.num_engines)
         ]
 
     def started(self, *, synced: bool) -> None:
-        """Record that all engines run; `synced`: they hold the weights of the learner."""
+        """Record that all engines run.
+
+        Args:
+            synced: the engines hold the learner's weights already.
+        """
         for slot in self.slots:
             self._to(slot, Health.SYNCING)
             if synced:
                 self._to(slot, Health.HEALTHY)
 
     def supervise(self, tasks: asyncio.TaskGroup, watcher: EventSink) -> None:
-        """Watch the engines from now on, and replace those that are lost."""
+        """Watch the engines from now on, and replace those that are lost.
+
+        Args:
+            tasks: runs the watching tasks; a ClusterError in one of them ends the run.
+        """
         self._tasks, self._watcher = tasks, watcher
         for slot in self.slots:
             self._run(self._watch(slot))
 
     def _run(self, work: Coroutine[Any, Any, None]) -> bool:
-        """Start a task; return False if the run is ending, when nothing new is started."""
+        """Start a task and return True, or return False if the run is ending."""
         assert self._tasks is not None, "supervise() must be called first"
         try:
             task = None if self._closed else self._tasks.create_task(work)
@@ -172,7 +185,12 @@ class Fleet:
         return [m for m in self.slots if m.record.state is Health.HEALTHY and m.num_groups < limit]
 
     def lost(self, slot: EngineSlot, why: str, *, core_died: bool = False) -> None:
-        """End a lost engine and start its successor. Only the first call for an engine has an effect."""
+        """End a lost engine and start its successor. Only the first call for an engine has an effect.
+
+        Args:
+            why: the reason, for the event and for messages.
+            core_died: the engine's process died but its actor lives, and may still report partial groups.
+        """
         if slot.record.state is Health.DEAD:
             return
         self._to(slot, Health.DEAD)
@@ -185,7 +203,7 @@ class Fleet:
             slot.client.kill()
 
     async def _kill_after_last_words(self, slot: EngineSlot) -> None:
-        """Kill the actor after a moment in which it reports how far each of its groups came."""
+        """Kill the actor after a delay in which it reports the tokens that each of its groups has so far."""
         try:
             await asyncio.sleep(_LAST_WORDS_S)
         finally:
@@ -203,7 +221,7 @@ class Fleet:
             await within(self._config.start_deadline_s, slot.client.start())
         except TimeoutError:
             return self.lost(slot, f"did not start within generator.start_deadline_s={self._config.start_deadline_s:g}")
-        except Exception as error:  # whatever kept it from starting is in the event, and tried again
+        except Exception as error:  # any failure to start is in the event, and the start is tried again
             return self.lost(slot, f"did not start: {last_line(error)}")
         self._to(slot, Health.SYNCING)
         self._run(self._watch(slot))

@@ -27,7 +27,7 @@ class GroupRequest:
 
 @dataclass(frozen=True)
 class RetryHooks:
-    """What the caller does around the attempts.
+    """Callbacks around the attempts.
 
     Attributes:
         begin: called before an engine starts an attempt.
@@ -77,6 +77,13 @@ async def generate_once(
     engine: Engine, request: GroupRequest, begun: tuple[Rollout, ...] = (), *, deadline_s: float
 ) -> tuple[GenerationSummary, GroupRef]:
     """Generate one group on one engine, without a retry.
+
+    Args:
+        begun: partial rollouts that another engine reported; the group continues from them.
+        deadline_s: limit for the whole group, in seconds.
+
+    Returns:
+        A summary, and a reference to the group.
 
     Raises:
         GenerationFailed: the attempt failed or missed the deadline.

@@ -16,7 +16,7 @@ from quatro_ray.types import EngineLoad, GenerationSummary, Query, Rollout, Roll
 
 @ray.remote(concurrency_groups=WATCHED)
 class GeneratorActor(HostMixin):
-    """One engine, with all the devices of its tensor-parallel group. Methods mirror GenerationEngine."""
+    """One engine, with all devices of its tensor-parallel group; the methods are those of GenerationEngine."""
 
     def __init__(self, model_path: str, config: GeneratorConfig, *, device: str, sync_backend: str, seed: int) -> None:
         detach_resource_tracker()
@@ -36,7 +36,7 @@ class GeneratorActor(HostMixin):
         group_size: int,
         begun: tuple[Rollout, ...] = (),
     ) -> tuple[GenerationSummary, RolloutGroup]:
-        """A summary for the controller, and the group, which travels by reference."""
+        """Return a summary for the controller, and the group, which is passed on by reference."""
         group = await self._engine.generate(group_id, query, sampling, group_size, begun)
         return group.summary(), group
 

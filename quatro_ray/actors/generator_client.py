@@ -1,6 +1,6 @@
-"""An engine's actor as a plain async object: what the controller and its tests see.
+"""A generator actor as a plain async object, the Engine of actors/interfaces.py.
 
-Summaries are awaited; groups stay references that go from actor to actor.
+Summaries are awaited; groups stay references, which are passed from actor to actor.
 """
 
 from __future__ import annotations
@@ -20,9 +20,11 @@ T = TypeVar("T")
 
 
 class GeneratorClient:
-    """Every method raises EngineLost where actor or engine died.
+    """One engine. Every method raises EngineLost if the engine or its actor died.
 
-    `environments`: pools (actors/environment_pool.py) by the name of the source whose rollouts are episodes.
+    Args:
+        actor: a GeneratorActor.
+        environments: pools of environments, by the name of each data source whose rollouts are episodes.
     """
 
     def __init__(self, actor: Any, environments: Mapping[str, Any] | None = None) -> None:
@@ -40,12 +42,16 @@ class GeneratorClient:
         group_size: int,
         begun: tuple[Rollout, ...] = (),
     ) -> tuple[GenerationSummary, Any]:
-        """A summary, and a reference to the group. `begun`: what another engine has sampled of it; not of episodes,
-        which begin again."""
+        """Return the summary of a group, and a reference to the group.
+
+        Args:
+            group_size: number of rollouts, G.
+            begun: partial rollouts that another engine reported. Episodes ignore them and start again.
+        """
         if environment := self._environments.get(query.source):
             try:
                 return await _alive(environment.play(self.actor, group_id, query, sampling, group_size))
-            except EngineLost as lost:  # what it has of a turn is no beginning of a group
+            except EngineLost as lost:  # the partial turn that it carries is not a partial group
                 raise EngineLost(str(lost), core_died=lost.core_died) from lost
         summary, group = self.actor.generate.remote(group_id, query, sampling, group_size, begun)
         return await _alive(value_or_cancel(summary)), group
@@ -66,14 +72,14 @@ class GeneratorClient:
         return await _alive(value_of(self.actor.stacks.remote()))
 
     def kill(self) -> None:
-        """With the engine's processes, which die with the actor's (weight_sync/vllm_plugin.py)."""
+        """Kill the actor; the engine's processes die with it (weight_sync/vllm_plugin.py)."""
         ray.kill(self.actor)
 
 
 async def _alive(work: Awaitable[T]) -> T:
     try:
         return await work
-    except ACTOR_DIED as error:  # also one that an environment's actor met when it asked the engine
+    except ACTOR_DIED as error:  # also if an environment's actor met it in a call of the engine
         raise EngineLost(last_line(error)) from error
     except RayTaskError as error:
         if isinstance(error.cause, EngineDied):

@@ -1,6 +1,6 @@
-"""What the controller and evaluation drive, as protocols.
+"""Protocols of the components that the controller and evaluation drive.
 
-On a cluster the clients and pools of this room implement them; in tests plain objects do. Groups are passed by
+On a cluster the clients and pools of this package implement them; in tests plain objects do. Groups are passed by
 reference from actor to actor, and only their summaries are awaited.
 """
 
@@ -37,7 +37,15 @@ class Engine(Protocol):
     async def start(self) -> None: ...
     async def generate(
         self, group_id: int, query: Query, sampling: SamplingParams, group_size: int, begun: tuple[Rollout, ...] = ()
-    ) -> tuple[GenerationSummary, GroupRef]: ...
+    ) -> tuple[GenerationSummary, GroupRef]:
+        """Generate a group, and return its summary and a reference to it.
+
+        Args:
+            group_size: number of rollouts, G.
+            begun: partial rollouts that another engine reported; the group continues from them.
+        """
+        ...
+
     async def load(self) -> EngineLoad: ...
     async def pause(self) -> int: ...
     async def resume(self) -> None: ...
@@ -60,7 +68,7 @@ class Verifiers(Protocol):
     num_replaced: int
 
     async def score(self, group: GroupRef) -> tuple[GroupSummary, ScoredGroup]:
-        """Raise VerifierFailed if the machinery failed, retries included."""
+        """Return the summary of the scores and the scored group, or raise VerifierFailed after the last retry."""
         ...
 
 

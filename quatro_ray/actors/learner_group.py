@@ -1,4 +1,4 @@
-"""The ranks of the learner as one thing that is there or is lost: a rank that dies takes the group with it."""
+"""All ranks of the learner as one unit: if one rank is lost, the others are killed and the learner is lost."""
 
 from __future__ import annotations
 
@@ -21,15 +21,16 @@ _LOOK_EVERY_S = 1.0
 
 
 class LearnerGroup:
-    """What ranks return is the same on each, so rank 0 speaks for them.
+    """Calls every rank, and returns the result of rank 0 if all ranks return the same.
 
-    Every method raises LearnerLost where a rank died, failed, or missed its deadline: the state of the others is
-    unknown then, so that they are killed, and `restart` is what helps. A QuatroError of a rank is raised as it is, for
-    it would come again.
+    Every method raises LearnerLost if a rank died, failed, or missed its deadline. The state of the other ranks is
+    then unknown, so all ranks are killed and `restart` must be called. A QuatroError of a rank is raised unchanged,
+    because a restart would meet it again.
 
     Args:
-        spawn: makes the actors of all ranks.
-        backend, workers_per_engine: of the weight transfer.
+        spawn: makes the actors of all ranks, in the order of their ranks.
+        backend: "nccl" or "gloo", for weight transfer.
+        workers_per_engine: tensor-parallel size of an engine.
     """
 
     def __init__(
@@ -49,36 +50,50 @@ class LearnerGroup:
         self.actors = list(spawn())
 
     async def start(self) -> None:
-        """Joins the ranks and loads the starting policy."""
+        """Connect the ranks to each other and load the starting policy."""
         deadline = self._config.start_deadline_s
         address, port = await self._on_head(deadline, "address", "free_port")
         await self._all("start", address, port, deadline_s=deadline)
         self._runs.set()
 
     async def restart(self) -> None:
+        """Replace all ranks by new ones, which have the starting policy."""
         self._runs.clear()  # ranks that come up are busy, not dead
         self.kill()
         self.actors = list(self._spawn())
         await self.start()
 
     def kill(self) -> None:
+        """Kill all ranks."""
         for actor in self.actors:
             ray.kill(actor)
 
     async def load_checkpoint(self, folder: Path, version: int) -> None:
-        """`version`: the number that the policy has from now on."""
+        """Load a checkpoint; its policy has the number `version` from now on."""
         await self._all("load_checkpoint", folder, version, deadline_s=self._config.start_deadline_s)
 
     async def set_version(self, version: int) -> None:
-        """A new number for the starting policy."""
+        """Give the present weights the number `version`."""
         await self._all("set_version", version, deadline_s=self._config.start_deadline_s)
 
     async def train_step(self, leased: Any, version: int) -> dict[str, Any]:
-        """`leased`: a reference to what ReplayActor.lease returns second."""
+        """Train one optimiser step, and return its metrics.
+
+        Args:
+            leased: reference to a LeasedBatch, the second value of ReplayActor.lease.
+            version: the version that the step trains from.
+        """
         return (await self._all("train_step", leased, version, deadline_s=self._config.step_deadline_s))[0]
 
     async def open_transfer(self, engines: Sequence[Any]) -> None:
-        """A new connection to exactly these clients. Raises TransferFailed too."""
+        """Connect to exactly these engines; replaces an earlier connection.
+
+        Args:
+            engines: generator clients.
+
+        Raises:
+            TransferFailed: the connection failed, and the ranks live.
+        """
         deadline = self._sync.rendezvous_deadline_s
         address, port = await self._on_head(deadline, "address", "free_port")
         handles = [engine.actor for engine in engines]
@@ -86,21 +101,31 @@ class LearnerGroup:
         await self._all("open_weight_transfer", *how, deadline_s=deadline, failure=TransferFailed)
 
     async def send_weights(self, version: int) -> None:
-        """Raises TransferFailed too."""
+        """Send the weights of `version` to the connected engines.
+
+        Raises:
+            TransferFailed: the transfer failed, and the ranks live.
+        """
         deadline = self._sync.transfer_deadline_s
         await self._all("send_weights", version, deadline_s=deadline, failure=TransferFailed)
 
     async def save_checkpoint(self, folder: Path, deadline_s: float) -> Digests:
-        """Returns the digests of what was written."""
+        """Write a checkpoint, and return the digests of its files by name."""
         shares = await self._all("save_checkpoint", folder, deadline_s=deadline_s)
         return {name: digest for share in shares for name, digest in share.items()}
 
     async def export(self, path: Path, deadline_s: float) -> None:
+        """Write the weights in Hugging Face format."""
         await self._all("export", path, deadline_s=deadline_s)
 
     async def watch(self, liveness_deadline_s: float) -> str:
-        """Returns when a rank is dead or gives no sign of life, and says why. All ranks are dead then, so that whoever
-        waits for one hears of it."""
+        """Wait until a rank dies or gives no sign of life, kill all ranks, and return the reason.
+
+        All ranks are killed so that every call that waits for one of them fails.
+
+        Args:
+            liveness_deadline_s: after this many seconds without an answer, a rank counts as dead.
+        """
         while True:
             await self._runs.wait()
             actors, why = self.actors, ""
@@ -110,12 +135,13 @@ class LearnerGroup:
                 why = f"a rank gave no sign of life for {liveness_deadline_s:g} s"
             except RayError as error:
                 why = f"a rank died: {last_line(error)}"
-            if why and actors is self.actors:  # else they were replaced while we looked
+            if why and actors is self.actors:  # otherwise they were replaced during the check
                 self.kill()
                 return why
             await asyncio.sleep(_LOOK_EVERY_S)
 
     async def stacks(self) -> list[str]:
+        """Return the stacks of all threads, for each rank."""
         return await asyncio.gather(*(value_of(a.stacks.remote()) for a in self.actors))
 
     async def _on_head(self, deadline_s: float, *methods: str) -> list[Any]:
@@ -129,7 +155,7 @@ class LearnerGroup:
         return await self._answer(method, calls, deadline_s, failure)
 
     async def _answer(self, method: str, calls: Any, deadline_s: float, failure: type[Exception]) -> list[Any]:
-        """`failure`: what an exception inside a rank means."""
+        """Return the answers; an exception inside a rank becomes `failure`."""
         try:
             return await within(deadline_s, calls)
         except TimeoutError as error:
@@ -142,7 +168,7 @@ class LearnerGroup:
             raise self._failed(LearnerLost, f"learner: a rank died in {method}: {last_line(error)}") from error
 
     def _failed(self, failure: type[Exception], why: str) -> Exception:
-        """Ranks that are lost are dead: nobody takes weights from them, and `watch` tells whoever waits."""
+        """Return the exception to raise; if the learner is lost, kill all ranks, which `watch` then reports."""
         if failure is LearnerLost:
             self.kill()
         return failure(why)

@@ -9,7 +9,7 @@ import psutil
 
 
 def peak_rss_bytes() -> int:
-    """Sum of the peak resident sets of this process and its living descendants (engine workers)."""
+    """Return the sum of the peak resident sets of this process and its living descendants, in bytes."""
     processes = [psutil.Process(), *psutil.Process().children(recursive=True)]
     return sum(_high_water(p.pid) for p in processes)
 
@@ -26,5 +26,5 @@ def _high_water(pid: int) -> int:
 
 
 def own_peak_rss_bytes() -> int:
-    """Of this process alone."""
+    """Return the peak resident set of this process alone, in bytes."""
     return _high_water(os.getpid())

@@ -1,4 +1,4 @@
-"""The node that the controller is on: without it nothing new starts, and waits for what cannot come."""
+"""Watches the Ray node of the controller: if it dies, no actor can start, and waits for one would not end."""
 
 from __future__ import annotations
 
@@ -16,7 +16,11 @@ _LOOK_EVERY_S = 2.0
 
 
 async def while_node_lives(work: Coroutine[Any, Any, T]) -> T:
-    """Cancels the work and raises ClusterError when the cluster takes this process's node for dead."""
+    """Return the result of `work`.
+
+    Raises:
+        ClusterError: the cluster considers this process's node dead; the work is cancelled.
+    """
     working, watching = asyncio.ensure_future(work), asyncio.ensure_future(_node_died())
     try:
         await asyncio.wait((working, watching), return_when=asyncio.FIRST_COMPLETED)
@@ -30,18 +34,20 @@ async def while_node_lives(work: Coroutine[Any, Any, T]) -> T:
 
 
 async def _node_died() -> Any:
-    """Ray itself ends a process that finds no head any more, so that this wait needs no deadline."""
+    """Raise ClusterError when the node dies. No deadline: Ray itself ends a process that has lost the head node."""
     while await asyncio.to_thread(own_node_lives):
         await asyncio.sleep(_LOOK_EVERY_S)
     raise ClusterError(
-        "the Ray node of this process died (its raylet ended, or did not answer for too long); start Ray again, and "
-        "with run.resume=auto the same command goes on"
+        "the Ray node of this process died (its raylet ended, or did not answer for too long); start Ray again, then "
+        "rerun the same command with run.resume=auto to continue"
     )
 
 
 def own_node_lives() -> bool:
-    """As far as the cluster knows; a raylet that is gone is noticed after some 15 s. A head that does not answer says
-    nothing about it."""
+    """Return whether the cluster considers this process's node alive; it notices a dead raylet after about 15 s.
+
+    If the head node does not answer, nothing is known, and the node counts as alive.
+    """
     own = ray.get_runtime_context().get_node_id()
     try:
         return any(node["NodeID"] == own and node["Alive"] for node in ray.nodes())

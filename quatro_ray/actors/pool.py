@@ -1,4 +1,4 @@
-"""A pool of equivalent actors: the least loaded one gets the work; one that dies or does not answer is replaced."""
+"""A pool of equivalent actors: the least loaded one gets the work, and an actor that dies or hangs is replaced."""
 
 from __future__ import annotations
 

@@ -14,5 +14,5 @@ class ReplayActor(HostMixin, ReplayBuffer):
 
     @ray.method(num_returns=2)
     def lease(self, version: int, num_samples: int = 0) -> tuple[LeaseSummary | None, LeasedBatch | None]:
-        """Lease like ReplayBuffer.lease, and return two references, so that the batch does not pass the caller."""
+        """Lease as ReplayBuffer.lease does, but return two references, so that the caller need not fetch the batch."""
         return super().lease(version, num_samples)

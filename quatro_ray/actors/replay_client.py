@@ -100,7 +100,7 @@ class ReplayClient:
             except RayTaskError as error:
                 if not isinstance(error.cause, DiskFull):
                     raise
-                await asyncio.sleep(self._deadline_s)  # someone may make room
+                await asyncio.sleep(self._deadline_s)  # the disk may get space meanwhile
         raise self._stalled()
 
     def _restart(self) -> None:

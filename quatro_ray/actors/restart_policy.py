@@ -1,4 +1,4 @@
-"""The health of one engine as a pure state machine: what follows from what, and when to try again."""
+"""The health of one engine as a pure state machine: the allowed transitions, and the delay before a restart."""
 
 from __future__ import annotations
 
@@ -7,12 +7,12 @@ from enum import StrEnum
 
 
 class Health(StrEnum):
-    """starting → syncing → healthy; from each of them to dead; from dead to starting."""
+    """The states of an engine: starting → syncing → healthy; from each of these to dead; from dead to starting."""
 
-    STARTING = "starting"  # its process comes up
-    SYNCING = "syncing"  # it runs, and waits for the weights of the current version; gets no work
+    STARTING = "starting"  # its process is starting
+    SYNCING = "syncing"  # runs and waits for the current weights; gets no work
     HEALTHY = "healthy"  # gets work
-    DEAD = "dead"  # ended, or being ended
+    DEAD = "dead"  # ended, or is being killed
 
 
 TRANSITIONS = {
@@ -25,8 +25,16 @@ TRANSITIONS = {
 
 @dataclass(frozen=True)
 class RestartPolicy:
-    """The first restart is at once; then delays double up to `max_delay_s`. After `max_restarts` failures in a row,
-    with no `stable_s` of health in between, an engine is given up."""
+    """Decides when an engine is restarted, and when it is given up.
+
+    The first restart has no delay; each later delay is twice the last one, up to `max_delay_s`.
+
+    Attributes:
+        max_restarts: an engine that fails more often than this in a row is given up.
+        first_delay_s: seconds before the second restart.
+        max_delay_s: longest delay, in seconds.
+        stable_s: seconds of health after which the count of failures starts again.
+    """
 
     max_restarts: int
     first_delay_s: float = 1.0
@@ -34,13 +42,19 @@ class RestartPolicy:
     stable_s: float = 60.0
 
     def delay_s(self, failures: int) -> float:
-        """Before the restart after so many failures in a row, from 1."""
+        """Return the seconds to wait before the restart after `failures` failures in a row, which is at least 1."""
         return 0.0 if failures <= 1 else min(self.max_delay_s, self.first_delay_s * 2.0 ** (failures - 2))
 
 
 @dataclass(frozen=True)
 class Record:
-    """`since`: of the state, seconds on any clock. `failures`: in a row. `incarnation`: counts starts."""
+    """The health of one engine.
+
+    Attributes:
+        since: time at which the state was entered, in seconds on any clock.
+        failures: number of failures in a row.
+        incarnation: number of starts.
+    """
 
     state: Health
     since: float
@@ -48,7 +62,10 @@ class Record:
     incarnation: int = 0
 
     def to(self, state: Health, now: float, policy: RestartPolicy) -> Record:
-        """The record after the transition.
+        """Return the record after the transition to `state`.
+
+        Args:
+            now: time of the transition, in seconds on the clock of `since`.
 
         Raises:
             ValueError: the transition is not one of TRANSITIONS.
@@ -66,22 +83,33 @@ class Record:
         return replace(self, state=state, since=now, failures=failures, incarnation=incarnation)
 
     def is_given_up(self, policy: RestartPolicy) -> bool:
+        """Return whether the engine has failed too often to be restarted."""
         return self.state is Health.DEAD and self.failures > policy.max_restarts
 
 
 @dataclass(frozen=True)
 class Progress:
-    """Of an engine when it was last looked at. `num_tokens`: sampled so far; `at`: when that last changed, or when
-    there was nothing to do."""
+    """The progress of an engine at the last check.
+
+    Attributes:
+        num_tokens: tokens sampled so far.
+        at: time at which `num_tokens` last changed or the engine was last idle, in seconds on any clock.
+    """
 
     num_tokens: int
     at: float
 
     def after(self, num_running: int, num_tokens: int, now: float) -> Progress:
+        """Return the progress after a check.
+
+        Args:
+            num_running: requests that the engine works on.
+            num_tokens: tokens sampled so far.
+        """
         if num_running == 0 or num_tokens != self.num_tokens:
             return Progress(num_tokens, now)
         return self
 
     def is_hung(self, now: float, deadline_s: float) -> bool:
-        """Requests run, and for so long not one token came."""
+        """Return whether requests are running and no token was sampled for more than `deadline_s`."""
         return now - self.at > deadline_s

@@ -1,4 +1,4 @@
-"""No shared memory stays behind when an engine is killed with all its processes."""
+"""Removes an engine's shared memory even if the engine is killed with all its processes."""
 
 from __future__ import annotations
 
@@ -11,14 +11,14 @@ _TRACKER = '"$PYTHON" -B -c "from multiprocessing.resource_tracker import main; 
 
 
 def detach_resource_tracker() -> None:
-    """Starts Python's resource tracker where nobody kills it with us; before anything is shared.
+    """Start Python's resource tracker as a process that survives this one. Call it before anything is shared.
 
-    The tracker is told of each segment and semaphore of this process and of those that it spawns, and removes them when
-    all of these are gone. Ray kills a worker with its process group and its children, and so the tracker that Python
-    would start; this one has a session of its own and no parent.
+    The tracker learns of each segment and semaphore of this process and of the processes that it spawns, and removes
+    them when all these processes have ended. Ray kills a worker with its process group and its children, and thus also
+    a tracker that Python starts. This one has a session of its own and no parent.
 
     Raises:
-        RuntimeError: there is a tracker already.
+        RuntimeError: a tracker is running already.
     """
     tracker = resource_tracker._resource_tracker
     if tracker._fd is not None:  # type: ignore[attr-defined]
@@ -26,6 +26,6 @@ def detach_resource_tracker() -> None:
     read, write = os.pipe()
     environment = os.environ | {"PYTHON": sys.executable, "FD": str(read)}
     shell = subprocess.Popen(["sh", "-c", _TRACKER], env=environment, pass_fds=(read,), start_new_session=True)
-    shell.wait(timeout=10)  # what it started in the background lives on
+    shell.wait(timeout=10)  # the tracker, which the shell started in the background, keeps running
     os.close(read)
     tracker._fd = write  # type: ignore[attr-defined]

@@ -56,7 +56,7 @@ class VerifierActor(HostMixin):
 
     @ray.method(num_returns=2)
     async def score(self, group: RolloutGroup) -> tuple[GroupSummary, RolloutGroup]:
-        """Return the summary of the scores, and the group with its scores.
+        """Score all rollouts of a group, and return the summary and the group with its scores.
 
         Raises:
             RewardUnavailable: a response could not be scored through no fault of its own.
@@ -69,6 +69,7 @@ class VerifierActor(HostMixin):
         return summarise(self._rewards, scored, scores), scored
 
     async def shutdown(self) -> None:
+        """End the worker processes."""
         if self._scorer:
             await self._scorer.close()
 
@@ -76,7 +77,13 @@ class VerifierActor(HostMixin):
 def summarise(rewards: Mapping[str, RewardConfig], group: RolloutGroup, scores: Sequence[Score]) -> GroupSummary:
     """Return the summary of a group whose rollouts have these scores.
 
-    The first of `rewards` that applies to the query decides what the answer of a response is, and if it is correct.
+    The first of `rewards` that applies to the query decides how a response's answer is extracted and whether it is
+    correct.
+
+    Args:
+        rewards: the configured rewards, by name.
+        group: the group of G rollouts.
+        scores: [G], in the order of the rollouts.
     """
     name, deciding = next((n, r) for n, r in rewards.items() if applies(r, group.query))
     extraction: Extraction = getattr(deciding, "extract", "whole")

@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
 
 class VerifierPool(ActorPool):
-    """Scores groups, and enforces their deadline; the actors enforce those of responses (isolation/worker_pool.py).
+    """Scores groups within a deadline for each; the actors enforce that of each response (isolation/worker_pool.py).
 
     Args:
         spawn: makes a new VerifierActor.
