@@ -1,1 +1,1 @@
-"""The durable life of every group, staleness rules, and packing."""
+"""The replay buffer: the durable state of every group, the staleness rules, and packing into micro-batches."""

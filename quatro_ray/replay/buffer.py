@@ -22,7 +22,12 @@ S = GroupState
 
 @dataclass(frozen=True)
 class LeasedBatch:
-    """What the learner needs for one step: B groups, and the lineage of the version that it trains from."""
+    """The data of one optimiser step.
+
+    Attributes:
+        groups: the B groups.
+        lineage: lineage of the version that the step trains from.
+    """
 
     groups: tuple[RolloutGroup, ...]
     lineage: Lineage
@@ -30,10 +35,10 @@ class LeasedBatch:
 
 @dataclass(frozen=True)
 class LeaseSummary:
-    """What the controller needs to know of a leased batch.
+    """The controller's view of a leased batch.
 
     Attributes:
-        metrics: the age of the batch, by metric name.
+        metrics: ages of the batch (optimiser steps, seconds) and the size of the buffer, by metric name.
         samples: a few groups in the readable form of replay/serialization.py.
     """
 
@@ -43,13 +48,13 @@ class LeaseSummary:
 
 @dataclass(frozen=True)
 class RecoveredState:
-    """What a new controller needs to know of the ledger of an earlier one.
+    """The state of a ledger, from which a new controller continues.
 
     Attributes:
         next_id: the id of the next group to admit.
         num_admitted: groups admitted so far, by source.
         newest_version: the newest policy version that was ever issued.
-        num_tokens: sampled tokens of all groups that were ever ready, a lower bound of what was generated.
+        num_tokens: sampled tokens of all groups that were ever ready, a lower bound of all generated tokens.
     """
 
     next_id: int
@@ -77,7 +82,7 @@ class ReplayStats:
 
 @dataclass(frozen=True)
 class FallBack:
-    """What happened to versions and groups when the learner continued from a checkpoint.
+    """The effect of a fall-back to a checkpoint on versions and groups.
 
     Attributes:
         version: the new version number of the learner's policy.
@@ -97,6 +102,11 @@ class ReplayBuffer:
 
     A full buffer exerts back-pressure: admission stops, and no group is thrown out to make room. Every method is
     idempotent, so a call whose answer was lost may be repeated.
+
+    Args:
+        path: file of the ledger.
+        num_steps: optimiser steps of the run; no more groups are admitted than these steps train.
+        clock: returns seconds since the epoch.
     """
 
     def __init__(
@@ -108,7 +118,7 @@ class ReplayBuffer:
         self.ledger = Ledger(path, clock)
 
     def capacity(self, version: int, num_idle: int = 0) -> int:
-        """Return how many groups may be started while the engines have `version`, at most what the run can train.
+        """Return how many groups may be started while the engines have `version`, at most as many as the run can train.
 
         Args:
             version: the policy version of the engines.
@@ -136,9 +146,11 @@ class ReplayBuffer:
             return self.ledger.admit(first_id, queries, version)
 
     def start(self, group_id: int) -> None:
+        """Record that a pending group is being generated."""
         self.ledger.move([group_id], S.GENERATING)
 
     def generated(self, group_id: int) -> None:
+        """Record that a group is generated and is being scored."""
         self.ledger.move([group_id], S.VERIFYING)
 
     def retry(self, group_id: int) -> None:
@@ -166,6 +178,7 @@ class ReplayBuffer:
         )
 
     def drop(self, group_id: int, reason: DropReason) -> None:
+        """Drop a group for good."""
         self.ledger.move([group_id], S.DROPPED, reason=reason)
 
     def expire(self, lineage: Lineage) -> list[Entry]:
@@ -188,7 +201,7 @@ class ReplayBuffer:
 
         Args:
             version: the learner's version, from which the step trains.
-            num_samples: groups that the summary holds in readable form.
+            num_samples: number of groups that the summary holds in readable form.
 
         Returns:
             A summary and the batch, or None twice while fewer than B groups are ready.
@@ -218,7 +231,7 @@ class ReplayBuffer:
         }
 
     def commit(self, version: int) -> int:
-        """Record that the batch leased from `version` is trained, and issue the version that the step made.
+        """Record that the batch leased from `version` is trained, and issue the version of the resulting policy.
 
         Returns:
             The new version.
@@ -265,12 +278,15 @@ class ReplayBuffer:
         return FallBack(number, versions.step_of(version), len(kept), len(lost))
 
     def _can_be_trained(self, entry: Entry, lineage: Lineage, stored: set[int]) -> bool:
-        """Checks only the newest token: when the group was stored, all its tokens belonged to the learner's lineage, of
-        which `lineage` is a part."""
+        """Return whether the group's rollouts are stored and all its tokens belong to `lineage`.
+
+        The newest token is enough: when the group was stored, all its tokens belonged to the learner's lineage then, of
+        which `lineage` is a part.
+        """
         return entry.group_id in stored and entry.newest_version is not None and lineage.holds(entry.newest_version)
 
     def recover(self) -> RecoveredState:
-        """Return every group that was in progress to pending, after the loss of the controller or the learner."""
+        """Move all groups in progress back to pending after the loss of a controller; return the ledger's state."""
         with self.ledger.transaction():
             for state in (S.GENERATING, S.VERIFYING):
                 self.ledger.move([e.group_id for e in self.ledger.entries(state)], S.PENDING)

@@ -1,4 +1,4 @@
-"""The durable state of every group: SQLite, one transaction a change, only the transitions that a life allows."""
+"""The durable state of every group, in SQLite: each change is one transaction, and only TRANSITIONS are allowed."""
 
 from __future__ import annotations
 
@@ -22,14 +22,14 @@ TRANSITIONS: dict[GroupState, frozenset[GroupState]] = {
     S.VERIFYING: frozenset({S.READY, S.PENDING, S.DROPPED}),
     S.READY: frozenset({S.LEASED, S.PENDING, S.DROPPED}),
     S.LEASED: frozenset({S.TRAINED, S.READY, S.PENDING, S.DROPPED}),
-    S.TRAINED: frozenset({S.READY, S.PENDING}),  # the learner fell back to an older checkpoint
+    S.TRAINED: frozenset({S.READY, S.PENDING}),  # if the learner falls back to an older checkpoint
     S.DROPPED: frozenset(),
 }
-"""A move to the state that a group has already is a call repeated after its answer was lost, and changes nothing."""
+"""The allowed moves. A move to the present state changes nothing: it is a call repeated after its answer was lost."""
 
 _SCHEMA = """
 CREATE TABLE IF NOT EXISTS groups (
-    group_id INTEGER PRIMARY KEY,    -- given by whoever admits, so that admitting again changes nothing
+    group_id INTEGER PRIMARY KEY,    -- chosen by the caller, so that admitting again changes nothing
     query TEXT NOT NULL,             -- JSON
     state TEXT NOT NULL,
     reason TEXT,                     -- of a drop
@@ -50,7 +50,17 @@ CREATE TABLE IF NOT EXISTS owner (epoch INTEGER NOT NULL);
 
 @dataclass(frozen=True)
 class Entry:
-    """One row, without its payload."""
+    """One row of the ledger, without its payload.
+
+    Attributes:
+        learner_version: the version that the step of its lease trains from; None before a lease.
+        admitted_version: the version of the engines at admission.
+        oldest_version: version of its oldest token; None until it is ready.
+        newest_version: version of its newest token; None until it is ready.
+        num_tokens: response tokens of all rollouts; None until it is ready.
+        admitted_at: seconds since the epoch.
+        ready_at: seconds since the epoch; None until it is ready.
+    """
 
     group_id: int
     state: GroupState
@@ -72,13 +82,18 @@ _ENTRY = (
 
 
 class Ledger:
-    """Methods raise LedgerError for a transition that is not allowed, and then change nothing.
+    """The ledger of a run.
 
-    Whoever opens a ledger owns it: another process that still has it open can write no more.
+    Methods raise LedgerError for a transition that is not allowed, and then change nothing. Opening the ledger takes
+    ownership by a new fencing token, `epoch`: a process that had it open before can no longer write.
+
+    Args:
+        path: file of the database, which is created if it does not exist.
+        clock: returns seconds since the epoch.
     """
 
     def __init__(self, path: Path | str, clock: Callable[[], float] = time.time) -> None:
-        # a Ray actor makes it in one thread and calls it, one call at a time, from another
+        # a Ray actor creates it in one thread and calls it from another, one call at a time
         self._db = sqlite3.connect(path, isolation_level=None, check_same_thread=False)
         self._db.execute("PRAGMA journal_mode=WAL")
         self._db.execute("PRAGMA synchronous=NORMAL")
@@ -89,7 +104,7 @@ class Ledger:
         self._epoch = self._take_over()
 
     def _migrate(self) -> None:
-        """Renames the column `step` of older ledgers, which held the learner's version, not its optimiser step."""
+        """Rename the column `step` of older ledgers, which held the learner's version and not its optimiser step."""
         columns = {row[1] for row in self._db.execute("PRAGMA table_info(groups)")}
         if "step" in columns:
             self._db.execute("ALTER TABLE groups RENAME COLUMN step TO learner_version")
@@ -104,23 +119,24 @@ class Ledger:
 
     @property
     def times_opened(self) -> int:
+        """Number of times that the ledger was opened, including this one."""
         return self._epoch
 
     @contextmanager
     def transaction(self) -> Iterator[None]:
-        """All or nothing.
+        """Make all changes inside the `with`, or none of them; transactions may be nested.
 
         Raises:
             LedgerError: another process has opened the ledger since.
-            DiskFull: may be tried again.
+            DiskFull: the disk is full; nothing was changed, and the call may be repeated.
         """
-        if self._db.in_transaction:  # part of a larger one
+        if self._db.in_transaction:  # nested: the outer transaction commits
             yield
             return
         self._db.execute("BEGIN IMMEDIATE")
         try:
             if self._db.execute("SELECT epoch FROM owner").fetchone()[0] != self._epoch:
-                raise LedgerError("another run has opened this ledger since: this one may write no more")
+                raise LedgerError("another run has opened this ledger since; this run can no longer write to it")
             yield
             self._db.execute("COMMIT")
         except BaseException as error:
@@ -130,7 +146,7 @@ class Ledger:
             raise
 
     def admit(self, first_id: int, queries: Sequence[Query], version: int) -> list[int]:
-        """New groups in state pending, numbered from `first_id` on; those that are there already stay as they are."""
+        """Add pending groups numbered from `first_id` and return their ids; existing groups are not changed."""
         group_ids = list(range(first_id, first_id + len(queries)))
         with self.transaction():
             self._db.executemany(
@@ -144,16 +160,16 @@ class Ledger:
         return group_ids
 
     def next_id(self) -> int:
-        """Ids start at 1."""
+        """Return the id of the next group; ids start at 1."""
         return int(self._db.execute("SELECT COALESCE(MAX(group_id), 0) + 1 FROM groups").fetchone()[0])
 
     def num_tokens(self) -> int:
-        """Of all groups that were ever ready, as they were the last time."""
+        """Return the response tokens of all groups that were ever ready; a group made again counts once."""
         (total,) = self._db.execute("SELECT COALESCE(SUM(num_tokens), 0) FROM groups").fetchone()
         return int(total)
 
     def num_admitted(self) -> dict[str, int]:
-        """By source of their queries."""
+        """Return the number of groups by the source of their queries."""
         rows = self._db.execute("SELECT json_extract(query, '$.source'), COUNT(*) FROM groups GROUP BY 1")
         return dict(rows.fetchall())
 
@@ -165,10 +181,14 @@ class Ledger:
         reason: DropReason | None = None,
         learner_version: int | None = None,
     ) -> None:
-        """All of the groups, or none.
+        """Move all of the groups to a state, or none of them.
+
+        Args:
+            reason: required for a drop, and only for a drop.
+            learner_version: for a lease, the version that the step trains from. If None, it is not changed.
 
         Raises:
-            LedgerError: a group does not exist or may not go to this state; a drop without a reason.
+            LedgerError: a group does not exist or may not go to this state, or `reason` does not fit the state.
         """
         if (to is S.DROPPED) != (reason is not None):
             raise LedgerError(f"a drop, and only a drop, has a reason; got state {to} with reason {reason}")
@@ -191,7 +211,14 @@ class Ledger:
         num_tokens: int,
         mean_reward: float,
     ) -> None:
-        """verifying → ready, with everything that training needs."""
+        """Move a group from verifying to ready, and store its rollouts.
+
+        Args:
+            payload: the group as bytes (replay/serialization.py).
+            oldest_version: version of its oldest token.
+            newest_version: version of its newest token.
+            num_tokens: response tokens of all rollouts.
+        """
         with self.transaction():
             if self._is_new(group_id, S.READY):
                 self._db.execute(
@@ -210,7 +237,7 @@ class Ledger:
                 )
 
     def _is_new(self, group_id: int, to: GroupState) -> bool:
-        """False: the group is in that state already. Raises LedgerError where it may not go there."""
+        """Return False if the group is in that state already; raise LedgerError if it may not go there."""
         row = self._db.execute("SELECT state FROM groups WHERE group_id = ?", (group_id,)).fetchone()
         if row is None:
             raise LedgerError(f"group {group_id} does not exist")
@@ -219,41 +246,45 @@ class Ledger:
         return bool(row[0] != to)
 
     def entries(self, state: GroupState, limit: int = -1) -> list[Entry]:
-        """Those with the oldest tokens first, then those admitted first."""
+        """Return at most `limit` groups in a state (-1: all), by the version of the oldest token, then by id."""
         rows = self._db.execute(
             f"SELECT {_ENTRY} FROM groups WHERE state = ? ORDER BY oldest_version, group_id LIMIT ?", (state, limit)
         )
         return [Entry(r[0], GroupState(r[1]), DropReason(r[2]) if r[2] else None, *r[3:]) for r in rows]
 
     def payload(self, group_id: int) -> bytes:
+        """Return the stored rollouts of a group, or raise LedgerError if there are none."""
         row = self._db.execute("SELECT payload FROM groups WHERE group_id = ?", (group_id,)).fetchone()
         if row is None or row[0] is None:
             raise LedgerError(f"group {group_id} has no stored rollouts")
         return bytes(row[0])
 
     def with_payload(self) -> set[int]:
-        """Ids of the groups whose rollouts are kept."""
+        """Return the ids of the groups whose rollouts are stored."""
         return {row[0] for row in self._db.execute("SELECT group_id FROM groups WHERE payload IS NOT NULL")}
 
     def counts(self) -> dict[GroupState, int]:
-        """Groups by state; every state is there."""
+        """Return the number of groups for every state."""
         found = dict(self._db.execute("SELECT state, COUNT(*) FROM groups GROUP BY state"))
         return {state: found.get(state, 0) for state in GroupState}
 
     def drops(self) -> dict[DropReason, int]:
+        """Return the number of dropped groups for every reason."""
         found = dict(
             self._db.execute("SELECT reason, COUNT(*) FROM groups WHERE state = ? GROUP BY reason", (S.DROPPED,))
         )
         return {reason: found.get(reason, 0) for reason in DropReason}
 
     def queries(self, state: GroupState) -> list[tuple[int, Query]]:
-        """Group ids and queries, oldest admission first."""
+        """Return ids and queries of the groups in a state, by id."""
         rows = self._db.execute("SELECT group_id, query FROM groups WHERE state = ? ORDER BY group_id", (state,))
         return [(group_id, Query(**json.loads(query))) for group_id, query in rows]
 
     def forget_payloads(self, version: int) -> int:
-        """Frees the rollouts of groups that a checkpoint of `version` has absorbed. Falling back further than that
-        generates them again."""
+        """Free the rollouts of groups trained before `version`, and return the number of groups.
+
+        A fall-back to a version older than that generates these groups again.
+        """
         with self.transaction():
             cursor = self._db.execute(
                 "UPDATE groups SET payload = NULL WHERE state = ? AND learner_version < ? AND payload IS NOT NULL",
@@ -262,7 +293,11 @@ class Ledger:
             return cursor.rowcount
 
     def flush(self) -> None:
-        """Everything so far survives the machine, not only the process. Raises DiskFull."""
+        """Write all commits to the disk, so that they survive a crash of the machine, not only of the process.
+
+        Raises:
+            DiskFull: the disk is full; the call may be repeated.
+        """
         try:
             self._db.execute("PRAGMA wal_checkpoint(FULL)")
         except sqlite3.OperationalError as error:

@@ -1,4 +1,4 @@
-"""From groups to micro-batches: whole rollouts packed into rows, the same number of rows on every rank."""
+"""Packs groups into micro-batches: whole rollouts in rows, with the same number of rows on every rank."""
 
 from __future__ import annotations
 
@@ -13,11 +13,16 @@ from quatro_ray.types import LearnerBatch, MicroBatch, Rollout, RolloutGroup
 def pack(
     groups: Sequence[RolloutGroup], lineage: Lineage, *, num_ranks: int, tokens_per_micro_batch: int
 ) -> LearnerBatch:
-    """A function of the arguments alone, so that every rank computes the same plan. `lineage`: of the learner.
+    """Return the micro-batches of all ranks. The result depends on the arguments alone, so all ranks compute the same.
 
-    Rollouts go, longest first, to the row with the fewest tokens among `num_ranks · m` rows, with the
-    smallest m for which all rows fit. ZeRO-3 deadlocks when ranks run different numbers of micro-batches;
-    here they cannot.
+    Rollouts go, longest first, to the row with the fewest tokens among `num_ranks · m` rows, with the smallest m for
+    which all rows fit. All ranks get the same number of rows, because ZeRO-3 deadlocks otherwise.
+
+    Args:
+        groups: the Q groups of the step, each of at most G scored rollouts.
+        lineage: lineage of the version that the step trains from.
+        num_ranks: number of learner ranks.
+        tokens_per_micro_batch: largest number of tokens in a row; the width N of all rows is that of the longest one.
 
     Raises:
         ValueError: a rollout is longer than tokens_per_micro_batch, or there are fewer rollouts than ranks.
@@ -68,13 +73,13 @@ def _assign(lengths: np.ndarray, num_ranks: int, limit: int) -> list[list[int]]:
 
 
 def _one_per_row(count: int, num_ranks: int) -> list[list[int]]:
-    """A rollout a row; the last rows are filled up with empty ones, which cost a pass and change nothing."""
+    """Return one rollout per row, then empty rows up to a multiple of `num_ranks`; these cost a pass and no more."""
     rows = [[i] for i in range(count)]
     return rows + [[] for _ in range(-count % num_ranks)]
 
 
 def _micro_batch(members: Sequence[tuple[int, RolloutGroup, Rollout]], width: int, lineage: Lineage) -> MicroBatch:
-    """Inputs are prompt + response without the last token; targets are the same, one later."""
+    """Return one row. Inputs are prompt and response without the last token; targets are the same, one token later."""
     ids, positions, targets, response, index, logprobs, staleness = ([] for _ in range(7))
     for cell, group, rollout in members:
         tokens = np.concatenate([group.prompt_token_ids, rollout.token_ids]).astype(np.int64)

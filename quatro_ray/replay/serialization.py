@@ -1,4 +1,4 @@
-"""Groups as bytes: safetensors for the arrays, JSON for the rest. Nothing that runs code when read."""
+"""Converts groups to bytes and back: safetensors for the arrays, JSON for the rest, so that reading runs no code."""
 
 from __future__ import annotations
 
@@ -13,6 +13,7 @@ from quatro_ray.types import Outcome, Query, Rollout, RolloutGroup, Score, Versi
 
 
 def to_bytes(group: RolloutGroup) -> bytes:
+    """Return the group as bytes, for the ledger."""
     header = {
         "group_id": group.group_id,
         "query": asdict(group.query),
@@ -29,6 +30,7 @@ def to_bytes(group: RolloutGroup) -> bytes:
 
 
 def from_bytes(data: bytes) -> RolloutGroup:
+    """Return the group that `to_bytes` converted."""
     arrays = load(data)
     header = json.loads(arrays["header"].tobytes())
     ends = np.cumsum([h["num_tokens"] for h in header["rollouts"]])[:-1]
@@ -50,7 +52,7 @@ def _header(rollout: Rollout) -> dict[str, Any]:
 
 
 def _score(score: Score) -> dict[str, Any]:
-    # the ledger has the values of the rewards as "parts"
+    # ledgers store the values of the rewards under the name "parts"
     values = dict(score.reward_values)
     return {"reward": score.reward, "outcome": score.outcome, "detail": score.detail, "parts": values}
 
@@ -71,7 +73,7 @@ def _rollout(header: dict[str, Any], token_ids: np.ndarray, logprobs: np.ndarray
 
 
 def readable(group: RolloutGroup) -> dict[str, Any]:
-    """For people and for rollouts.jsonl: texts, versions, rewards."""
+    """Return texts, versions and rewards of a group as JSON values, for rollouts.jsonl."""
     return {
         "group_id": group.group_id,
         "source": group.query.source,

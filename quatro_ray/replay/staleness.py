@@ -16,7 +16,13 @@ from numpy.typing import NDArray
 
 @dataclass(frozen=True)
 class Stretch:
-    """Consecutive versions `first` … `last`, one optimiser step apart; `step`: optimiser steps before `first`."""
+    """Consecutive versions, one optimiser step apart.
+
+    Attributes:
+        first: the first version.
+        last: the last version.
+        step: optimiser steps of the policy of version `first`.
+    """
 
     first: int
     last: int
@@ -25,30 +31,35 @@ class Stretch:
 
 @dataclass(frozen=True)
 class Lineage:
-    """What the policy of version `version` has come through, oldest stretch first."""
+    """The versions through which the learner's policy came, up to `version`; the oldest stretch is first."""
 
     stretches: tuple[Stretch, ...]
 
     @classmethod
     def unbroken(cls, version: int) -> Lineage:
-        """A learner that never fell back: versions are steps."""
+        """Return the lineage of a learner that never fell back, whose versions are its optimiser steps."""
         return cls((Stretch(0, version, 0),))
 
     @property
     def version(self) -> int:
+        """The learner's version."""
         return self.stretches[-1].last
 
     @property
     def step(self) -> int:
-        """Optimiser steps of the present policy."""
+        """Optimiser steps of the learner's policy."""
         return self.stretches[-1].step + self.stretches[-1].last - self.stretches[-1].first
 
     def holds(self, version: int) -> bool:
-        """False: abandoned, or yet to come."""
+        """Return whether the version belongs to the lineage; an abandoned or a future version does not."""
         return any(s.first <= version <= s.last for s in self.stretches)
 
     def staleness(self, versions: NDArray[np.int64]) -> NDArray[np.int64]:
-        """int64 [N] → int64 [N], optimiser steps; only for versions that the lineage holds."""
+        """Return the age of the policies of `versions`, int64 [N], in optimiser steps.
+
+        Args:
+            versions: int64 [N]; the lineage must hold them.
+        """
         firsts = np.array([s.first for s in self.stretches])
         offsets = np.array([s.step - s.first for s in self.stretches])
         which = np.maximum(np.searchsorted(firsts, versions, side="right") - 1, 0)
@@ -56,19 +67,22 @@ class Lineage:
         return age
 
     def is_expired(self, oldest_version: int, max_staleness: int) -> bool:
-        """Whether a group, by its oldest token, can no longer be trained within the cap; it stays so for ever."""
+        """Return whether a group with this oldest version exceeds the maximum staleness; it then stays expired."""
         return int(self.staleness(np.array([oldest_version]))[0]) > max_staleness
 
 
 def capacity(*, max_staleness: int, step: int, groups_per_step: int, num_live: int) -> int:
-    """How many more groups may be admitted: (η + k + 1)·B − live, at least 0.
+    """Return how many more groups may be admitted: (max_staleness + step + 1)·B − num_live, at least 0.
 
-    With groups trained in the order of admission, the n-th live one is trained at step n // B, so a group
-    admitted after k steps is at most η = max_staleness steps old then. At η = 0 a step's groups are
-    admitted only once the weights of that step are with the engines: synchronous training.
+    If groups are trained in the order of admission, the n-th live group is trained at step n // B. A group admitted
+    under a policy of `step` optimiser steps is thus at most `max_staleness` steps old when it is trained. If
+    max_staleness is 0, the groups of a step are admitted only when the engines have the weights of that step, which is
+    synchronous training.
 
     Args:
-        step: k, optimiser steps of the policy that the engines have now.
-        num_live: groups admitted so far that were not dropped: trained, waiting or under way.
+        max_staleness: largest allowed age of a token, in optimiser steps.
+        step: optimiser steps of the policy that the engines have now.
+        groups_per_step: B.
+        num_live: groups admitted so far that were not dropped: trained, ready or in progress.
     """
     return max(0, (max_staleness + step + 1) * groups_per_step - num_live)

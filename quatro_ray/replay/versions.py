@@ -1,4 +1,4 @@
-"""Every policy version that was ever issued, and from which it came; in the ledger's database."""
+"""Every policy version that was ever issued, with its parent; kept in the ledger's database."""
 
 from __future__ import annotations
 
@@ -20,29 +20,33 @@ INSERT OR IGNORE INTO versions VALUES (0, NULL, 0, 0);
 
 
 class Versions:
-    """A tree: branches that the learner abandoned stay in it. Called inside transactions of the ledger."""
+    """The tree of versions; branches that the learner abandoned stay in it.
+
+    Call the methods inside a transaction of the ledger.
+    """
 
     def __init__(self, db: sqlite3.Connection) -> None:
         self._db = db
 
     def newest(self) -> int:
+        """Return the newest version that was issued."""
         return int(self._db.execute("SELECT MAX(version) FROM versions").fetchone()[0])
 
     def step_of(self, version: int) -> int:
-        """Raises LedgerError where the version was never issued."""
+        """Return the optimiser steps of a version; raise LedgerError if it was never issued."""
         row = self._db.execute("SELECT step FROM versions WHERE version = ?", (version,)).fetchone()
         if row is None:
             raise LedgerError(f"version {version} was never issued; the newest is {self.newest()}")
         return int(row[0])
 
     def add_step(self, version: int) -> None:
-        """`version` + 1 is one optimiser step from `version`, the newest so far."""
+        """Issue `version` + 1, one optimiser step after `version`, which must be the newest."""
         if version != self.newest():
             raise LedgerError(f"version {version + 1} cannot follow {version}: the newest is {self.newest()}")
         self._add(version + 1, version, self.step_of(version) + 1, fell_back=False)
 
     def add_fall_back(self, version: int) -> int:
-        """A new number for the weights of an earlier version; returns it."""
+        """Issue a new number for the weights of an earlier version, and return it."""
         number = self.newest() + 1
         self._add(number, version, self.step_of(version), fell_back=True)
         return number
@@ -51,7 +55,7 @@ class Versions:
         self._db.execute("INSERT INTO versions VALUES (?, ?, ?, ?)", (version, parent, step, fell_back))
 
     def lineage(self, version: int) -> Lineage:
-        """Raises LedgerError where the version was never issued."""
+        """Return the lineage of a version; raise LedgerError if it was never issued."""
         stretches: list[Stretch] = []
         last: int | None = version
         while last is not None:
