@@ -1,1 +1,1 @@
-"""The controller of a run, and what it is made of: groups, recovery, checkpoints, placement."""
+"""The controller of a run and its components: groups, recovery, checkpoints, evaluation, placement."""

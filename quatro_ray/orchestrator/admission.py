@@ -1,4 +1,4 @@
-"""Starts groups while the staleness rule has room for them."""
+"""Starts groups while the staleness rule allows more of them."""
 
 from __future__ import annotations
 
@@ -57,7 +57,12 @@ class Admission:
         self._capacity_changed.set()
 
     def restore(self, next_id: int, num_admitted: Mapping[str, int]) -> None:
-        """Continue with group ids and queries after those of an earlier run; `num_admitted` is by source."""
+        """Continue after the group ids and queries of an earlier run.
+
+        Args:
+            next_id: id of the next group.
+            num_admitted: number of groups admitted so far, by source.
+        """
         self._next_id = next_id
         self._queries.restore({**self._queries.state(), **num_admitted})
 

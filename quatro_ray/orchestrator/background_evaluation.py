@@ -30,10 +30,11 @@ class DedicatedEvaluator(Protocol):
 
 
 class BackgroundEvaluation:
-    """Keeps the results of a run's evaluations, and evaluates exported policies one after the other.
+    """Keeps the results of all evaluations in a run, and evaluates exported policies one after the other.
 
     Args:
         evaluator: None if evaluation runs on the training generators; then nothing is ever pending.
+        held_out: queries by data source.
         folder: holds exported policies as `version_N`, and their results as `version_N.json`. A checkpoint that was
             written before an evaluation ended refers to these results.
     """
@@ -111,11 +112,15 @@ class BackgroundEvaluation:
                 self.newest_step = max(self.newest_step, result.step)
 
     def pending(self) -> list[tuple[int, int]]:
-        """Return version and step of the pending policies, for a checkpoint."""
+        """Return (version, step) of each pending policy, for a checkpoint."""
         return list(self._pending)
 
     def resume(self, pending: Sequence[Sequence[int]]) -> None:
-        """Continue the evaluations that were pending in a checkpoint; the counters hold the earlier results."""
+        """Continue the evaluations that were pending in a checkpoint; the counters hold the earlier results.
+
+        Args:
+            pending: (version, step) of each.
+        """
         for version, step in pending:
             if self._results(version).is_file():
                 found = json.loads(self._results(version).read_text())

@@ -21,7 +21,13 @@ _TRY_AGAIN_S = 10.0
 
 @dataclass(frozen=True)
 class RunState:
-    """What a checkpoint holds besides the learner's shards: `saved` is JSON, and is restored by recovery.py."""
+    """The content of a checkpoint besides the learner's shards.
+
+    Attributes:
+        step: optimiser steps of the policy.
+        version: version of the policy.
+        saved: JSON values, which recovery.py restores.
+    """
 
     step: int
     version: int
@@ -29,7 +35,7 @@ class RunState:
 
 
 class CheckpointWriter:
-    """Writes while generation continues.
+    """Writes checkpoints and exports while generation continues.
 
     A write that does not fit on the disk is reported and skipped. The last one of a run waits for space instead.
 
@@ -99,7 +105,7 @@ class CheckpointWriter:
         self._store.check_space()
         async with self._lock:
             state = self._state()
-            await self._replay.flush()  # a checkpoint must not survive a crash that its ledger entries do not
+            await self._replay.flush()  # a checkpoint must not survive a crash that its ledger entries do not survive
             writing = self._store.begin(state.step)
             digests = await self._learner.save_checkpoint(writing, self._deadline_s)
             return await asyncio.to_thread(self._store.commit, writing, state.version, state.saved, digests)

@@ -44,7 +44,7 @@ from quatro_ray.weight_sync.coordinator import WeightSyncCoordinator
 
 _SHUTDOWN_S = 30.0
 _STARTS_WAITED_FOR = 3
-"""A weight update without any engine waits for this many starts, because an engine may hang while it starts."""
+"""If no engine is left, a weight update waits as long as this many starts, because an engine may hang in its start."""
 
 
 @dataclass(frozen=True)
@@ -194,7 +194,11 @@ class EvaluationCluster:
 
 
 async def spawn_evaluation(config: Config, model_path: str) -> EvaluationCluster:
-    """Place and start verifiers, reward models and environments. Raises ClusterError like `spawn`."""
+    """Place and start verifiers, reward models and environments.
+
+    Raises:
+        ClusterError: the cluster is too small, or an actor did not start before its deadline.
+    """
     place = Placer.reserve(config, evaluation_bundles(config))
     scoring = ScoringActors.spawn(place, model_path)
     cluster = EvaluationCluster(_evaluator(place, scoring), scoring)

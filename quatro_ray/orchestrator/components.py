@@ -1,4 +1,4 @@
-"""What the controller drives."""
+"""The components that the controller drives."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from quatro_ray.weight_sync.coordinator import WeightSyncCoordinator
 
 @dataclass(frozen=True)
 class Components:
-    """All parts of a run. actors/interfaces.py says what each protocol does.
+    """All components of a run; actors/interfaces.py describes the protocols.
 
     Attributes:
         evaluator: evaluates on dedicated engines. If None, evaluation runs on the training generators.

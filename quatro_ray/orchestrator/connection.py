@@ -12,7 +12,7 @@ from quatro_ray.config import Config
 from quatro_ray.errors import ClusterError, last_line
 
 _LISTENS_FOR_OTHERS = ray_constants.ENABLE_RAY_CLUSTERS_ENV_VAR
-"""Name of the variable; unless it is 1, a cluster of one machine listens on loopback only."""
+"""Name of an environment variable; unless its value is 1, a cluster of one machine listens on loopback only."""
 _KNOCK_S = 10.0
 
 

@@ -51,7 +51,7 @@ class Controller:
         self.counters = counters = Counters()
         self._position = Position()
         self._learner_lock = asyncio.Lock()
-        # set if a group is ready, the learner is lost, or the run is to end: whatever the wait for groups is about
+        # set if a group is ready, the learner is lost, or the run is to end: the events that end the wait for groups
         self._wake = asyncio.Event()
         self._told_to_stop = asyncio.Event()
         self._monitor = LearnerMonitor(components.learner, config.cluster.liveness_deadline_s, self._wake.set)
@@ -218,7 +218,7 @@ class Controller:
     # Evaluation and checkpoints
 
     async def _periodic(self) -> None:
-        """Do what is due at this step and not done yet; after a fall-back, some of it may be done already."""
+        """Evaluate and write a checkpoint if due at this step; after a fall-back, either may be done already."""
         config, step = self._config, self.step
         last = step == config.run.num_steps
         if self.evaluation.newest_step < step and (last or step == 0 or _due(step, config.evaluation.every_steps)):

@@ -1,4 +1,4 @@
-"""Which scored groups are worth a step: small functions that say why not."""
+"""Decides which scored groups are trained on: each filter returns a reason to drop a group, or None."""
 
 from __future__ import annotations
 
@@ -12,8 +12,8 @@ def why_not(config: FilterConfig, rewards: Sequence[float], num_truncated: int) 
     """Return the first reason to drop a group, or None to keep it.
 
     Args:
-        rewards: [G].
-        num_truncated: how many of its G responses were truncated.
+        rewards: [G], the reward of each response.
+        num_truncated: number of the G responses that were truncated.
     """
     for rule in (_zero_variance, _difficulty, _truncated):
         if reason := rule(config, rewards, num_truncated):
@@ -22,7 +22,7 @@ def why_not(config: FilterConfig, rewards: Sequence[float], num_truncated: int) 
 
 
 def _zero_variance(config: FilterConfig, rewards: Sequence[float], _: int) -> DropReason | None:
-    """DAPO's dynamic sampling, arXiv 2503.14476, section 3.2."""
+    """Apply DAPO's dynamic sampling, arXiv 2503.14476, section 3.2."""
     return DropReason.ZERO_VARIANCE if config.drop_zero_variance and min(rewards) == max(rewards) else None
 
 

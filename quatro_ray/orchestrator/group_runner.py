@@ -78,7 +78,7 @@ class GroupRunner:
         limit = 4 * self._config.replay.groups_per_step
         if self._failures_in_a_row >= limit:
             raise StallError(
-                f"{limit} groups in a row were dropped, the last one for {reason}; see notes.log in the run"
+                f"{limit} groups in a row were dropped, the last one for {reason}; see notes.log in run.dir"
             )
         return reason
 
@@ -88,7 +88,7 @@ class GroupRunner:
         if self._filtered_in_a_row >= (limit := self._config.filters.max_in_a_row):
             raise StallError(
                 f"filters.max_in_a_row={limit} groups in a row were filtered out, the last one as {reason}: with these "
-                "filters nothing is left to learn from this data; loosen the filters, or mix in other data"
+                "filters the data has nothing left to train on; loosen the filters, or add other data"
             )
         return reason
 

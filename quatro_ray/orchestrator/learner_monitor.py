@@ -39,7 +39,7 @@ class LearnerMonitor:
                 await asyncio.sleep(_LOOK_EVERY_S)
 
     def restarted(self) -> None:
-        """Watch again, after all ranks were restarted."""
+        """Start watching again, after all ranks were restarted."""
         self._died.clear()
 
     def check(self) -> None:

@@ -40,7 +40,7 @@ class Placer:
         return cls(config, plan, placement)
 
     def __call__(self, actor_class: ActorClass, role: str, index: int, **options: object) -> ActorClass:
-        """Return the class with options, ready for `remote`."""
+        """Return the class with the options of its bundle; call `remote` on it to start the actor."""
         position = next(i for i, b in enumerate(self._plan) if (b.role, b.index) == (role, index))
         resources = self._plan[position].resources
         return actor_class.options(

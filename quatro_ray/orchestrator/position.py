@@ -1,4 +1,4 @@
-"""The version and the step at which a run is."""
+"""The policy version and the step of a run."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Brings the learner back from a checkpoint: after its loss, and when a run is resumed."""
+"""Restores the learner from a checkpoint, after its loss and when a run is resumed."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from quatro_ray.telemetry.recorder import Recorder
 
 
 class Recovery:
-    """Every method is called with the learner's lock held."""
+    """Restores the learner and the controller's state; call every method with the learner's lock held."""
 
     def __init__(
         self,
@@ -46,7 +46,7 @@ class Recovery:
         self._is_resuming = False  # until the state of the earlier process is restored
 
     def step_made(self, step: int) -> None:
-        """Reset the count of restarts if `step` is further than any before."""
+        """Reset the count of restarts if `step` is a new maximum."""
         if step > self._furthest_step:
             self._furthest_step, self._restarts_in_a_row = step, 0
 
@@ -65,6 +65,9 @@ class Recovery:
     async def restart_learner(self, why: str) -> None:
         """Restart all ranks from the newest checkpoint.
 
+        Args:
+            why: the reason for the loss, for events and messages.
+
         Raises:
             ClusterError: the learner was lost `learner.max_restarts` + 1 times without a new step.
         """
@@ -79,8 +82,8 @@ class Recovery:
         self._restarts_in_a_row += 1
         if self._restarts_in_a_row > (limit := self._config.learner.max_restarts):
             raise ClusterError(
-                f"the learner was lost {limit + 1} times without coming further than step {self._furthest_step}; the "
-                f"last time: {why}"
+                f"the learner was lost {limit + 1} times and did not get past step {self._furthest_step}; the last time: "
+                f"{why}"
             )
         self._components.weight_sync.disconnect()
         with self._recorder.phase("learner", "restart"):

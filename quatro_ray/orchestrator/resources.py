@@ -1,4 +1,4 @@
-"""What a configuration will start, and whether it adds up. Loads neither torch nor ray nor vllm."""
+"""The actors, batch sizes and memory that a configuration implies. Loads neither torch nor ray nor vllm."""
 
 from __future__ import annotations
 
@@ -14,7 +14,13 @@ _TINY_VOCABULARY = 258
 
 @dataclass(frozen=True)
 class Bundle:
-    """The resources of one actor, in Ray's names."""
+    """The resources of one actor.
+
+    Attributes:
+        role: role of the actor, such as "generator" or "verifier".
+        index: number of the actor within its role.
+        resources: amounts by Ray's names, CPU and GPU.
+    """
 
     role: str
     index: int
@@ -22,7 +28,7 @@ class Bundle:
 
 
 def bundles(config: Config) -> list[Bundle]:
-    """One a actor, in the order of placement."""
+    """Return one bundle per actor of a training run, in the order of placement."""
     cluster = config.cluster
     gpu = cluster.device == "cuda"
 
@@ -55,7 +61,7 @@ def bundles(config: Config) -> list[Bundle]:
 
 
 def evaluation_bundles(config: Config) -> list[Bundle]:
-    """Of `quatro-ray eval`: no learner, no buffer, and at least one engine."""
+    """Return the bundles of `quatro-ray eval`: no learner, no buffer, and at least one engine."""
     alone = config.model_copy(
         update={"evaluation": config.evaluation.model_copy(update={"num_engines": config.evaluation.num_engines or 1})}
     )
@@ -63,7 +69,10 @@ def evaluation_bundles(config: Config) -> list[Bundle]:
 
 
 def num_parameters(config: Config) -> int | None:
-    """Exact for a tiny model; for a pretrained one what the configuration or its folder says; None if unknown."""
+    """Return the number of the model's parameters, or None if it is unknown.
+
+    It is exact for a tiny model. For a pretrained one it is `model.num_parameters`, or half the bytes of the weights, as for bfloat16.
+    """
     model = config.model
     if isinstance(model, TinyModelConfig):
         d = model.hidden_size
@@ -81,9 +90,13 @@ def num_parameters(config: Config) -> int | None:
 
 
 def learner_bytes_per_rank(config: Config, parameters: int) -> int:
-    """ZeRO-3 model states of a rank: weights, gradients, AdamW's float32 master copy and two moments.
+    """Return the bytes of a rank's ZeRO-3 model states.
 
-    Step control remembers the float32 weights before the step, and a reference policy is one more copy.
+    These are weights, gradients, AdamW's float32 master copy and two moments; for step control, the float32 weights
+    before the step; and for a reference policy, one more copy of the weights.
+
+    Args:
+        parameters: number of the model's parameters.
     """
     width = _BYTES[config.learner.dtype]
     master = 0 if config.learner.dtype == "float32" else 4
@@ -93,7 +106,7 @@ def learner_bytes_per_rank(config: Config, parameters: int) -> int:
 
 
 def describe(config: Config) -> str:
-    """For `quatro-ray plan`."""
+    """Return the text of `quatro-ray plan`."""
     replay, learner, generator = config.replay, config.learner, config.generator
     rollouts = replay.groups_per_step * replay.group_size
     longest = generator.max_prompt_tokens + generator.max_response_tokens

@@ -14,9 +14,13 @@ FILE = "stall.txt"
 
 
 async def stall_report(components: Components, run_dir: Path, version: int) -> str:
-    """Write the stacks of all actors, the ledger's counts and the engines' loads to `run_dir`; return a summary.
+    """Write stacks of engines and learner ranks, the ledger's counts and the engines' loads; return a summary.
 
     A component that does not answer within 10 s is reported as such.
+
+    Args:
+        run_dir: folder for the report.
+        version: the policy version of the engines.
     """
     engines = {f"generator {m.index} ({m.record.state})": m.client for m in components.generators.slots}
     (stats, learner), loads, stacks = await asyncio.gather(
@@ -43,5 +47,5 @@ async def _look(work: Awaitable[object]) -> object:
         return await within(_LOOK_DEADLINE_S, work)
     except TimeoutError:
         return f"does not answer within {_LOOK_DEADLINE_S:g} s: hung or stopped"
-    except Exception as error:  # the reason for which it does not answer is what the report is for
+    except Exception as error:  # the report shows why the component does not answer
         return f"{type(error).__name__}: {error}"

@@ -206,7 +206,7 @@ def test_a_learner_that_never_comes_further_ends_the_run(tmp_path: Path, step: i
 
     world.faults = faults
     with pytest.raises(
-        ClusterError, match=rf"lost 3 times without coming further than step {step}.*illegal memory access"
+        ClusterError, match=rf"lost 3 times and did not get past step {step}.*illegal memory access"
     ):
         world.run()
 
