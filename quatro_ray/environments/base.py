@@ -1,4 +1,4 @@
-"""The interface of an environment. docs/environments.md starts with an environment in ten lines."""
+"""The interface of an environment. docs/environments.md begins with an environment in ten lines."""
 
 from __future__ import annotations
 

@@ -69,8 +69,8 @@ def episode_workers(config: EnvironmentConfig) -> ProcessPool:
 def _file_of(function: str) -> list[Path]:
     """Return the file of a function that lives in a file.
 
-    Other files of its folder are not mounted, because what the policy wrote could read them too. An installed module is
-    readable anyway.
+    Other files of its folder are not mounted, because code that the policy wrote could read them too. An installed
+    module is readable anyway.
     """
     module, _, _ = function.rpartition(":")
     return [Path(module)] if module.endswith(".py") else []

@@ -34,7 +34,7 @@ class Transcript:
 
     @property
     def prefix(self) -> list[int]:
-        """Prompt and response so far, which the engine continues."""
+        """Prompt and response so far, [P + T], which the engine continues."""
         return self._prompt_ids + self._token_ids
 
     @property

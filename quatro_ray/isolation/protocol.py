@@ -121,5 +121,5 @@ def _die_with_parent() -> None:
 
 
 def _max_rss_bytes() -> int:
-    """Return the peak resident memory; it starts at what the parent had when it forked."""
+    """Return the peak resident memory in bytes; it starts at the parent's memory at the fork."""
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024

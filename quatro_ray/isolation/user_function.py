@@ -1,4 +1,4 @@
-"""Loads a user's function that the configuration names."""
+"""Loads the user's functions that the configuration names."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Pools of worker processes that are killed at their deadline, so every item ends in time, whatever its text does."""
+"""Pools of worker processes, each killed at its item's deadline, so that every item ends in time."""
 
 from __future__ import annotations
 
@@ -33,7 +33,11 @@ class Launch:
 
 
 class WorkerLost(Exception):
-    """The process ended or never started; `by_item`: as far as one can tell, because the item exceeded its limits."""
+    """The process ended or never started.
+
+    Attributes:
+        by_item: True if the item exceeded its limits, as far as the exit status shows.
+    """
 
     def __init__(self, detail: str, *, by_item: bool) -> None:
         super().__init__(detail)
@@ -147,7 +151,7 @@ class Worker:
 
 
 def _environment() -> dict[str, str]:
-    """Return this process's environment without Ray's variables, above all its token, and with the same module path."""
+    """Return this process's environment without Ray's variables, such as its token, and with the same module path."""
     own = {k: v for k, v in os.environ.items() if not k.startswith("RAY_")}
     return own | {
         "PYTHONPATH": os.pathsep.join(p for p in sys.path if p),
