@@ -82,8 +82,8 @@ class Recovery:
         self._restarts_in_a_row += 1
         if self._restarts_in_a_row > (limit := self._config.learner.max_restarts):
             raise ClusterError(
-                f"the learner was lost {limit + 1} times and did not get past step {self._furthest_step}; the last time: "
-                f"{why}"
+                f"the learner was lost {limit + 1} times and did not get past step {self._furthest_step}; the last "
+                f"time: {why}"
             )
         self._components.weight_sync.disconnect()
         with self._recorder.phase("learner", "restart"):

@@ -71,7 +71,8 @@ def evaluation_bundles(config: Config) -> list[Bundle]:
 def num_parameters(config: Config) -> int | None:
     """Return the number of the model's parameters, or None if it is unknown.
 
-    It is exact for a tiny model. For a pretrained one it is `model.num_parameters`, or half the bytes of the weights, as for bfloat16.
+    It is exact for a tiny model. For a pretrained one it is `model.num_parameters`, or half the bytes of the weights,
+    which are assumed to be bfloat16.
     """
     model = config.model
     if isinstance(model, TinyModelConfig):
