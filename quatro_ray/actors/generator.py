@@ -16,7 +16,14 @@ from quatro_ray.types import EngineLoad, GenerationSummary, Query, Rollout, Roll
 
 @ray.remote(concurrency_groups=WATCHED)
 class GeneratorActor(HostMixin):
-    """One engine, with all devices of its tensor-parallel group; the methods are those of GenerationEngine."""
+    """One engine, with all devices of its tensor-parallel group; the methods are those of GenerationEngine.
+
+    Args:
+        model_path: folder or hub name of the starting policy.
+        device: "cpu" or "cuda".
+        sync_backend: name of vLLM's weight transfer back end, "nccl" or "gloo".
+        seed: seed of the engine.
+    """
 
     def __init__(self, model_path: str, config: GeneratorConfig, *, device: str, sync_backend: str, seed: int) -> None:
         detach_resource_tracker()

@@ -44,7 +44,11 @@ class LearnerActor(HostMixin):
         _logger.info("rank %d: started", self._rank)
 
     def train_step(self, leased: LeasedBatch, version: int) -> StepMetrics:
-        """Train this rank's share of the batch; every rank packs the same plan from the same groups."""
+        """Train one step on this rank's share of the batch; every rank packs the same plan from the same groups.
+
+        Args:
+            version: the version that the step trains from.
+        """
         return self._engine.train_step(self._pack(leased.groups, leased.lineage), version)
 
     def logprobs(self, groups: tuple[RolloutGroup, ...]) -> list[NDArray[np.float32]]:
@@ -117,7 +121,7 @@ class LearnerActor(HostMixin):
         self._engine.load_checkpoint(folder, version)
 
     def set_version(self, version: int) -> None:
-        """Give the present weights another version number."""
+        """Give the present weights the number `version`."""
         self._engine.version = version
 
     def export(self, path: Path) -> None:

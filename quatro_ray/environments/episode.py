@@ -21,7 +21,13 @@ class Engine(Protocol):
     """The engine that samples the policy's turns."""
 
     async def complete(self, token_ids: Sequence[int], sampling: SamplingParams, stop: Sequence[str]) -> Rollout:
-        """Return the continuation of the tokens; its spans count from the first new token."""
+        """Return the continuation of the tokens; its spans count from the first new token.
+
+        Args:
+            token_ids: prompt and response so far.
+            sampling: `max_tokens` bounds the continuation.
+            stop: strings that end the turn.
+        """
         ...
 
 

@@ -66,6 +66,11 @@ class Transcript:
     def rollout(self, tokenizer: Tokenizer, finish_reason: str, environment: Mapping[str, float]) -> Rollout:
         """Return the rollout.
 
+        Args:
+            tokenizer: decodes the transcript.
+            finish_reason: see Rollout in types.py.
+            environment: the result of the episode, as numbers by name.
+
         Raises:
             ValueError: the policy has sampled nothing.
         """

@@ -63,6 +63,10 @@ class Worker:
     async def start(cls, launch: Launch, hello: Message, deadline_s: float) -> Worker:
         """Start a process and send it its first frame.
 
+        Args:
+            hello: the first frame.
+            deadline_s: limit for the start, in seconds.
+
         Raises:
             ConfigError: the program refuses `hello`.
             WorkerLost: the process does not start.

@@ -26,7 +26,17 @@ class DedicatedEvaluator(Protocol):
         step: int,
         held_out: Mapping[str, Sequence[Query]],
         note: Callable[[str], None],
-    ) -> list[EvaluationResult]: ...
+    ) -> list[EvaluationResult]:
+        """Evaluate a policy, and return one result per data source.
+
+        Args:
+            model_path: folder of the policy in Hugging Face format.
+            version: version of the policy, for the results.
+            step: optimiser steps of the policy, for the results.
+            held_out: queries by data source.
+            note: receives lines for notes.log.
+        """
+        ...
 
 
 class BackgroundEvaluation:

@@ -147,7 +147,10 @@ class Cluster:
 
 
 async def spawn(config: Config, model_path: str) -> Cluster:
-    """Place and start all actors; engines and learner ranks start side by side.
+    """Place and start all actors; engines and learner ranks start concurrently.
+
+    Args:
+        model_path: folder or name of the starting policy.
 
     Raises:
         ClusterError: the cluster is too small, or an actor did not start before its deadline.
@@ -195,6 +198,9 @@ class EvaluationCluster:
 
 async def spawn_evaluation(config: Config, model_path: str) -> EvaluationCluster:
     """Place and start verifiers, reward models and environments.
+
+    Args:
+        model_path: folder or name of the model whose tokenizer the environments use.
 
     Raises:
         ClusterError: the cluster is too small, or an actor did not start before its deadline.

@@ -34,7 +34,12 @@ from quatro_ray.weight_sync.coordinator import Update
 
 
 class Controller:
-    """Generates, trains, evaluates and writes checkpoints until the last step is done."""
+    """Generates, trains, evaluates and writes checkpoints until the last step is done.
+
+    Args:
+        queries: queries to train on, from all sources.
+        held_out: queries to evaluate on, by data source.
+    """
 
     def __init__(
         self,

@@ -26,6 +26,9 @@ class Placer:
     def reserve(cls, config: Config, plan: Sequence[Bundle]) -> Placer:
         """Reserve the resources of the plan.
 
+        Args:
+            plan: one bundle per actor.
+
         Raises:
             ClusterError: the cluster is too small, or the resources do not become free within the deadline.
         """

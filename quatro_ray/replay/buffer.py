@@ -137,6 +137,9 @@ class ReplayBuffer:
     def admit(self, first_id: int, queries: Sequence[Query], version: int) -> list[int]:
         """Admit `queries` as pending groups numbered from `first_id`, and return their ids.
 
+        Args:
+            version: the policy version of the engines.
+
         Raises:
             LedgerError: the queries exceed the capacity; none is admitted.
         """
