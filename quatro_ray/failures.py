@@ -3,7 +3,7 @@
 EngineDied         raised by engines/generation.py; becomes EngineLost in actors/generator_client.py.
 EngineLost         raised by actors/generator_client.py; actors/fleet.py starts a new engine, and
                    orchestrator/group_runner.py gives the group to another one, which continues from `begun`.
-GenerationFailed   raised by evaluation/sampler.py; the group is tried again, then dropped for `reason`.
+GenerationFailed   raised by actors/generation_retry.py; the group is tried again, then dropped for `reason`.
 EnvironmentFailed  raised by environments/episode.py; becomes GenerationFailed in actors/environment_pool.py.
 VerifierFailed     raised by actors/verifier_pool.py, retries included; the group is dropped for `reason`.
 RewardUnavailable  raised by rewards; rewards/scorer.py records it as the outcome of the score.

@@ -21,14 +21,13 @@ from quatro_ray.types import (
     Query,
     Rollout,
     SamplingParams,
+    StepMetrics,
 )
 
 GroupRef = object
 """A RolloutGroup, or a Ray object reference to one."""
 LeasedRef = object
 """A LeasedBatch of replay/buffer.py, or a Ray object reference to one."""
-StepMetrics = dict[str, Any]
-"""Metrics of one optimiser step by name: numbers, lists of numbers, and token counts by staleness."""
 
 
 class Engine(Protocol):

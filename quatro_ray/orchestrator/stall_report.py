@@ -39,7 +39,7 @@ async def stall_report(components: Components, run_dir: Path, version: int) -> s
     text = "\n\n".join(f"=== {name}\n{value}" for name, value in sections.items())
     (run_dir / FILE).write_text(text + "\n", encoding="utf-8")
     short = "; ".join(f"{name}: {load}" for name, load in zip(engines, loads, strict=True))
-    return f"Ledger: {stats}; {short}; version {version}. {run_dir / FILE} has the stacks of all actors"
+    return f"Ledger: {stats}; {short}; version {version}. {run_dir / FILE} has the stacks of engines and learner ranks"
 
 
 async def _look(work: Awaitable[object]) -> object:
