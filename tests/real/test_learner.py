@@ -159,7 +159,7 @@ def test_a_step_within_its_budget_is_untouched(local_ray: None, model_path: str)
 
 
 def test_the_split_into_micro_batches_changes_nothing(local_ray: None, model_path: str) -> None:
-    """All objectives go through it in tests/unit/test_objectives.py; here DeepSpeed accumulates the gradients."""
+    """DeepSpeed accumulates the gradients here; tests/unit/engines/test_objectives.py tries all objectives."""
     changes, norms, counts = [], [], []
     off = {"window_kl_nats_per_token": None}
     for limit in (512, 60, 16):

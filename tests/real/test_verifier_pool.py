@@ -14,7 +14,7 @@ from quatro_ray.config import VerifierConfig
 from quatro_ray.failures import VerifierFailed
 from quatro_ray.types import DropReason, GroupSummary, Query, RolloutGroup
 from tests.make import group, rollout
-from tests.unit.test_worker_pool import AWKWARD, reward_configs
+from tests.unit.rewards.test_workers import AWKWARD, reward_configs
 
 
 def texts(*values: str) -> RolloutGroup:

@@ -205,9 +205,7 @@ def test_a_learner_that_never_comes_further_ends_the_run(tmp_path: Path, step: i
                 world.learner.lost = "illegal memory access"
 
     world.faults = faults
-    with pytest.raises(
-        ClusterError, match=rf"lost 3 times and did not get past step {step}.*illegal memory access"
-    ):
+    with pytest.raises(ClusterError, match=rf"lost 3 times and did not get past step {step}.*illegal memory access"):
         world.run()
 
 

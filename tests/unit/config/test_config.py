@@ -15,7 +15,7 @@ from quatro_ray.config.field_types import accepts, sections_in
 from quatro_ray.errors import ConfigError
 from tests.make import config, config_tree
 
-ROOT = Path(__file__).parents[2]
+ROOT = Path(__file__).parents[3]
 
 
 def write(tmp_path: Path, tree: object) -> Path:

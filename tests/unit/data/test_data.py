@@ -22,7 +22,7 @@ from quatro_ray.orchestrator.group_filters import why_not
 from quatro_ray.rewards.registry import make_reward
 from quatro_ray.types import DropReason, Query, Response
 from tests.make import config
-from tests.unit.test_worker_pool import reward_configs
+from tests.unit.rewards.test_workers import reward_configs
 
 HELD_OUT = {"kind": "chain_sum", "num_questions": 8, "seed": 9}
 

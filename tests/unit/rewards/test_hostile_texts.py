@@ -23,7 +23,7 @@ from quatro_ray.rewards.scorer import Scorer
 from quatro_ray.types import Outcome, Query, Response
 from tests.make import needs_sandbox
 from tests.unit.hostile_programs import ATTACKS
-from tests.unit.test_worker_pool import reward_configs
+from tests.unit.rewards.test_workers import reward_configs
 
 pytestmark = pytest.mark.process
 

@@ -20,8 +20,8 @@ from quatro_ray.environments.registry import load_environment
 from quatro_ray.errors import ConfigError
 from quatro_ray.failures import EnvironmentFailed
 from quatro_ray.types import Query, Rollout, SamplingParams
-from tests.unit.test_environments import Script, with_pool
-from tests.unit.test_prompts import CHATML
+from tests.unit.data.test_chat_template import CHATML
+from tests.unit.environments.test_environments import Script, with_pool
 
 pytestmark = pytest.mark.process
 

@@ -29,7 +29,7 @@ pytestmark = [pytest.mark.process, needs_sandbox]
 
 LIMITS = SandboxLimits(cpu_s=1, wall_s=2, memory_mib=128, max_processes=16, output_kib=64)
 WATCHED = ("/", "/etc", "/root", "/home", "/usr", "/usr/bin", "/var", "/var/tmp", "/dev", "/dev/shm", "/run")
-PROJECT = Path(__file__).parents[2]
+PROJECT = Path(__file__).parents[3]
 
 
 def python(code: str, *arguments: str, stdin: bytes = b"", limits: SandboxLimits = LIMITS) -> Finished:
