@@ -78,6 +78,7 @@ def play(query: Query, *turns: str, max_tokens: int = 400, **args: Any) -> tuple
     settings = EnvironmentConfig.model_validate(
         {
             "function": "quatro_ray.environments.verifiers_library:episode",
+            "turn_deadline_s": 180,  # a fresh process loads the library first
             "params": {"env": "guess-env", "args": args},
             "memory_mib": 4096,
         }
