@@ -76,13 +76,20 @@ def train(ring: Ring, groups: tuple[RolloutGroup, ...]) -> dict:
 def test_a_cluster_of_one_machine_listens_on_loopback(ring: Ring) -> None:
     """All but two stores of torch.distributed, in a learner's process, which know no such setting."""
     me = psutil.Process()
-    open_ports = [
-        p.name()
-        for p in [me, *me.children(recursive=True)]
-        for c in p.net_connections("inet")
-        if c.status == psutil.CONN_LISTEN and not ip_address(c.laddr.ip.removeprefix("::ffff:")).is_loopback
-    ]
-    assert len(open_ports) <= 2 and {name[:15] for name in open_ports} <= {"ray::LearnerAct"}
+    open_ports = [name for p in [me, *me.children(recursive=True)] for name in listeners_beyond_loopback(p)]
+    assert len(open_ports) <= 2 and {name[:15] for name in open_ports} <= {"ray::LearnerAct"}, open_ports
+
+
+def listeners_beyond_loopback(process: psutil.Process) -> list[str]:
+    """The name of the process, once for each such port; none if the process has ended."""
+    try:
+        return [
+            process.name()
+            for c in process.net_connections("inet")
+            if c.status == psutil.CONN_LISTEN and not ip_address(c.laddr.ip.removeprefix("::ffff:")).is_loopback
+        ]
+    except psutil.NoSuchProcess:
+        return []
 
 
 def test_behaviour_logprobs_are_the_learners_own(ring: Ring) -> None:
