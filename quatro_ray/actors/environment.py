@@ -61,6 +61,8 @@ class EnvironmentActor(HostMixin):
 
         Args:
             engine: the generator actor that samples the policy's turns.
+            group_id: id that the returned group carries; it has no effect on the episodes.
+            query: its prompt begins every episode, and the environment's function receives all its fields.
             sampling: `max_tokens` bounds each response; each episode derives its own seed from `seed`.
             size: number of episodes.
 

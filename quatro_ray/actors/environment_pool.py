@@ -36,7 +36,9 @@ class EnvironmentPool(ActorPool):
 
         Args:
             engine: the generator actor that samples the policy's turns.
-            sampling: `max_tokens` bounds each response.
+            group_id: id that the returned group carries; it has no effect on the episodes.
+            query: its prompt begins every episode, and the environment's function receives all its fields.
+            sampling: `max_tokens` bounds each response; each episode derives its own seed from `seed`.
             size: number of episodes.
 
         Raises:

@@ -26,9 +26,19 @@ _LAST_WORDS_S = 1.0
 class EventSink(Protocol):
     """Receives the events and loads of the engines (telemetry/recorder.py)."""
 
-    def event(self, event: str, part: str, **detail: Any) -> None: ...
+    def event(self, event: str, part: str, **detail: Any) -> None:
+        """Record what happened to an engine.
 
-    def engine_load(self, index: int, load: EngineLoad) -> None: ...
+        Args:
+            event: "lost", "recovered" or "given_up".
+            part: the engine, as "generator 0"; the number is its index in the fleet.
+            detail: further fields of the record, such as the reason of a loss.
+        """
+        ...
+
+    def engine_load(self, index: int, load: EngineLoad) -> None:
+        """Record the load that the engine with this index reported at its latest check."""
+        ...
 
 
 class EngineSlot:
@@ -38,6 +48,9 @@ class EngineSlot:
         """Create the slot.
 
         Args:
+            index: position in `Fleet.slots`, and the number in the engine's name "generator N".
+            client: calls the engine; a successor has its own client.
+            record: health of the engine; it keeps the failures and starts of earlier lives.
             lost_at: time at which the last healthy engine of this index was lost, in seconds of the fleet's clock.
         """
         self.index = index
@@ -107,6 +120,7 @@ class Fleet:
 
         Args:
             tasks: runs the watching tasks; a ClusterError in one of them ends the run.
+            watcher: receives the load of each engine about twice a second, and every loss and recovery.
         """
         self._tasks, self._watcher = tasks, watcher
         for slot in self.slots:
@@ -188,6 +202,7 @@ class Fleet:
         """End a lost engine and start its successor. Only the first call for an engine has an effect.
 
         Args:
+            slot: the life of the engine that is over; the successor gets a new slot with the same index.
             why: the reason, for the event and for messages.
             core_died: the engine's process died but its actor lives, and may still report partial groups.
         """

@@ -79,6 +79,8 @@ async def generate_once(
     """Generate one group on one engine, without a retry.
 
     Args:
+        engine: an engine that `Generators.lend` has lent.
+        request: the query, the sampling parameters and the size of the group.
         begun: partial rollouts that another engine reported; the group continues from them.
         deadline_s: limit for the whole group, in seconds.
 

@@ -32,6 +32,7 @@ class GeneratorActor(HostMixin):
         self._engine = GenerationEngine(model_path, config, device=device, sync_backend=sync_backend, seed=seed)  # type: ignore[arg-type]
 
     async def start(self) -> None:
+        """Load the model; its weights are version 0."""
         await self._engine.start()
 
     @ray.method(num_returns=2)
@@ -48,34 +49,45 @@ class GeneratorActor(HostMixin):
         return group.summary(), group
 
     async def complete(self, token_ids: list[int], sampling: SamplingParams, stop: list[str]) -> Rollout:
+        """Sample one turn of an episode, which continues `token_ids`, and return the new tokens alone."""
         return await self._engine.complete(token_ids, sampling, stop)
 
     async def load(self) -> EngineLoad:
+        """Return the engine's work at this moment."""
         return self._engine.load()
 
     async def pause(self) -> int:
+        """Freeze running requests, and return how many groups and turns of episodes there are."""
         return await self._engine.pause()
 
     async def resume(self) -> None:
+        """Continue the frozen requests under the present weights."""
         await self._engine.resume()
 
     async def policy_version(self) -> int:
+        """Return the version that the engine's own process reports."""
         return await self._engine.policy_version()
 
     async def init_weight_transfer_engine(self, init_info: dict[str, Any]) -> None:
+        """Connect the engine's workers to the learner; the back end defines the fields of `init_info`."""
         await self._engine.init_weight_transfer_engine(init_info)
 
     async def start_weight_update(self) -> None:
+        """Prepare the workers to receive a whole set of weights."""
         await self._engine.start_weight_update()
 
     async def update_weights(self, update_info: dict[str, Any]) -> None:
+        """Receive and load the tensors whose names, dtypes and shapes `update_info` lists."""
         await self._engine.update_weights(update_info)
 
     async def finish_weight_update(self, version: int) -> None:
+        """Complete the update; the engine's weights are `version` from now on."""
         await self._engine.finish_weight_update(version)
 
     async def weight_checksums(self) -> dict[str, str]:
+        """Return the SHA-256 of every worker's parameters by name."""
         return await self._engine.weight_checksums()
 
     async def shutdown(self) -> None:
+        """End the engine's processes."""
         await self._engine.shutdown()

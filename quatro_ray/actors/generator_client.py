@@ -32,6 +32,7 @@ class GeneratorClient:
         self._environments = environments or {}
 
     async def start(self) -> None:
+        """Load the starting policy, as version 0."""
         await _alive(value_of(self.actor.start.remote()))
 
     async def generate(
@@ -42,12 +43,7 @@ class GeneratorClient:
         group_size: int,
         begun: tuple[Rollout, ...] = (),
     ) -> tuple[GenerationSummary, Any]:
-        """Return the summary of a group, and a reference to the group.
-
-        Args:
-            group_size: number of rollouts, G.
-            begun: partial rollouts that another engine reported. Episodes ignore them and start again.
-        """
+        """Return the summary of a group, and a reference to the group; episodes ignore `begun` and start again."""
         if environment := self._environments.get(query.source):
             try:
                 return await _alive(environment.play(self.actor, group_id, query, sampling, group_size))
@@ -57,18 +53,23 @@ class GeneratorClient:
         return await _alive(value_or_cancel(summary)), group
 
     async def load(self) -> EngineLoad:
+        """Return the engine's work at this moment."""
         return await _alive(value_of(self.actor.load.remote()))
 
     async def pause(self) -> int:
+        """Freeze running requests, and return how many groups and turns of episodes there are."""
         return await _alive(value_of(self.actor.pause.remote()))
 
     async def resume(self) -> None:
+        """Continue the frozen requests under the present weights."""
         await _alive(value_of(self.actor.resume.remote()))
 
     async def policy_version(self) -> int:
+        """Return the version that the engine's own process reports."""
         return await _alive(value_of(self.actor.policy_version.remote()))
 
     async def stacks(self) -> str:
+        """Return the stack of every thread of the actor's process."""
         return await _alive(value_of(self.actor.stacks.remote()))
 
     def kill(self) -> None:

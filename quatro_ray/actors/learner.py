@@ -39,6 +39,7 @@ class LearnerActor(HostMixin):
         self._engine = LearningEngine(spec, rank=rank)
 
     def start(self, master_address: str, master_port: int) -> None:
+        """Join the process group, whose store rank 0 opens at this address and port, and load the starting policy."""
         _logger.info("rank %d: starting; rank 0 is at %s:%d", self._rank, master_address, master_port)
         self._engine.start(master_address, master_port)
         _logger.info("rank %d: started", self._rank)
@@ -47,7 +48,11 @@ class LearnerActor(HostMixin):
         """Train one step on this rank's share of the batch; every rank packs the same plan from the same groups.
 
         Args:
+            leased: the whole batch, the same on all ranks.
             version: the version that the step trains from.
+
+        Raises:
+            RuntimeError: this rank does not hold `version`.
         """
         return self._engine.train_step(self._pack(leased.groups, leased.lineage), version)
 
@@ -71,9 +76,12 @@ class LearnerActor(HostMixin):
         """Connect to the workers of all engines; replaces an earlier connection.
 
         Args:
+            backend: vLLM's weight transfer back end, the same as that of the engines.
             generators: actor handles, in the order of their workers' ranks.
             workers_per_engine: tensor-parallel size of an engine.
             master_address: host of rank 0, at which the workers meet it.
+            master_port: a TCP port that is free on that host.
+            config: gives the deadlines of the rendezvous and of each call of a transfer, in seconds.
         """
         from quatro_ray.weight_sync.sender import open_transfer
 
@@ -117,6 +125,7 @@ class LearnerActor(HostMixin):
         return digest_files(folder, self._rank, self._config.num_ranks)
 
     def load_checkpoint(self, folder: Path, version: int) -> None:
+        """Load a checkpoint; its policy has the number `version` from now on."""
         _logger.info("rank %d: loading checkpoint %s as version %d", self._rank, folder, version)
         self._engine.load_checkpoint(folder, version)
 

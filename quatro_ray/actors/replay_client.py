@@ -38,30 +38,39 @@ class ReplayClient:
         self._deadline_s = deadline_s
 
     async def recover(self) -> RecoveredState:
+        """Move all groups in progress back to pending, and return the ledger's state."""
         return await self._call("recover")
 
     async def pending(self) -> list[tuple[int, Query]]:
+        """Return ids and queries of the pending groups, oldest first."""
         return await self._call("pending")
 
     async def capacity(self, version: int, num_idle: int = 0) -> int:
+        """Return how many groups may be started while the engines have `version`."""
         return await self._call("capacity", version, num_idle)
 
     async def admit(self, first_id: int, queries: list[Query], version: int) -> list[int]:
+        """Admit `queries` as pending groups numbered from `first_id`, and return their ids."""
         return await self._call("admit", first_id, queries, version)
 
     async def start(self, group_id: int) -> None:
+        """Record that a pending group is being generated."""
         await self._call("start", group_id)
 
     async def generated(self, group_id: int) -> None:
+        """Record that a group is generated and is being scored."""
         await self._call("generated", group_id)
 
     async def retry(self, group_id: int) -> None:
+        """Return a group to pending."""
         await self._call("retry", group_id)
 
     async def ready(self, group: GroupRef) -> None:
+        """Store a scored group, which may be leased from now on."""
         await self._call("ready", group)
 
     async def drop(self, group_id: int, reason: DropReason) -> None:
+        """Drop a group for good."""
         await self._call("drop", group_id, reason)
 
     async def lease(self, version: int, num_samples: int = 0) -> tuple[LeaseSummary | None, LeasedRef]:
@@ -69,21 +78,27 @@ class ReplayClient:
         return await self._try(lambda: self._actor.lease.remote(version, num_samples))
 
     async def commit(self, version: int) -> int:
+        """Record that the batch leased from `version` is trained, and return the new version."""
         return await self._call("commit", version)
 
     async def fall_back(self, version: int, known: int) -> FallBack:
+        """Continue from the weights of `version` under a new version number."""
         return await self._call("fall_back", version, known)
 
     async def flush(self) -> None:
+        """Write all changes to the disk."""
         await self._call("flush")
 
     async def absorbed(self, version: int) -> int:
+        """Free the rollouts of groups trained before `version`, and return the number of these groups."""
         return await self._call("absorbed", version)
 
     async def end_run(self) -> None:
+        """Drop all groups that are neither trained nor dropped."""
         await self._call("end_run")
 
     async def stats(self) -> ReplayStats:
+        """Return the number of groups by state and by reason of drop."""
         return await self._call("stats")
 
     async def _call(self, method: str, *args: object) -> Any:

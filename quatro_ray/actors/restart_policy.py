@@ -65,7 +65,9 @@ class Record:
         """Return the record after the transition to `state`.
 
         Args:
+            state: the new state; HEALTHY may follow HEALTHY, which changes nothing.
             now: time of the transition, in seconds on the clock of `since`.
+            policy: its `stable_s` decides whether a loss counts as the first failure in a row.
 
         Raises:
             ValueError: the transition is not one of TRANSITIONS.
@@ -105,6 +107,7 @@ class Progress:
         Args:
             num_running: requests that the engine works on.
             num_tokens: tokens sampled so far.
+            now: time of the check, in seconds on the clock of `at`.
         """
         if num_running == 0 or num_tokens != self.num_tokens:
             return Progress(num_tokens, now)

@@ -23,10 +23,13 @@ class RewardModelActor(HostMixin):
         self._engine = RewardModelEngine(config, device=device)  # type: ignore[arg-type]
 
     async def start(self) -> None:
+        """Load the model."""
         await self._engine.start()
 
     async def score(self, prompt: str, response: str) -> float:
+        """Return the model's logit for a response to the prompt: unbounded, and higher is better."""
         return await self._engine.score(prompt, response)
 
     async def shutdown(self) -> None:
+        """End the engine's processes."""
         await self._engine.shutdown()

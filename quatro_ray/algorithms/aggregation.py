@@ -46,6 +46,7 @@ def aggregate(
         per_token: [N], losses.
         is_response: bool [N].
         rollout_index: int64 [N], −1 for padding.
+        mode: one of the four above.
         size: that of the global batch.
     """
     values = per_token * is_response

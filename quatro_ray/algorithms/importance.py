@@ -32,6 +32,7 @@ def leveled(level: Level, log_ratio: Tensor, is_response: Tensor, rollout_index:
     length-normalised root of that product (GSPO, arXiv 2507.18071, eq. 7).
 
     Args:
+        level: one of the three above.
         log_ratio: [N], nats, 0 outside responses.
         is_response: bool [N].
         rollout_index: int64 [N], −1 for padding.
@@ -52,6 +53,7 @@ def truncated(log_ratio: Tensor, upper: float) -> tuple[Tensor, Tensor]:
 
     Args:
         log_ratio: log ρ, nats.
+        upper: bound on ρ itself, not on log ρ.
     """
     # the clamp of the exponent keeps exp finite and changes no result: `upper` is far below e⁵⁰
     ratio = log_ratio.clamp(max=50).exp()
@@ -66,6 +68,8 @@ def masked(log_ratio: Tensor, lower: float, upper: float) -> tuple[Tensor, Tenso
 
     Args:
         log_ratio: log ρ, nats.
+        lower: smallest ρ (not log ρ) that is kept.
+        upper: largest ρ that is kept.
     """
     ratio = log_ratio.clamp(max=50).exp()
     outside = (ratio < lower) | (ratio > upper)

@@ -33,8 +33,9 @@ def quatro(policy_logprobs: Tensor, advantage: Tensor, log_weight: Tensor, *, tr
     """Return −w_t A_i log π_θ(y_t), with w_t = min(π_θ/β, truncation) and A_i detached; QUATRO, arXiv 2602.04620.
 
     Args:
-        advantage: residual of the token's rollout (algorithms/advantages.py).
-        log_weight: log π_θ/β at the configured level (algorithms/importance.py:leveled).
+        policy_logprobs: [N], log π_θ(y_t), nats, with gradient.
+        advantage: [N], residual of the token's rollout (algorithms/advantages.py).
+        log_weight: [N], log π_θ/β in nats, at the configured level (algorithms/importance.py:leveled).
         truncation: upper bound of w_t.
     """
     weight, cut = importance.truncated(log_weight.detach(), truncation)
@@ -49,7 +50,8 @@ def clipped(log_ratio: Tensor, advantage: Tensor, *, clip_low: float, clip_high:
     clip_high > clip_low.
 
     Args:
-        log_ratio: log ρ, with gradient.
+        log_ratio: [N], log ρ, nats, with gradient.
+        advantage: [N], that of the token's rollout.
         clip_low: distance of the lower end of the clip range from 1.
         clip_high: distance of the upper end from 1.
     """
@@ -68,7 +70,11 @@ def gspo(
     mean over the response, the same gradient.
 
     Args:
-        sequence_log_ratio: log s_i of the token's rollout.
+        policy_logprobs: [N], log π_θ(y_t), nats, with gradient.
+        sequence_log_ratio: [N], log s_i in nats, of the token's rollout.
+        advantage: [N], that of the token's rollout.
+        clip_low: distance of the lower end of the range of s_i from 1.
+        clip_high: distance of the upper end from 1.
     """
     token_ratio = policy_logprobs - policy_logprobs.detach()
     return clipped(sequence_log_ratio.detach() + token_ratio, advantage, clip_low=clip_low, clip_high=clip_high)
@@ -108,7 +114,9 @@ def interpolated_proximal(behavior_logprobs: Tensor, policy_logprobs: Tensor, st
     On policy (staleness 0) α is 0.
 
     Args:
-        staleness: int64, optimiser steps.
+        behavior_logprobs: [N], log β(y_t), nats, recorded when the token was sampled.
+        policy_logprobs: [N], log π_θ(y_t), nats; no gradient flows back to it.
+        staleness: int64 [N], optimiser steps.
     """
     alpha = torch.where(staleness > 0, 1 / staleness.clamp(min=1), 0.0)
     return alpha * behavior_logprobs + (1 - alpha) * policy_logprobs.detach()
@@ -129,7 +137,12 @@ def tis_grpo(
     Source: Yao et al. 2025, "Your efficient RL framework secretly brings you off-policy RL training".
 
     Args:
-        log_weight: log π_prox/β at the configured level (algorithms/importance.py:leveled).
+        policy_logprobs: [N], log π_θ(y_t), nats, with gradient.
+        proximal_logprobs: [N], log π_prox(y_t), nats, without gradient.
+        log_weight: [N], log π_prox/β in nats, at the configured level (algorithms/importance.py:leveled).
+        advantage: [N], that of the token's rollout.
+        clip_low: distance of the lower end of the range of π_θ/π_prox from 1.
+        clip_high: distance of the upper end from 1.
         truncation: upper bound of the weight.
     """
     weight, cut = importance.truncated(log_weight.detach(), truncation)
@@ -154,7 +167,14 @@ def mis_grpo(
     double-sided mask of IcePop.
 
     Args:
-        log_weight: log π_prox/β at the configured level (algorithms/importance.py:leveled).
+        policy_logprobs: [N], log π_θ(y_t), nats, with gradient.
+        proximal_logprobs: [N], log π_prox(y_t), nats, without gradient.
+        log_weight: [N], log π_prox/β in nats, at the configured level (algorithms/importance.py:leveled).
+        advantage: [N], that of the token's rollout.
+        clip_low: distance of the lower end of the range of π_θ/π_prox from 1.
+        clip_high: distance of the upper end from 1.
+        mask_low: smallest weight that is kept, below 1.
+        mask_high: largest weight that is kept, above 1.
     """
     weight, outside = importance.masked(log_weight.detach(), mask_low, mask_high)
     inner = clipped(policy_logprobs - proximal_logprobs, advantage, clip_low=clip_low, clip_high=clip_high)
@@ -170,6 +190,9 @@ def m2po(
     exceeds the threshold.
 
     Args:
+        policy_logprobs: [N], log π_θ(y_t), nats, with gradient.
+        behavior_logprobs: [N], log β(y_t), nats, recorded when the token was sampled.
+        advantage: [N], that of the token's rollout.
         log_ratio_threshold: result of `m2_threshold` for the global batch, nats.
     """
     log_ratio = policy_logprobs - behavior_logprobs
@@ -207,6 +230,9 @@ def sapo(
     """Return −(4/τ) σ(τ(ρ_t − 1)) A_i, a soft gate in place of a clip; SAPO, arXiv 2511.20347, eq. 5 and 6.
 
     Args:
+        policy_logprobs: [N], log π_θ(y_t), nats, with gradient.
+        behavior_logprobs: [N], log β(y_t), nats, recorded when the token was sampled.
+        advantage: [N], that of the token's rollout.
         tau_positive: τ of tokens with A_i > 0.
         tau_negative: τ of all other tokens.
     """
@@ -222,7 +248,9 @@ def reinforce(policy_logprobs: Tensor, log_weight: Tensor, advantage: Tensor, *,
     Source: REINFORCE (Williams 1992) with the truncated importance weights of IMPALA (arXiv 1802.01561, section 4.1).
 
     Args:
-        log_weight: log ρ at the configured level (algorithms/importance.py:leveled).
+        policy_logprobs: [N], log π_θ(y_t), nats, with gradient.
+        log_weight: [N], log ρ in nats, at the configured level (algorithms/importance.py:leveled).
+        advantage: [N], that of the token's rollout: its reward minus a baseline.
         truncation: upper bound of the weight.
     """
     weight, cut = importance.truncated(log_weight.detach(), truncation)

@@ -113,6 +113,7 @@ class ChainSumSourceConfig(_Source):
     """Seed of the generated questions. Give train and eval different ones."""
 
     def broken_rules(self) -> Iterator[str]:
+        """Yield a line for each range, of terms or of digits, that is empty."""
         for name, low, high in [
             ("terms", self.min_terms, self.max_terms),
             ("digits", self.min_digits, self.max_digits),
@@ -135,6 +136,7 @@ class VerifiersSourceConfig(_Source):
     """Use only this many rows, the first ones. null: all."""
 
     def broken_rules(self) -> Iterator[str]:
+        """Yield a line if the source names no environment, although its dataset is made for one."""
         if self.environment is None:
             yield (
                 "environment is missing: name an entry of `environments` whose function is "
@@ -186,6 +188,7 @@ class FilterConfig(Section):
     """Consecutive dropped groups that end the run, because filters that let nothing pass would spin for ever."""
 
     def broken_rules(self) -> Iterator[str]:
+        """Yield a line if the lower bound on the mean reward is not below the upper one."""
         low, high = self.min_mean_reward, self.max_mean_reward
         if low is not None and high is not None and low >= high:
             yield f"min_mean_reward={low:g} must be below max_mean_reward={high:g}: lower it"

@@ -73,6 +73,7 @@ class GeneratorConfig(Section):
         return top_p
 
     def broken_rules(self) -> Iterator[str]:
+        """Yield a line for each broken rule about the number of engines and engine_args."""
         if self.min_engines > self.num_engines:
             yield f"min_engines={self.min_engines} must be at most num_engines={self.num_engines}: lower it"
         if self.deterministic and self.num_engines > 1:

@@ -40,6 +40,7 @@ class TinyModelConfig(Section):
     """The warm-up, without which random weights would earn no reward."""
 
     def broken_rules(self) -> Iterator[str]:
+        """Yield a line if hidden_size does not suit the number of attention heads."""
         if self.hidden_size % (32 * self.num_heads):
             yield (
                 f"hidden_size={self.hidden_size} must be a multiple of 32*num_heads={32 * self.num_heads}, because "

@@ -78,6 +78,7 @@ class DapoConfig(_Clipped):
     """Distance of the clip range's upper end from 1; above clip_low, so that rare tokens can grow."""
 
     def broken_rules(self) -> Iterator[str]:
+        """Yield a line if the clip range is not wider above 1 than below, which is DAPO's clip-higher."""
         if self.clip_high <= self.clip_low:
             yield (
                 f"clip_high={self.clip_high:g} must exceed clip_low={self.clip_low:g}, which is DAPO's clip-higher: "
@@ -154,6 +155,7 @@ class SapoConfig(Section):
     """Gate temperature for negative advantages; at least tau_positive, because these spread over the vocabulary."""
 
     def broken_rules(self) -> Iterator[str]:
+        """Yield a line if the gate fades more slowly for negative advantages than for positive ones."""
         if self.tau_negative < self.tau_positive:
             yield (
                 f"tau_negative={self.tau_negative:g} must be at least tau_positive={self.tau_positive:g}, because "

@@ -89,6 +89,7 @@ class LengthRewardConfig(_Reward):
     """Tokens before max_tokens over which the penalty grows."""
 
     def broken_rules(self) -> Iterator[str]:
+        """Yield a line if the penalty would have to begin at a negative length."""
         if self.buffer_tokens > self.max_tokens:
             yield f"buffer_tokens={self.buffer_tokens} must be at most max_tokens={self.max_tokens}: lower it"
 
@@ -171,6 +172,7 @@ class SandboxFusionRewardConfig(_Remote):
     """true: 1 only if all test cases pass. false: the share of test cases that pass."""
 
     def broken_rules(self) -> Iterator[str]:
+        """Yield a line if requests time out before the programs that they run."""
         if self.timeout_s <= self.limits.wall_s:
             yield (
                 f"timeout_s={self.timeout_s:g} must exceed limits.wall_s={self.limits.wall_s:g}, or a program that "

@@ -25,6 +25,7 @@ class RunConfig(Section):
     """auto: continue the run in `dir` from where it ended, or start it if there is none yet."""
 
     def broken_rules(self) -> Iterator[str]:
+        """Yield a line if the run in `dir` is to be both replaced and continued."""
         if self.overwrite and self.resume == "auto":
             yield "overwrite=true contradicts resume=auto: set only one of the two"
 
@@ -53,6 +54,7 @@ class EvaluationConfig(Section):
     """Seconds within which one set must be evaluated. Raise it for large sets or long responses."""
 
     def broken_rules(self) -> Iterator[str]:
+        """Yield a line for each broken rule about the samples of a query and the k of pass@k."""
         if self.temperature == 0 and self.samples_per_query > 1:
             yield (
                 f"temperature=0 (greedy) gives the same sample each time: set samples_per_query to 1 instead of "

@@ -79,6 +79,7 @@ class Config(Section):
         return named
 
     def broken_rules(self) -> Iterator[str]:
+        """Yield a line for each broken rule between fields of different sections."""
         yield from self._every_source_is_scored()
         yield from self._environments_exist()
         yield from self._programs_have_time()

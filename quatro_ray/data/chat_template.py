@@ -13,24 +13,33 @@ _MARK = "\u2402 turn \u2403"
 class Encoder(Protocol):
     """The part of a transformers tokenizer that encodes texts and chats."""
 
-    def encode(self, text: str, *, add_special_tokens: bool = True) -> list[int]: ...
+    def encode(self, text: str, *, add_special_tokens: bool = True) -> list[int]:
+        """Return the tokens of a text, by default with special tokens such as one at its beginning."""
+        ...
 
-    def apply_chat_template(self, conversation: list[dict[str, Any]], **options: Any) -> Any: ...
+    def apply_chat_template(self, conversation: list[dict[str, Any]], **options: Any) -> Any:
+        """Return a conversation in the model's chat format, as tokens or (`tokenize=False`) as text."""
+        ...
 
 
 class Tokenizer(Encoder, Protocol):
     """The part of a transformers tokenizer that this package uses."""
 
     @property
-    def all_special_ids(self) -> list[int]: ...
+    def all_special_ids(self) -> list[int]:
+        """The ids of special tokens, such as the one that ends a turn."""
+        ...
 
-    def decode(self, token_ids: list[int]) -> str: ...
+    def decode(self, token_ids: list[int]) -> str:
+        """Return the text of the tokens, with special tokens written out."""
+        ...
 
 
 def encode_prompt(tokenizer: Encoder, prompt: str) -> list[int]:
     """Return the tokens of a prompt: plain text as it is, a chat by the chat template.
 
     Args:
+        tokenizer: that of the policy, whose template renders chats.
         prompt: plain text, or chat messages as the JSON text that `chat_prompt` makes.
 
     Raises:
@@ -84,6 +93,10 @@ def encode_given(tokenizer: Tokenizer, prompt: str, text: str, role: str, last_t
     start of the next turn. They are cut out of a rendered conversation, so the tokens of earlier turns never change.
 
     Args:
+        tokenizer: that of the policy.
+        prompt: the prompt of the query, as `encode_prompt` takes it.
+        text: what the environment gives: the content of one message.
+        role: role of the message in a chat, such as user; a plain prompt ignores it.
         last_token: newest token of the response, which the result follows; None if the response is empty.
 
     Raises:

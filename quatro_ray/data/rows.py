@@ -35,6 +35,7 @@ def read_rows(config: RowSource, label: str, *, refuse: bool) -> Rows:
     """Return the queries of a source; rows that cannot be used are counted.
 
     Args:
+        config: path of the source, its columns and its prompt template.
         label: section of the data, which begins the ids of its queries.
         refuse: raise for the first row that cannot be used, instead of counting it.
 

@@ -45,6 +45,7 @@ class MicroBatchTensors:
 
     @classmethod
     def concatenate(cls, rows: Sequence[MicroBatchTensors]) -> MicroBatchTensors:
+        """Join rows along their tokens, in order: [N₁], [N₂], … → [N₁ + N₂ + …]."""
         return cls(**{name: torch.cat([getattr(row, name) for row in rows]) for name in vars(rows[0])})
 
     def select(self, kept: Tensor) -> MicroBatchTensors:
@@ -125,7 +126,9 @@ def make_step_batch(batch: LearnerBatch, log_ratio: Tensor | None, device: torch
     """Join the micro-batches of all ranks.
 
     Args:
+        batch: the whole batch, with the micro-batches of every rank.
         log_ratio: float64 [M], in the order of the micro-batches: all of rank 0, then all of rank 1, and so on.
+        device: where the result lies; `log_ratio` must lie there already.
     """
     everyone = [micro for rank in batch.micro_batches for micro in rank]
     index = np.concatenate([micro.rollout_index[micro.is_response] for micro in everyone])
@@ -143,6 +146,7 @@ def make_token_batch(micro: MicroBatchTensors, policy_logprobs: Tensor, advantag
     """Look up the advantage of each token and mask what is no response.
 
     Args:
+        micro: N tokens, padding included.
         policy_logprobs: float32 [N], nats, with gradient.
         advantage: float64 [Q, G].
     """

@@ -43,7 +43,9 @@ def digest_files(folder: Path, share: int = 0, num_shares: int = 1) -> Digests:
     """Return the digests of every `num_shares`-th file, read back from disk; learner ranks divide the files so.
 
     Args:
+        folder: a checkpoint, complete or still being written; its manifest and state are left out.
         share: index of the caller's share, in [0, num_shares).
+        num_shares: number of callers that divide the files among them.
     """
     return {p.name: (p.stat().st_size, _sha256(p)) for p in _files(folder)[share::num_shares]}
 
@@ -96,6 +98,7 @@ class CheckpointStore:
 
         Args:
             writing: folder that `begin` returned, with all shards in it.
+            version: policy version of the learner's weights.
             state: what the controller needs to resume; JSON.
             digests: those of the files as their writers saw them.
 
@@ -171,6 +174,7 @@ def _damage(path: Path, *, thorough: bool) -> str | None:
     """Return what differs from the manifest, or None.
 
     Args:
+        path: folder of the checkpoint.
         thorough: compare contents too, not only sizes.
     """
     try:
@@ -219,6 +223,8 @@ def check_room(folder: Path, num_bytes: int, what: str, remedy: str) -> None:
     """Raise CheckpointError unless the folder's disk has more than `num_bytes` free.
 
     Args:
+        folder: an existing folder on the disk in question.
+        num_bytes: size of what is to be written.
         what: subject of the message, such as "a checkpoint".
         remedy: what the user can do.
     """

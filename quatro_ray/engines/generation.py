@@ -48,6 +48,11 @@ class GenerationEngine:
 
     @property
     def llm(self) -> AsyncLLM:
+        """The engine of vLLM.
+
+        Raises:
+            RuntimeError: the engine is not running, because `start` was not called or `shutdown` was.
+        """
         if self._llm is None:
             raise RuntimeError("start() must be called first")
         return self._llm
@@ -100,6 +105,10 @@ class GenerationEngine:
         """Sample `group_size` responses, or continue those that another engine has begun.
 
         Args:
+            group_id: id of the result; it has no effect on the sampling.
+            query: its prompt is encoded with the model's tokenizer and chat template.
+            sampling: `max_tokens` bounds each response, begun tokens included.
+            group_size: G, ignored if `begun` is given.
             begun: rollouts of an engine that died; those with a finish_reason are kept as they are. Empty to start
                 anew.
 
@@ -121,6 +130,7 @@ class GenerationEngine:
 
         Args:
             token_ids: the episode so far.
+            sampling: `max_tokens` bounds this turn alone.
             stop: strings that end the turn. The text ends with the string that was met; the tokens are those sampled,
                 so the last one may reach beyond that string.
 
@@ -224,23 +234,36 @@ class GenerationEngine:
         return self._num_running
 
     async def resume(self) -> None:
+        """Continue the requests that `pause` froze, under the weights that the engine holds now."""
         with _engine_death():
             await self.llm.resume_generation()
 
     async def init_weight_transfer_engine(self, init_info: dict[str, Any]) -> None:
+        """Connect the engine's workers to the learner.
+
+        Args:
+            init_info: fields of the back end's WeightTransferInitInfo, such as address, port and rank offset.
+        """
         from vllm.distributed.weight_transfer.base import WeightTransferInitRequest
 
         await self.llm.init_weight_transfer_engine(WeightTransferInitRequest(init_info=init_info))
 
     async def start_weight_update(self) -> None:
+        """Prepare the workers to receive a new version of the weights."""
         await self.llm.start_weight_update()
 
     async def update_weights(self, update_info: dict[str, Any]) -> None:
+        """Receive weights from the learner and load them.
+
+        Args:
+            update_info: names, dtypes and shapes of the tensors, in the order in which they are sent.
+        """
         from vllm.distributed.weight_transfer.base import WeightTransferUpdateRequest
 
         await self.llm.update_weights(WeightTransferUpdateRequest(update_info=update_info))
 
     async def finish_weight_update(self, version: int) -> None:
+        """Complete the update; tokens sampled from now on are of policy `version`."""
         await self.llm.finish_weight_update(weight_version=str(version))
         self._version = version
 
@@ -257,6 +280,7 @@ class GenerationEngine:
         return merged
 
     async def shutdown(self) -> None:
+        """End the engine's processes; a second call does nothing."""
         if self._llm is not None:
             await asyncio.to_thread(self._llm.shutdown)
             self._llm = None

@@ -308,6 +308,7 @@ class LearningEngine:
         dist.barrier()
 
     def shutdown(self) -> None:
+        """Leave the process group, if this rank has joined one."""
         if dist.is_initialized():
             dist.destroy_process_group()
 

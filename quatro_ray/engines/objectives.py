@@ -63,6 +63,8 @@ class Objective:
 
 
 def quatro(config: c.QuatroConfig) -> Objective:
+    """Build QUATRO (arXiv 2602.04620): residuals of each query's trust region, and truncated importance weights."""
+
     def loss(t: TokenBatch, _: float) -> TokenLoss:
         log_weight = t.log_ratio(config.importance.level).detach()
         return losses.quatro(t.policy_logprobs, t.advantage, log_weight, truncation=config.importance.truncation)
@@ -126,18 +128,23 @@ def _clipped(config: c.GrpoConfig | c.DrGrpoConfig | c.DapoConfig) -> Callable[[
 
 
 def grpo(config: c.GrpoConfig) -> Objective:
+    """Build GRPO (arXiv 2402.03300): group-normalised advantages, clipped ratios, and a mean over each response."""
     return Objective(_clipped(config), loss_agg_mode="seq_mean_token_mean")
 
 
 def dr_grpo(config: c.DrGrpoConfig) -> Objective:
+    """Build Dr. GRPO (arXiv 2503.20783): GRPO without division by the group's std or by response lengths."""
     return Objective(_clipped(config), prepare=_group_centred, loss_agg_mode="seq_mean_token_sum_norm")
 
 
 def dapo(config: c.DapoConfig) -> Objective:
+    """Build DAPO (arXiv 2503.14476): GRPO's advantages and clipped ratios, with a mean over all tokens."""
     return Objective(_clipped(config))
 
 
 def gspo(config: c.GspoConfig) -> Objective:
+    """Build GSPO (arXiv 2507.18071): GRPO's advantages, and a clip of the length-normalised ratio of each response."""
+
     def loss(t: TokenBatch, _: float) -> TokenLoss:
         ratio = t.log_ratio("geometric")
         return losses.gspo(t.policy_logprobs, ratio, t.advantage, clip_low=config.clip_low, clip_high=config.clip_high)
@@ -146,6 +153,8 @@ def gspo(config: c.GspoConfig) -> Objective:
 
 
 def cispo(config: c.CispoConfig) -> Objective:
+    """Build CISPO (arXiv 2506.13585): GRPO's advantages, and truncated weights in place of a clip."""
+
     def loss(t: TokenBatch, _: float) -> TokenLoss:
         return losses.cispo(t.policy_logprobs, t.behavior_logprobs, t.advantage, upper=config.weight_upper)
 
@@ -153,6 +162,8 @@ def cispo(config: c.CispoConfig) -> Objective:
 
 
 def decoupled_ppo(config: c.DecoupledPpoConfig) -> Objective:
+    """Build decoupled PPO (AReaL, arXiv 2505.24298): a clip around a proximal policy, weighted by π_prox/β."""
+
     def loss(t: TokenBatch, _: float) -> TokenLoss:
         proximal = t.proximal_logprobs
         if config.proximal == "interpolated":
@@ -171,6 +182,8 @@ def decoupled_ppo(config: c.DecoupledPpoConfig) -> Objective:
 
 
 def tis_grpo(config: c.TisGrpoConfig) -> Objective:
+    """Build GRPO with truncated importance weights (TIS, Yao et al. 2025)."""
+
     def loss(t: TokenBatch, _: float) -> TokenLoss:
         return losses.tis_grpo(
             t.policy_logprobs,
@@ -186,6 +199,8 @@ def tis_grpo(config: c.TisGrpoConfig) -> Objective:
 
 
 def mis_grpo(config: c.MisGrpoConfig) -> Objective:
+    """Build GRPO with masked importance weights (MIS, Liu et al. 2025)."""
+
     def loss(t: TokenBatch, _: float) -> TokenLoss:
         return losses.mis_grpo(
             t.policy_logprobs,
@@ -202,6 +217,8 @@ def mis_grpo(config: c.MisGrpoConfig) -> Objective:
 
 
 def m2po(config: c.M2poConfig) -> Objective:
+    """Build M2PO (arXiv 2510.01161): a mask whose threshold is computed once per step, from the global batch."""
+
     def prepare(batch: StepBatch) -> Prepared:
         assert batch.log_ratio is not None
         advantage = advantages.group_normalised(batch.rewards, batch.valid)
@@ -215,6 +232,8 @@ def m2po(config: c.M2poConfig) -> Objective:
 
 
 def sapo(config: c.SapoConfig) -> Objective:
+    """Build SAPO (arXiv 2511.20347): GRPO's advantages, and a soft gate in place of a clip."""
+
     def loss(t: TokenBatch, _: float) -> TokenLoss:
         return losses.sapo(
             t.policy_logprobs,
@@ -228,6 +247,7 @@ def sapo(config: c.SapoConfig) -> Objective:
 
 
 def reinforce(config: c.ReinforceConfig) -> Objective:
+    """Build REINFORCE (Williams 1992): the group's mean as baseline, and truncated importance weights."""
     importance = config.importance
 
     def loss(t: TokenBatch, _: float) -> TokenLoss:
@@ -255,4 +275,5 @@ OBJECTIVES: dict[str, Callable[[Any], Objective]] = {
 
 
 def make_objective(config: c.ObjectiveConfig) -> Objective:
+    """Build the method that `config.kind` names."""
     return OBJECTIVES[config.kind](config)

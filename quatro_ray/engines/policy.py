@@ -59,8 +59,10 @@ def export(model: PolicyModel, state: dict[str, Tensor], source: str, path: Path
     """Write weights, configuration and tokenizer in the format that transformers and vLLM load.
 
     Args:
+        model: gives the configuration; its own weights are not read.
         state: full tensors by checkpoint name.
         source: folder or hub name of the starting policy, whose tokenizer is copied.
+        path: folder to write, which is created if it does not exist.
     """
     from safetensors.torch import save_file
 
@@ -79,6 +81,7 @@ def convert_checkpoint(checkpoints: Path, tag: str, source: str | Path, path: Pa
         checkpoints: folder of the checkpoints.
         tag: name of the checkpoint in it.
         source: an export of the same model, for its configuration and tokenizer.
+        path: folder to write, which is created if it does not exist.
     """
     from deepspeed.utils.zero_to_fp32 import get_fp32_state_dict_from_zero_checkpoint
 

@@ -30,6 +30,11 @@ class RewardModelEngine:
 
     @property
     def llm(self) -> AsyncLLM:
+        """The engine of vLLM.
+
+        Raises:
+            RuntimeError: the engine is not running, because `start` was not called or `shutdown` was.
+        """
         if self._llm is None:
             raise RuntimeError("start() must be called first")
         return self._llm
@@ -91,6 +96,7 @@ class RewardModelEngine:
         raise RuntimeError("vLLM ended a request without a final output")
 
     async def shutdown(self) -> None:
+        """End the engine's processes; a second call does nothing."""
         if self._llm is not None:
             await asyncio.to_thread(self._llm.shutdown)
             self._llm = None

@@ -38,6 +38,7 @@ class Collector:
         """Add a micro-batch.
 
         Args:
+            t: the tokens from which its loss was computed.
             entropy: [N], nats.
             per_token_loss: [N], not normalised.
             limited: bool [N], tokens on which a clip, a truncation or a mask of the loss acted.

@@ -32,6 +32,7 @@ def make_model(config: TinyModelConfig, tokenizer: Qwen2Tokenizer, seed: int) ->
 
 
 def save_pretrained(model: Qwen2ForCausalLM, tokenizer: Qwen2Tokenizer, path: Path) -> None:
+    """Write model and tokenizer to a folder, which is created if it does not exist."""
     path.mkdir(parents=True, exist_ok=True)
     model.save_pretrained(path)
     tokenizer.save_pretrained(path)

@@ -38,8 +38,10 @@ def warm_up(
     Training ends when the share of right samples reaches config.warmup.target_pass_rate, or after max_steps.
 
     Args:
+        config: size of the model, and settings of the warm-up.
         train: questions whose answers are the demonstrations.
         held_out: questions for the pass rate.
+        seed: seed of the initial weights and of the order of demonstrations.
         path: folder to save the model in.
 
     Yields:

@@ -14,6 +14,7 @@ class TokenCounter:
         self.num_sampled_tokens = 0
 
     def factory(self, vllm_config: Any, engine_index: int = 0) -> StatLoggerBase:
+        """Return a logger that vLLM calls after each engine step and that adds to this counter."""
         return _StatLogger(self)
 
 

@@ -26,6 +26,7 @@ class _Span(Protocol):
 
 
 def to_rollout(completion: CompletionOutput) -> Rollout:
+    """Convert a finished completion that has log-probs and weight versions to a rollout without a score."""
     assert completion.logprobs is not None and completion.weight_versions is not None
     rollout = _rollout(completion.token_ids, completion.logprobs, completion.weight_versions)
     return replace(rollout, text=completion.text, finish_reason=completion.finish_reason or "")
@@ -77,6 +78,7 @@ def joined(first: Rollout, rest: Rollout, text: str) -> Rollout:
     """Append `rest` to `first`.
 
     Args:
+        first: the beginning, whose finish_reason is empty.
         rest: its spans count from its own first token.
         text: text of the whole rollout.
     """

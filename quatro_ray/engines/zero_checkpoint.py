@@ -160,6 +160,7 @@ def random_states(device: torch.device) -> RandomStates:
 
 
 def restore_random_states(states: RandomStates, device: torch.device) -> None:
+    """Set the generators of this process to states that `random_states` returned."""
     version, internal, next_gauss = states["python"]
     random.setstate((version, tuple(internal), next_gauss))
     name, keys, position, has_gauss, gauss = states["numpy"]

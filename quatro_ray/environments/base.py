@@ -30,6 +30,7 @@ class Policy(Protocol):
         """Put text before the policy's next turn, as context that is not trained on.
 
         Args:
+            text: result of a tool, a question, or whatever else the policy is to read.
             role: role of the message, in a chat. In a plain prompt the text is used as it is.
         """
         ...
@@ -50,4 +51,6 @@ class Environment(Protocol):
 
     def __call__(
         self, query: Query, policy: Policy, **params: Any
-    ) -> EpisodeResult | Coroutine[Any, Any, EpisodeResult]: ...
+    ) -> EpisodeResult | Coroutine[Any, Any, EpisodeResult]:
+        """Play one episode of the query; `params` are those of the environment in the configuration."""
+        ...

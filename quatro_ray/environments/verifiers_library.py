@@ -24,6 +24,8 @@ def episode(
     """Return a coroutine that plays one rollout and returns its `reward` and its metrics, by the environment's rubric.
 
     Args:
+        query: one that data/verifiers_library.py made; its metadata holds the row of the library's dataset.
+        policy: answers the library's requests for completions.
         env: name of the environment, for verifiers.load_environment.
         args: the environment's own arguments, for verifiers.load_environment.
     """

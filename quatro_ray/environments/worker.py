@@ -36,6 +36,12 @@ class PipedPolicy:
         self._given: list[tuple[str, str]] = []  # text and role, since the last turn
 
     def generate(self, *, stop: Sequence[str] = (), max_tokens: int | None = None) -> Turn | None:
+        """Ask the parent process for the policy's next turn; see environments/base.py:Policy.generate.
+
+        Raises:
+            RuntimeError: an earlier call returned None, so the episode is over.
+            ValueError: `stop` is one string instead of several, or `max_tokens` is below 1.
+        """
         if self._over:
             raise RuntimeError("policy.generate() was called after it returned None: end the episode at None")
         if isinstance(stop, str) or (max_tokens is not None and max_tokens < 1):
@@ -52,6 +58,11 @@ class PipedPolicy:
         return None if self._over else Turn(**request["turn"])
 
     def give(self, text: str, role: str = "user") -> None:
+        """Keep the text until the next `generate`, which sends it; see environments/base.py:Policy.give.
+
+        Raises:
+            TypeError: the text or the role is not a string.
+        """
         if not isinstance(text, str) or not isinstance(role, str):
             raise TypeError(
                 f"give() takes a text and a role as strings, not {type(text).__name__} and {type(role).__name__}"

@@ -19,7 +19,9 @@ class Pools(Protocol):
 
     async def sample(
         self, group_id: int, query: Query, sampling: SamplingParams, size: int, *, read: bool
-    ) -> tuple[GroupSummary, dict[str, object] | None]: ...
+    ) -> tuple[GroupSummary, dict[str, object] | None]:
+        """Return the scores of `size` responses and, if `read`, the group in the form of rollouts.jsonl."""
+        ...
 
 
 def pass_at_k(num_correct: Sequence[int], num_samples: int, k: int) -> float:

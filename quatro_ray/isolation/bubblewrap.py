@@ -88,7 +88,8 @@ def in_the_sandbox(
     Args:
         program: name of a module.
         memory_mib: limit of each process's address space.
-        read_only, env: as for `sandboxed`.
+        read_only: as for `sandboxed`, besides this package.
+        env: environment variables besides PYTHONPATH and OMP_NUM_THREADS.
     """
     package = Path(quatro_ray.__file__).parent
     # a worker handles many items, so the pool limits its time

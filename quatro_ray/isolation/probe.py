@@ -35,20 +35,24 @@ def works(action: Callable[[], object]) -> bool:
 
 
 def read(path: str) -> bytes:
+    """Return the content of a file."""
     with open(path, "rb") as file:
         return file.read()
 
 
 def write(path: str) -> str:
+    """Create a file, or empty an existing one, and return its path."""
     with open(path, "wb") as file:
         return file.name
 
 
 def connect(host: str, port: int) -> socket.socket:
+    """Return a TCP connection that is made within 0.3 s."""
     return socket.create_connection((host, port), timeout=0.3)
 
 
 def call(name: str, *arguments: int) -> str:
+    """Call a function of the C library and return its name; raise OSError if the result is negative."""
     if ctypes.CDLL(None).__getattr__(name)(*arguments) < 0:
         raise OSError(name)
     return name
@@ -70,12 +74,14 @@ def foreign_variables() -> set[str] | None:
 
 
 def big_file(num_bytes: int) -> str:
+    """Write /tmp/big, one byte larger than `num_bytes`, and return its path."""
     with open("/tmp/big", "wb") as file:
         file.write(bytes(num_bytes + 1))
         return file.name
 
 
 def status(name: str) -> str:
+    """Return the value of a field of /proc/self/status."""
     return next(line.split()[1] for line in read("/proc/self/status").decode().splitlines() if line.startswith(name))
 
 

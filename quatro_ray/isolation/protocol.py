@@ -84,6 +84,7 @@ class Pipes:
             yield request
 
     def write(self, message: Message) -> None:
+        """Send a message as one frame, and flush the pipe."""
         self._replies.write(frame(message))
         self._replies.flush()
 

@@ -61,7 +61,12 @@ def run(
     memory_mib in between.
 
     Args:
-        command, files, read_only, env: as for isolation/bubblewrap.py:sandboxed.
+        command: absolute path of the program inside the sandbox, and its arguments.
+        limits: those of the run; wall_s counts the start of the sandbox.
+        stdin: standard input of the program, which need not read it.
+        files: text of files in /box, by name.
+        read_only: files and folders that are readable inside, at the same path, besides the Python installation.
+        env: the whole environment; empty by default.
 
     Raises:
         SandboxError: the sandbox did not start, or did not die when it was killed.

@@ -64,6 +64,7 @@ class Worker:
         """Start a process and send it its first frame.
 
         Args:
+            launch: its descriptors must stay open until this returns.
             hello: the first frame.
             deadline_s: limit for the start, in seconds.
 
@@ -91,6 +92,7 @@ class Worker:
         """Return the answer to a request. If this raises, the process has been killed.
 
         Args:
+            request: JSON object of at most MAX_FRAME_BYTES bytes, sent as one frame.
             deadline_s: counts from this call.
 
         Raises:
@@ -212,6 +214,7 @@ class ProcessPool:
         self._idle = [first, *await asyncio.gather(*(self._spawn() for _ in range(num - 1)))]
 
     async def close(self) -> None:
+        """Kill the idle processes, but not those that work on an item."""
         idle, self._idle = self._idle, []
         await asyncio.gather(*(worker.kill() for worker in idle))
 

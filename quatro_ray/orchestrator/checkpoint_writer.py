@@ -124,6 +124,8 @@ class CheckpointWriter:
         """Continue from `step` after a fall-back to the checkpoint of `saved_step`.
 
         Args:
+            saved_step: optimiser step of the checkpoint that was loaded; 0 if there was none.
+            step: optimiser steps of the policy that the learner has now.
             is_export_known: False if an earlier process wrote the export, which may then be incomplete.
         """
         self.saved_step = saved_step

@@ -150,6 +150,7 @@ async def spawn(config: Config, model_path: str) -> Cluster:
     """Place and start all actors; engines and learner ranks start concurrently.
 
     Args:
+        config: the whole configuration; each kind of actor has its own `start_deadline_s` in it.
         model_path: folder or name of the starting policy.
 
     Raises:
@@ -200,6 +201,7 @@ async def spawn_evaluation(config: Config, model_path: str) -> EvaluationCluster
     """Place and start verifiers, reward models and environments.
 
     Args:
+        config: the whole configuration; room is reserved for `evaluation.num_engines` engines, at least one.
         model_path: folder or name of the model whose tokenizer the environments use.
 
     Raises:

@@ -12,6 +12,7 @@ def why_not(config: FilterConfig, rewards: Sequence[float], num_truncated: int) 
     """Return the first reason to drop a group, or None to keep it.
 
     Args:
+        config: the filters; a threshold of None switches its filter off.
         rewards: [G], the reward of each response.
         num_truncated: number of the G responses that were truncated.
     """

@@ -27,6 +27,7 @@ class Placer:
         """Reserve the resources of the plan.
 
         Args:
+            config: the whole configuration; `cluster.start_deadline_s` bounds the wait for free resources.
             plan: one bundle per actor.
 
         Raises:

@@ -97,6 +97,7 @@ def learner_bytes_per_rank(config: Config, parameters: int) -> int:
     before the step; and for a reference policy, one more copy of the weights.
 
     Args:
+        config: its `learner` section gives the dtype, the number of ranks and which of these copies exist.
         parameters: number of the model's parameters.
     """
     width = _BYTES[config.learner.dtype]

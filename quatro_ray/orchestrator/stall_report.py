@@ -19,6 +19,7 @@ async def stall_report(components: Components, run_dir: Path, version: int) -> s
     A component that does not answer within 10 s is reported as such.
 
     Args:
+        components: the run's components, of which generators, learner and replay buffer are asked.
         run_dir: folder for the report.
         version: the policy version of the engines.
     """

@@ -138,6 +138,8 @@ class ReplayBuffer:
         """Admit `queries` as pending groups numbered from `first_id`, and return their ids.
 
         Args:
+            first_id: id of the first group. If the call is repeated with the same one, nothing is admitted twice.
+            queries: one for each group.
             version: the policy version of the engines.
 
         Raises:

@@ -184,6 +184,8 @@ class Ledger:
         """Move all of the groups to a state, or none of them.
 
         Args:
+            group_ids: groups that exist; those that are in the state already are not changed.
+            to: the new state, allowed by TRANSITIONS.
             reason: required for a drop, and only for a drop.
             learner_version: for a lease, the version that the step trains from. If None, it is not changed.
 
@@ -214,10 +216,12 @@ class Ledger:
         """Move a group from verifying to ready, and store its rollouts.
 
         Args:
+            group_id: a group in state verifying; one that is ready already is not changed.
             payload: the group as bytes (replay/serialization.py).
             oldest_version: version of its oldest token.
             newest_version: version of its newest token.
             num_tokens: response tokens of all rollouts.
+            mean_reward: mean over its rollouts.
         """
         with self.transaction():
             if self._is_new(group_id, S.READY):
@@ -305,6 +309,7 @@ class Ledger:
             raise
 
     def close(self) -> None:
+        """Close the database."""
         self._db.close()
 
 

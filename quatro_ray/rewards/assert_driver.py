@@ -10,6 +10,7 @@ descriptor and read the token ahead, and a program can return objects that are e
 
 
 def main() -> None:
+    """Run the program and then the tests from standard input, and print the token if neither raised or exited."""
     import os
     import sys
 

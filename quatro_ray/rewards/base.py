@@ -14,7 +14,9 @@ class Reward(Protocol):
     scoring is retried, then the group is dropped with that reason. An exception is never a reward of 0.
     """
 
-    def __call__(self, query: Query, response: Response) -> float: ...
+    def __call__(self, query: Query, response: Response) -> float:
+        """Return the reward of a response to the query, before its weight; raise if it cannot be scored."""
+        ...
 
 
 @runtime_checkable
@@ -30,11 +32,13 @@ class RemoteReward(Protocol):
     """Asks a server for the reward, in the event loop of the verifier actor, and enforces its own time limits."""
 
     async def __call__(self, query: Query, response: Response) -> float:
-        """Return the reward.
+        """Return the reward of a response to the query, before its weight.
 
         Raises:
             RewardUnavailable: the server gave no reward, retries included.
         """
         ...
 
-    async def close(self) -> None: ...
+    async def close(self) -> None:
+        """Release the connections; no response is scored afterwards."""
+        ...

@@ -35,15 +35,29 @@ class RemoteConfig(Protocol):
     """The fields of the configuration that a client needs, which all HTTP rewards have."""
 
     @property
-    def urls(self) -> tuple[str, ...]: ...
+    def urls(self) -> tuple[str, ...]:
+        """Addresses of equivalent servers, http:// or https://, which are used in turn."""
+        ...
+
     @property
-    def token_env(self) -> str | None: ...
+    def token_env(self) -> str | None:
+        """Name of the environment variable that holds the bearer token, or None to send no token."""
+        ...
+
     @property
-    def timeout_s(self) -> float: ...
+    def timeout_s(self) -> float:
+        """Limit for one try, in seconds."""
+        ...
+
     @property
-    def max_tries(self) -> int: ...
+    def max_tries(self) -> int:
+        """Number of tries for each request, the first one included."""
+        ...
+
     @property
-    def max_concurrency(self) -> int: ...
+    def max_concurrency(self) -> int:
+        """Number of requests that one client has in flight at most."""
+        ...
 
 
 class _Failed(Exception):
@@ -103,6 +117,7 @@ class JsonClient:
 
         Args:
             path: appended to the url; "" for the url itself.
+            body: what JSON can hold, without NaN and infinities.
 
         Raises:
             RewardUnavailable: no try gave an answer; the message has the url and the failure of the last try, and the
@@ -125,6 +140,7 @@ class JsonClient:
             raise RewardUnavailable(self._without_token(message)) from None
 
     async def close(self) -> None:
+        """Close all connections."""
         await self._http.aclose()
 
     async def _try(self, path: str, content: bytes) -> dict[str, object]:

@@ -45,6 +45,7 @@ class ReasoningGymReward:
         )  # here: importing takes a second, which must not count against the first response
 
     def check(self, query: Query) -> str | None:
+        """Return why responses to the query cannot be scored, or None if they can."""
         return None if METADATA_KEY in query.metadata else "needs a query that a reasoning_gym source made"
 
     def __call__(self, query: Query, response: Response) -> float:

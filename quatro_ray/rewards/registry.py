@@ -76,6 +76,7 @@ def make_remote(
     """Return the rewards that servers compute, by name.
 
     Args:
+        rewards: all configured rewards, by name; those that run in worker processes are left out.
         models: handles of reward-model actors, by the name of their reward.
 
     Raises:

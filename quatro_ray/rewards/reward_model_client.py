@@ -19,14 +19,18 @@ REST_S = 10.0
 class ScoreMethod(Protocol):
     """The remote method `score` of a reward-model engine; it returns one logit."""
 
-    def remote(self, prompt: str, response: str) -> Awaitable[float]: ...
+    def remote(self, prompt: str, response: str) -> Awaitable[float]:
+        """Start to score a response to the prompt, and return an awaitable of the logit."""
+        ...
 
 
 class RewardModelHandle(Protocol):
     """A handle of a RewardModelActor (actors/reward_model.py)."""
 
     @property
-    def score(self) -> ScoreMethod: ...
+    def score(self) -> ScoreMethod:
+        """The remote method `score` of the actor."""
+        ...
 
 
 @dataclass

@@ -47,6 +47,7 @@ class SandboxFusionReward:
         return num_passed / len(cases)
 
     async def close(self) -> None:
+        """Close the connections to the servers."""
         await self._client.close()
 
     async def _passes(self, program: str, case: Case) -> bool:

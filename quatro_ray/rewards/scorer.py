@@ -56,6 +56,7 @@ class Scorer:
             await processes.start()
 
     async def close(self) -> None:
+        """End the worker processes, and close the rewards that servers compute."""
         for _, processes in self._processes:
             await processes.close()
         await asyncio.gather(*(reward.close() for reward in self._remote.values()))

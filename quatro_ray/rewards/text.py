@@ -30,6 +30,7 @@ class IntegerReward:
         return None if INTEGER.fullmatch(query.answer.strip()) else "needs an integer answer"
 
     def __call__(self, query: Query, response: Response) -> float:
+        """Return 1 or 0; the numbers are compared, so that `+07` equals `7`."""
         answer = extract(response.text, self._config.extract)
         if answer is None or not INTEGER.fullmatch(answer):
             return 0.0
@@ -43,6 +44,7 @@ class ExactReward:
         self._config = config
 
     def __call__(self, query: Query, response: Response) -> float:
+        """Return 1 or 0; if `ignore_case` is set, upper and lower case are the same."""
         answer = extract(response.text, self._config.extract)
         if answer is None:
             return 0.0
@@ -60,6 +62,7 @@ class RegexReward:
         self._match = pattern.fullmatch if config.match == "full" else pattern.search
 
     def __call__(self, query: Query, response: Response) -> float:
+        """Return 1 or 0; a `.` in the pattern matches a newline too."""
         return float(self._match(response.text) is not None)
 
 
@@ -70,6 +73,7 @@ class FormatReward:
         self._tags = config.tags
 
     def __call__(self, query: Query, response: Response) -> float:
+        """Return 1 or 0; text other than white space outside the elements gives 0."""
         rest = response.text
         for tag in self._tags:
             opening, closing = f"<{tag}>", f"</{tag}>"
@@ -92,6 +96,7 @@ class LengthReward:
         self._config = config
 
     def __call__(self, query: Query, response: Response) -> float:
+        """Return the penalty, from −1 to 0, for the number of tokens that the policy sampled."""
         over = response.num_tokens - (self._config.max_tokens - self._config.buffer_tokens)
         return -min(max(over / self._config.buffer_tokens, 0.0), 1.0)
 

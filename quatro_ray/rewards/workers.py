@@ -47,6 +47,7 @@ class RewardProcesses:
 
     @property
     def num_replaced(self) -> int:
+        """Number of processes that were lost while they scored a response; recycled ones do not count."""
         return self._pool.num_replaced
 
     async def start(self) -> None:
@@ -64,6 +65,7 @@ class RewardProcesses:
             raise RewardUnavailable(str(lost)) from lost
 
     async def close(self) -> None:
+        """End all processes."""
         await self._pool.close()
 
     async def score(self, query: Query, response: Response, names: Sequence[str]) -> LocalScore:

@@ -22,25 +22,46 @@ from quatro_ray.timeouts import within
 class Sender(Protocol):
     """The learner's part in an update; both methods raise TransferFailed or LearnerLost."""
 
-    async def open_transfer(self, engines: Sequence[Any]) -> None: ...
-    async def send_weights(self, version: int) -> None: ...
+    async def open_transfer(self, engines: Sequence[Any]) -> None:
+        """Connect the learner to exactly these engines, given by their clients; replaces an earlier connection."""
+        ...
+
+    async def send_weights(self, version: int) -> None:
+        """Send the learner's weights to the connected engines, which then hold `version`."""
+        ...
 
 
 class Engine(Protocol):
     """A generation engine, as far as an update calls it (engines/generation.py:GenerationEngine)."""
 
-    async def pause(self) -> int: ...
-    async def resume(self) -> None: ...
-    async def policy_version(self) -> int: ...
+    async def pause(self) -> int:
+        """Freeze running requests, and return how many groups and turns of episodes there are."""
+        ...
+
+    async def resume(self) -> None:
+        """Continue the frozen requests under the present weights."""
+        ...
+
+    async def policy_version(self) -> int:
+        """Return the version of the weights, as the engine's own process reports it."""
+        ...
 
 
 class Slot(Protocol):
     """An engine's place in the fleet (actors/fleet.py:EngineSlot)."""
 
     @property
-    def client(self) -> Engine: ...
-    def update_begins(self) -> None: ...
-    def update_ends(self) -> None: ...
+    def client(self) -> Engine:
+        """The client of the engine."""
+        ...
+
+    def update_begins(self) -> None:
+        """Expect no progress of the engine: an update pauses it."""
+        ...
+
+    def update_ends(self) -> None:
+        """Expect progress again."""
+        ...
 
 
 SlotT = TypeVar("SlotT", bound=Slot)

@@ -9,7 +9,9 @@ from typing import Any, Protocol
 class Submit(Protocol):
     """Starts a call of an engine's method and returns its future."""
 
-    def __call__(self, engine: Any, method: str, *args: Any) -> Any: ...
+    def __call__(self, engine: Any, method: str, *args: Any) -> Any:
+        """Start `method` of an engine with `args`, and return the future of its result."""
+        ...
 
 
 class EngineClient:
@@ -59,9 +61,11 @@ class EngineClient:
         self._wait(futures, self._rendezvous_deadline_s)
 
     def start_weight_update(self) -> None:
+        """Prepare all engines to receive a whole set of weights."""
         self._all("start_weight_update")
 
     def update_weights(self, update_info: Any) -> None:
+        """Let all engines receive the tensors whose names, dtypes and shapes `update_info` lists."""
         self._all("update_weights", update_info)
 
     def finish_weight_update(self, weight_version: str | None = None) -> None:

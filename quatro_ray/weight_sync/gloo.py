@@ -82,17 +82,20 @@ class GlooWeightTransferEngine(WeightTransferEngine[GlooInitInfo, GlooUpdateInfo
         self._group: ProcessGroup | None = None
 
     def init_transfer_engine(self, init_info: GlooInitInfo) -> None:
+        """Join the process group; this blocks until the trainer joins, for at most `timeout_s`."""
         rank = init_info.rank_offset + self.parallel_config.rank
         self._group = _join(
             init_info.master_address, init_info.master_port, rank, init_info.world_size, init_info.timeout_s
         )
 
     def start_weight_update(self) -> None:
+        """Prepare every layer to load weights in checkpoint format."""
         from vllm.model_executor.model_loader.reload import initialize_layerwise_reload
 
         initialize_layerwise_reload(self.model)
 
     def finish_weight_update(self) -> None:
+        """Finish the reload of all layers, and pack the weights of tied heads again."""
         from vllm.model_executor.model_loader.reload import finalize_layerwise_reload
 
         finalize_layerwise_reload(self.model, self.model_config)
@@ -115,6 +118,14 @@ class GlooWeightTransferEngine(WeightTransferEngine[GlooInitInfo, GlooUpdateInfo
         self.receive_weights(self.parse_update_info(update_info))
 
     def receive_weights(self, update_info: GlooUpdateInfo) -> None:
+        """Receive the tensors one by one, and load each into the model before the next one.
+
+        Args:
+            update_info: the tensors, in the order in which the trainer sends them.
+
+        Raises:
+            RuntimeError: `init_transfer_engine` was not called.
+        """
         if self._group is None:
             raise RuntimeError("init_transfer_engine() must be called before the first update")
         for name, dtype, shape in zip(update_info.names, update_info.dtype_names, update_info.shapes, strict=True):
@@ -123,6 +134,7 @@ class GlooWeightTransferEngine(WeightTransferEngine[GlooInitInfo, GlooUpdateInfo
             self.model.load_weights([(name, tensor)])
 
     def shutdown(self) -> None:
+        """Drop the process group; `init_transfer_engine` may be called again."""
         self._group = None
 
 
@@ -141,6 +153,17 @@ class GlooTrainerWeightTransferEngine(TrainerWeightTransferEngine[GlooTrainerIni
     def trainer_init(
         cls, init_info: GlooTrainerInitInfo, *, client: VLLMWeightSyncClient, source: WeightSource | None = None
     ) -> Self:
+        """Return the transfer engine of one trainer rank; on rank 0, meet the engines' workers first.
+
+        Args:
+            init_info: address, port and size of the process group, which only rank 0 joins.
+            client: calls the engines; only rank 0 uses it.
+            source: the weights, over which every rank iterates.
+
+        Raises:
+            ValueError: there is no source.
+            TimeoutError: the workers did not join within `timeout_s`.
+        """
         if source is None:
             raise ValueError("the gloo back end needs a WeightSource to send; pass source=")
         if not init_info.is_sender:
@@ -161,6 +184,7 @@ class GlooTrainerWeightTransferEngine(TrainerWeightTransferEngine[GlooTrainerIni
         return cls(client=client, source=source, is_sender=True, group=group)
 
     def send_weights(self) -> None:
+        """Send all weights, and drive the update of the engines; a collective over the trainer ranks."""
         assert self.source is not None
         if not self.is_sender:
             for _ in self.source:
@@ -187,4 +211,5 @@ class GlooTrainerWeightTransferEngine(TrainerWeightTransferEngine[GlooTrainerIni
         self.client.finish_weight_update()
 
     def shutdown(self) -> None:
+        """Drop the process group."""
         self._group = None

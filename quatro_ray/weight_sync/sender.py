@@ -34,7 +34,10 @@ def open_transfer(
     Rank 0 meets the workers at `master_address`; the other ranks only take part in its gathers.
 
     Args:
+        backend: vLLM's weight transfer back end, the same as that of the engines; gloo is ours.
         rank: that of the learner.
+        master_address: host of rank 0, as the workers reach it.
+        master_port: a TCP port that is free on that host.
         num_workers: engine workers over all engines.
         deadline_s: for the rendezvous, and with gloo for each broadcast.
         client: calls the engines.

@@ -25,6 +25,7 @@ class ZeroWeightSource(WeightSource):
         self._pass: Iterator[tuple[str, Tensor]] | None = None
 
     def metadata(self) -> list[ParamMeta]:
+        """Return name, dtype and full shape of every parameter, in the order of the iteration; nothing is gathered."""
         return [
             ParamMeta(name, self._parameters[name].dtype, _full_shape(self._parameters[name]))
             for group in self._groups
