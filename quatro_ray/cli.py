@@ -56,13 +56,13 @@ def evaluate(
 
 @app.command()
 def validate(config: ConfigPath, overrides: Overrides = None) -> None:
-    """Check a configuration and its data files, and print it as resolved. Starts nothing."""
+    """Check all that `train` checks before it starts, and print the configuration as resolved. Starts nothing."""
     loaded = load_config(config, overrides)
-    from quatro_ray.data.registry import describe, make_dataset
-    from quatro_ray.environments.registry import check_environments
+    from quatro_ray.data.registry import describe
+    from quatro_ray.jobs.preflight import check
 
-    check_environments(loaded.environments)
-    for line in describe(make_dataset(loaded.data, loaded.rewards)):
+    prepared = check(loaded)
+    for line in [*describe(prepared.dataset), *prepared.notes]:
         print(f"# {line}")
     print(dump_config(loaded), end="")
 

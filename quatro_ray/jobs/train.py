@@ -16,12 +16,10 @@ from quatro_ray.actors.memory import own_peak_rss_bytes
 from quatro_ray.actors.node import while_node_lives
 from quatro_ray.config import Config, TinyModelConfig
 from quatro_ray.data.dataset import Dataset, QueryStream
-from quatro_ray.data.prompt_lengths import fit_prompts
-from quatro_ray.data.registry import describe, make_dataset
+from quatro_ray.data.registry import describe
 from quatro_ray.engines.checkpoint_store import replace_folder
-from quatro_ray.engines.pretrained import check_can_be_trained, tokenizer_of
-from quatro_ray.environments.registry import check_environments
 from quatro_ray.errors import ClusterError, last_line
+from quatro_ray.jobs.preflight import Prepared, check
 from quatro_ray.jobs.run_directory import only_writer, prepare_run_dir
 from quatro_ray.orchestrator.cluster import spawn
 from quatro_ray.orchestrator.connection import connect
@@ -47,15 +45,14 @@ def train(config: Config, *, verbose: bool = False) -> Path:
     Raises:
         QuatroError: an error that the user can cause, with a message of one line.
     """
-    check_environments(config.environments)
-    dataset = fit_prompts(make_dataset(config.data, config.rewards), tokenizer_of(config), config)
-    check_can_be_trained(config)
+    prepared = check(config)
     resume = prepare_run_dir(config)
     with only_writer(config):
-        return _train(config, dataset, resume=resume, verbose=verbose)
+        return _train(config, prepared, resume=resume, verbose=verbose)
 
 
-def _train(config: Config, dataset: Dataset, *, resume: bool, verbose: bool) -> Path:
+def _train(config: Config, prepared: Prepared, *, resume: bool, verbose: bool) -> Path:
+    dataset = prepared.dataset
     run_dir = config.run.dir
     progress = Progress(in_place=not verbose)
     recorder = Recorder(
@@ -66,7 +63,7 @@ def _train(config: Config, dataset: Dataset, *, resume: bool, verbose: bool) -> 
             connect(config, show_actor_logs=verbose)
         with recorder.phase("controller", "model"):
             model_path = make_model(config, dataset, recorder)
-        for line in describe(dataset):
+        for line in [*describe(dataset), *prepared.notes]:
             recorder.say(line)
         counters, stats, memory = asyncio.run(_run(config, dataset, model_path, recorder, resume=resume))
     except BaseException as error:

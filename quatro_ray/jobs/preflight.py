@@ -1,0 +1,97 @@
+"""Checks everything that can be known before Ray starts; `train`, `eval` and `validate` all call it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from quatro_ray.config import Config
+from quatro_ray.data.dataset import Dataset
+from quatro_ray.data.prompt_lengths import fit_prompts
+from quatro_ray.data.registry import make_dataset
+from quatro_ray.engines.pretrained import check_can_be_trained, tokenizer_of
+from quatro_ray.environments.registry import check_environments
+from quatro_ray.errors import ConfigError, DataError, QuatroError, SandboxError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+_COLLECTED = (ConfigError, DataError, SandboxError)
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """What the checks have loaded.
+
+    Attributes:
+        dataset: all queries, without those whose prompts are too long.
+        tokenizer: that of the model to train.
+        notes: findings that a user should see but that do not end the run, one line each.
+    """
+
+    dataset: Dataset
+    tokenizer: PreTrainedTokenizerBase
+    notes: tuple[str, ...]
+
+
+class Problems:
+    """Collects the problems of several checks, so that a user sees all of them at once."""
+
+    def __init__(self) -> None:
+        self.notes: list[str] = []
+        self._found: list[QuatroError] = []
+
+    @contextmanager
+    def collect(self) -> Iterator[None]:
+        """Run one check; an error that the user can cause is kept for `refuse`."""
+        try:
+            yield
+        except _COLLECTED as error:
+            if str(error) not in map(str, self._found):
+                self._found.append(error)
+
+    def note(self, line: str) -> None:
+        """Add a finding that does not end the run."""
+        if line not in self.notes:
+            self.notes.append(line)
+
+    def refuse(self) -> None:
+        """Raise the only problem as it is, or ConfigError with a line for each of several."""
+        if len(self._found) == 1:
+            raise self._found[0]
+        if self._found:
+            raise ConfigError("\n  ".join([f"{len(self._found)} problems", *map(str, self._found)]))
+
+
+def check(config: Config) -> Prepared:
+    """Check a training run: environments, rewards, data, tokenizer, model, and what they ask of each other.
+
+    Raises:
+        ConfigError: several checks failed; the message has a line for each.
+        QuatroError: one check failed.
+    """
+    problems = Problems()
+    dataset: Dataset | None = None
+    tokenizer: PreTrainedTokenizerBase | None = None
+    with problems.collect():
+        check_environments(config.environments)
+    with problems.collect():
+        dataset = make_dataset(config.data, config.rewards)
+    with problems.collect():
+        tokenizer = tokenizer_of(config)
+    if dataset is not None and tokenizer is not None:
+        with problems.collect():
+            dataset = fit_prompts(dataset, tokenizer, config)
+    for check_one in _CHECKS:
+        with problems.collect():
+            check_one(config)
+    problems.refuse()
+    assert dataset is not None
+    assert tokenizer is not None
+    return Prepared(dataset, tokenizer, tuple(problems.notes))
+
+
+_CHECKS: tuple[Callable[[Config], None], ...] = (check_can_be_trained,)
+"""Checks that need nothing but the configuration; each raises ConfigError."""
