@@ -190,6 +190,7 @@ class LearningEngine:
             poison = torch.where(torch.isfinite(loss.detach()), 1.0, torch.nan)
             engine.backward(loss * poison * self._config.num_ranks)
         before = ZeroStep(engine.optimizer) if self._step_control else None
+        learning_rate = engine.optimizer.param_groups[0]["lr"]  # step() sets that of the next step
         engine.step()
         applied = engine.was_step_applied()
         metrics = collector.reduce(step_batch.rewards, step_batch.valid) | prepared.diagnostics
@@ -201,7 +202,7 @@ class LearningEngine:
         self.version += 1
         metrics["step/skipped"] = float(not applied)
         metrics["step/grad_norm"] = float(engine.get_global_grad_norm() or 0.0)
-        metrics["step/learning_rate"] = engine.optimizer.param_groups[0]["lr"]
+        metrics["step/learning_rate"] = learning_rate
         metrics["step/micro_batches_per_rank"] = float(len(micro_batches))
         return metrics
 

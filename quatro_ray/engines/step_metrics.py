@@ -33,6 +33,7 @@ class Collector:
         self._log_ratio = torch.zeros(num_cells, dtype=torch.float64, device=device)
         self._staleness = torch.zeros(_MAX_STALENESS_BIN + 1, dtype=torch.float64, device=device)
         self._ratios = torch.zeros(RATIO_BINS, dtype=torch.float64, device=device)
+        self._has_reference = False
 
     def add(self, t: TokenBatch, entropy: Tensor, per_token_loss: Tensor, limited: Tensor) -> None:
         """Add a micro-batch.
@@ -58,6 +59,7 @@ class Collector:
 
     def add_reference_kl(self, per_token: Tensor, mask: Tensor) -> None:
         """Add KL(π_θ ‖ π_ref) of a micro-batch: [N], nats, counted where mask, bool [N], is True."""
+        self._has_reference = True
         self._add("reference_kl", per_token * mask)
 
     def _add(self, name: str, values: Tensor) -> None:
@@ -65,6 +67,8 @@ class Collector:
 
     def reduce(self, rewards: Tensor, valid: Tensor) -> StepMetrics:
         """Return the metrics of the global batch, the same on every rank; a collective.
+
+        Without a reference policy there is no `policy/reference_kl`.
 
         Args:
             rewards: float64 [Q, G].
@@ -86,7 +90,7 @@ class Collector:
             "policy_gradient/limited_share": total["limited"] / tokens,
             "policy/entropy": total["entropy"] / tokens,
             "policy/realised_kl_nats": realised_kl(log_ratio, valid).tolist(),
-            "policy/reference_kl": total["reference_kl"] / tokens,
+            **({"policy/reference_kl": total["reference_kl"] / tokens} if self._has_reference else {}),
             "rollout_corr/eff_sample_size": float(effective_sample_share(weights[valid], valid[valid])),
             "rollout_corr/query_eff_sample_size": effective_sample_share(weights, valid).tolist(),
             "rollout_corr/log_ratio_tokens": [int(n) for n in self._ratios.tolist()],

@@ -8,6 +8,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
+from typing import cast
 
 from quatro_ray.actors.interfaces import LeasedRef
 from quatro_ray.config import Config
@@ -28,6 +29,7 @@ from quatro_ray.orchestrator.stall_report import stall_report
 from quatro_ray.replay.buffer import LeaseSummary
 from quatro_ray.telemetry.counters import Counters
 from quatro_ray.telemetry.recorder import Recorder
+from quatro_ray.telemetry.step_clock import StepClock
 from quatro_ray.timeouts import Overtaken, unless, within
 from quatro_ray.types import Query
 from quatro_ray.weight_sync.coordinator import Update
@@ -54,6 +56,7 @@ class Controller:
         self._held_out = held_out
         self._recorder = recorder
         self.counters = counters = Counters()
+        self._clock = StepClock(recorder.now, recorder.seconds)
         self._position = Position()
         self._learner_lock = asyncio.Lock()
         # set if a group is ready, the learner is lost, or the run is to end: the events that end the wait for groups
@@ -135,6 +138,7 @@ class Controller:
 
     async def _learn_loop(self) -> None:
         """Consume ready groups, B per step. Waits for B ready groups; unblocked by each group that becomes ready."""
+        self._clock.start(self.counters.generated_tokens)
         while True:
             try:
                 await self._periodic()
@@ -159,7 +163,12 @@ class Controller:
         self._admission.capacity_changed()
         self._recovery.step_made(self.step)
         self.counters.steps.add(metrics, update.num_in_flight)
-        metrics |= self.counters.rewards.read() | summary.metrics | _timing(update) | self._health()
+        metrics |= self.counters.recent.read() | summary.metrics | _timing(update) | self._health()
+        metrics |= self._clock.step(
+            num_trained=cast(int, metrics["tokens/trained"]),
+            num_rollouts=cast(int, metrics["rollout/num"]),
+            num_generated=self.counters.generated_tokens,
+        )
         self._recorder.step(self.step, metrics, summary.samples)
 
     def _health(self) -> dict[str, float]:

@@ -11,7 +11,7 @@ from quatro_ray.orchestrator.group_filters import why_not
 from quatro_ray.seeding import seed_of
 from quatro_ray.telemetry.counters import Counters
 from quatro_ray.telemetry.recorder import Recorder
-from quatro_ray.types import DropReason, Query, SamplingParams
+from quatro_ray.types import DropReason, GenerationSummary, Query, SamplingParams
 
 
 class GroupRunner:
@@ -41,21 +41,24 @@ class GroupRunner:
         Raises:
             StallError: many groups in a row were dropped, so continuing would use up the data for nothing.
         """
+        generated = None
         try:
-            group = await self._generate(group_id, query)
+            generated, group = await self._generate(group_id, query)
             summary, scored = await self._verifiers.score(group)
         except (GenerationFailed, VerifierFailed) as failure:
             self._recorder.note(f"group {group_id}: {failure}")
+            self._counters.dropped(failure.reason, generated, None, self._config.replay.group_size)
             return await self._drop(group_id, failure.reason)
         self._failures_in_a_row = 0
         self._counters.scored(summary)
         if reason := why_not(self._config.filters, summary.rewards, summary.truncated):
+            self._counters.dropped(reason, generated, summary, len(summary.rewards))
             return await self._filter_out(group_id, reason)
         self._filtered_in_a_row = 0
         await self._replay.ready(scored)
         return None
 
-    async def _generate(self, group_id: int, query: Query) -> GroupRef:
+    async def _generate(self, group_id: int, query: Query) -> tuple[GenerationSummary, GroupRef]:
         async def begin() -> None:
             await self._replay.start(group_id)
 
@@ -70,7 +73,7 @@ class GroupRunner:
         summary, group = await generate(self._generators, request, self._config.generator, RetryHooks(begin, retry))
         self._counters.generated(summary)
         await self._replay.generated(group_id)
-        return group
+        return summary, group
 
     async def _drop(self, group_id: int, reason: DropReason) -> DropReason:
         await self._replay.drop(group_id, reason)

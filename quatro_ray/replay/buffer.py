@@ -13,9 +13,10 @@ import numpy as np
 from quatro_ray.config import ReplayConfig
 from quatro_ray.errors import LedgerError
 from quatro_ray.replay import serialization, staleness
+from quatro_ray.replay.batch_metrics import batch_metrics, drop_metrics
 from quatro_ray.replay.ledger import Entry, Ledger
 from quatro_ray.replay.staleness import Lineage
-from quatro_ray.types import DropReason, GroupState, Query, RolloutGroup
+from quatro_ray.types import DropReason, GroupState, Query, RolloutGroup, StepMetrics
 
 S = GroupState
 
@@ -38,11 +39,12 @@ class LeaseSummary:
     """The controller's view of a leased batch.
 
     Attributes:
-        metrics: ages of the batch (optimiser steps, seconds) and the size of the buffer, by metric name.
+        metrics: by metric name, rewards, lengths and ages of the batch (tokens, optimiser steps, seconds), the size of
+            the buffer, and what expired before this batch was complete.
         samples: a few groups in the readable form of replay/serialization.py.
     """
 
-    metrics: dict[str, float]
+    metrics: StepMetrics
     samples: list[dict[str, Any]]
 
 
@@ -195,7 +197,8 @@ class ReplayBuffer:
             for entry in self.ledger.entries(S.READY)
             if entry.oldest_version is not None and lineage.is_expired(entry.oldest_version, self._config.max_staleness)
         ]
-        self.ledger.move([e.group_id for e in stale], S.DROPPED, reason=DropReason.STALE)
+        ids = [e.group_id for e in stale]
+        self.ledger.move(ids, S.DROPPED, reason=DropReason.STALE, learner_version=lineage.version)
         return stale
 
     def lease(self, version: int, num_samples: int = 0) -> tuple[LeaseSummary | None, LeasedBatch | None]:
@@ -221,9 +224,15 @@ class ReplayBuffer:
         groups = tuple(serialization.from_bytes(self.ledger.payload(e.group_id)) for e in batch)
         self.ledger.move([e.group_id for e in batch], S.LEASED, learner_version=version)
         samples = [serialization.readable(g) for g in groups[:num_samples]]
-        return LeaseSummary(self._age_metrics(batch, lineage), samples), LeasedBatch(groups, lineage)
+        metrics = batch_metrics(groups) | self._age_metrics(batch, lineage) | self._expired_metrics(version)
+        return LeaseSummary(metrics, samples), LeasedBatch(groups, lineage)
 
-    def _age_metrics(self, batch: Sequence[Entry], lineage: Lineage) -> dict[str, float]:
+    def _expired_metrics(self, version: int) -> StepMetrics:
+        """Return the metrics of groups that expired while a batch for `version` was awaited."""
+        expired = [serialization.from_bytes(self.ledger.payload(i)) for i in self.ledger.expired_at(version)]
+        return dict(drop_metrics(DropReason.STALE, expired))
+
+    def _age_metrics(self, batch: Sequence[Entry], lineage: Lineage) -> StepMetrics:
         now = self._clock()
         ages = lineage.staleness(np.array([e.oldest_version for e in batch]))
         waited = [now - e.ready_at for e in batch if e.ready_at is not None]

@@ -33,7 +33,7 @@ CREATE TABLE IF NOT EXISTS groups (
     query TEXT NOT NULL,             -- JSON
     state TEXT NOT NULL,
     reason TEXT,                     -- of a drop
-    learner_version INTEGER,         -- of a lease: the version that the step trains from
+    learner_version INTEGER,         -- of a lease or an expiry: the version that the step trains from
     admitted_version INTEGER NOT NULL,
     oldest_version INTEGER,          -- of its tokens, once generated
     newest_version INTEGER,
@@ -53,7 +53,8 @@ class Entry:
     """One row of the ledger, without its payload.
 
     Attributes:
-        learner_version: the version that the step of its lease trains from; None before a lease.
+        learner_version: the version that the step of its lease trains from, or for which it was too old when it
+            expired; None before either.
         admitted_version: the version of the engines at admission.
         oldest_version: version of its oldest token; None until it is ready.
         newest_version: version of its newest token; None until it is ready.
@@ -278,6 +279,14 @@ class Ledger:
             self._db.execute("SELECT reason, COUNT(*) FROM groups WHERE state = ? GROUP BY reason", (S.DROPPED,))
         )
         return {reason: found.get(reason, 0) for reason in DropReason}
+
+    def expired_at(self, version: int) -> list[int]:
+        """Return the ids of the groups that were dropped as stale for a step from `version`."""
+        rows = self._db.execute(
+            "SELECT group_id FROM groups WHERE state = ? AND reason = ? AND learner_version = ? ORDER BY group_id",
+            (S.DROPPED, DropReason.STALE, version),
+        )
+        return [row[0] for row in rows]
 
     def queries(self, state: GroupState) -> list[tuple[int, Query]]:
         """Return ids and queries of the groups in a state, by id."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
@@ -11,36 +11,52 @@ from quatro_ray.types import EvaluationResult, GenerationSummary, GroupSummary
 
 
 @dataclass
-class RewardCounters:
-    """Counts of the rollouts scored since the last `read`.
+class DroppedGroups:
+    """Groups that were dropped for one reason since the last `read`.
 
     Attributes:
-        values: values of each reward by its name.
-        outcomes: rollouts by how their scoring ended.
+        num_measured: responses whose length is known; a group that was never generated has none.
+        num_tokens: response tokens of these.
+        num_scored: responses that were scored.
+        num_correct: correct ones of these.
     """
 
-    values: dict[str, list[float]] = field(default_factory=dict)
-    outcomes: Counter[str] = field(default_factory=Counter)
-    num_truncated: int = 0
-    num_turns: int = 0
+    num_groups: int = 0
+    num_measured: int = 0
+    num_tokens: int = 0
+    num_scored: int = 0
+    num_correct: int = 0
 
-    def add(self, summary: GroupSummary) -> None:
-        """Count a scored group."""
-        for values in summary.reward_values:
-            for name, value in values.items():
-                self.values.setdefault(name, []).append(value)
-        self.outcomes.update(summary.outcomes)
-        self.num_truncated += summary.truncated
-        self.num_turns += sum(summary.turns)
+    def metrics(self, reason: str) -> dict[str, float]:
+        """Return the number of groups, and mean length and pass rate where they are known."""
+        metrics: dict[str, float] = {f"drops/{reason}": self.num_groups}
+        if self.num_measured:
+            metrics[f"drops/{reason}_response_tokens_mean"] = self.num_tokens / self.num_measured
+        if self.num_scored:
+            metrics[f"drops/{reason}_pass_rate"] = self.num_correct / self.num_scored
+        return metrics
+
+
+@dataclass
+class RecentCounters:
+    """Counts since the last `read`, which is at each step. What did not happen since then gives no metric.
+
+    Attributes:
+        outcomes: rollouts by how their scoring ended, those of groups that were filtered out included.
+        drops: dropped groups by reason; expired ones are counted by the replay buffer.
+    """
+
+    outcomes: Counter[str] = field(default_factory=Counter)
+    drops: defaultdict[str, DroppedGroups] = field(default_factory=lambda: defaultdict(DroppedGroups))
 
     def read(self) -> dict[str, float]:
         """Return the metrics and reset all counts."""
-        num = max(1, self.outcomes.total())
-        metrics = {f"reward/part_{name}": sum(v) / len(v) for name, v in self.values.items()}
-        metrics |= {f"verifier/{name}_share": n / num for name, n in self.outcomes.items() if name != "ok"}
-        metrics["rollout/truncated_share"] = self.num_truncated / num
-        metrics["rollout/turns"] = self.num_turns / num
-        self.values, self.outcomes, self.num_truncated, self.num_turns = {}, Counter(), 0, 0
+        num = self.outcomes.total()
+        metrics = {f"verifier/{name}_share": n / num for name, n in self.outcomes.items() if name != "ok" and num}
+        for reason, dropped in self.drops.items():
+            metrics |= dropped.metrics(reason)
+        self.outcomes.clear()
+        self.drops.clear()
         return metrics
 
 
@@ -91,7 +107,7 @@ class Counters:
     generated_tokens: int = 0
     multi_version_rollouts: int = 0
     outcomes: Counter[str] = field(default_factory=Counter)
-    rewards: RewardCounters = field(default_factory=RewardCounters)
+    recent: RecentCounters = field(default_factory=RecentCounters)
     evaluations: list[EvaluationResult] = field(default_factory=list)
     learner_restarts: int = 0
     steps_lost: int = 0
@@ -105,7 +121,7 @@ class Counters:
     )  # fmt: skip
 
     def to_dict(self) -> dict[str, object]:
-        """Return a JSON object for a checkpoint, without the rewards of the current step."""
+        """Return a JSON object for a checkpoint, without the recent counts."""
         return {
             "steps": self.steps.to_dict(),
             "outcomes": dict(self.outcomes),
@@ -129,7 +145,25 @@ class Counters:
     def scored(self, summary: GroupSummary) -> None:
         """Count a group that was scored."""
         self.outcomes.update(summary.outcomes)
-        self.rewards.add(summary)
+        self.recent.outcomes.update(summary.outcomes)
+
+    def dropped(self, reason: str, generated: GenerationSummary | None, scored: GroupSummary | None, size: int) -> None:
+        """Count a dropped group.
+
+        Args:
+            reason: a DropReason.
+            generated: None if the group was not generated.
+            scored: None if the group was not scored.
+            size: number of its responses.
+        """
+        dropped = self.recent.drops[str(reason)]
+        dropped.num_groups += 1
+        if generated is not None:
+            dropped.num_measured += size
+            dropped.num_tokens += generated.num_tokens
+        if scored is not None:
+            dropped.num_scored += size
+            dropped.num_correct += sum(scored.correct)
 
     def requeued(self, *, continued: bool) -> None:
         """Count a group whose engine died; `continued`: another engine continues it from the tokens so far."""

@@ -10,6 +10,7 @@ from collections import Counter
 from collections.abc import Callable, Sequence
 from collections.abc import Set as AbstractSet
 from concurrent.futures import Future
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, TypeVar, TypeVarTuple
 
@@ -37,6 +38,8 @@ from quatro_ray.types import (
     Rollout,
     RolloutGroup,
     SamplingParams,
+    Score,
+    VersionSpan,
 )
 from quatro_ray.weight_sync.coordinator import WeightSyncCoordinator
 from tests.make import config, group, rollout
@@ -114,7 +117,7 @@ class FakeGenerator:
             self.running -= 1
         self.num_sampled += 1
         versions = [start] if start == self.version else [start, self.version]
-        made = group(group_id, *(_rollout(versions) for _ in range(size)))
+        made = replace(group(group_id, *(_rollout(versions) for _ in range(size))), query=query)
         return made.summary(), made
 
     async def load(self) -> EngineLoad:
@@ -144,10 +147,6 @@ class FakeGenerator:
 
 def _rollout(versions: list[int]) -> Any:
     """Three tokens, the last ones of the newer version."""
-    from dataclasses import replace
-
-    from quatro_ray.types import VersionSpan
-
     spans = [VersionSpan(versions[0], 0, 1), VersionSpan(versions[-1], 1, 3)]
     return replace(rollout(), spans=tuple(spans if len(versions) > 1 else [VersionSpan(versions[0], 0, 3)]))
 
@@ -180,7 +179,10 @@ class FakeVerifiers:
             turns=(1,) * n,
             response_tokens=(3,) * n,
         )
-        return summary, group
+        score = Score(self.reward, reward_values={"answer": self.reward})
+        reason = "length" if summary.truncated else "stop"
+        scored = tuple(replace(r, score=score, finish_reason=reason) for r in group.rollouts)
+        return summary, replace(group, rollouts=scored)
 
 
 class Replay:

@@ -38,11 +38,12 @@ def one_rank() -> Iterator[None]:
     dist.destroy_process_group()
 
 
-def measured(*batches: TokenBatch, valid: torch.Tensor = VALID) -> dict[str, Any]:
+def measured(*batches: TokenBatch, valid: torch.Tensor = VALID, has_reference: bool = True) -> dict[str, Any]:
     collector = Collector(4, torch.device("cpu"))
     for batch in batches:
         collector.add(batch, ENTROPY, LOSS, LIMITED)
-        collector.add_reference_kl(ENTROPY, batch.is_response)
+        if has_reference:
+            collector.add_reference_kl(ENTROPY, batch.is_response)
     return collector.reduce(REWARDS, valid)
 
 
@@ -52,6 +53,10 @@ def test_only_tokens_of_responses_count() -> None:
     assert found["policy_gradient/loss"] == pytest.approx(15 / 5)
     assert found["policy_gradient/limited_share"] == pytest.approx(1 / 5)
     assert found["policy/entropy"] == found["policy/reference_kl"] == pytest.approx(1.5 / 5)
+
+
+def test_without_a_reference_there_is_no_kl_to_it() -> None:
+    assert "policy/reference_kl" not in measured(TOKENS, has_reference=False)
 
 
 def test_ratios_by_response_and_by_token() -> None:

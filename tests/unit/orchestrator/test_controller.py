@@ -95,8 +95,24 @@ def test_filtered_groups_are_dropped_with_their_reason_and_replaced(tmp_path: Pa
     assert stats.drops["overlong"] == 3
     assert stats.groups["trained"] == 48
     assert world.buffer.stats().num_admitted == 51
-    first = json.loads((tmp_path / "r" / "metrics.jsonl").read_text().splitlines()[0])
-    assert first["reward/part_answer"] == 1.0
+    metrics = world.metrics()
+    assert sum(m.get("drops/overlong", 0) for m in metrics) == 3
+    assert {m["drops/overlong_response_tokens_mean"] for m in metrics if "drops/overlong" in m} == {3.0}
+    assert {m["drops/overlong_pass_rate"] for m in metrics if "drops/overlong" in m} == {1.0}
+
+
+def test_every_step_has_the_figures_of_the_groups_that_it_trained(tmp_path: Path) -> None:
+    """Here the engines are ahead of the learner, so that many steps begin without a newly scored group."""
+    world = World(tmp_path / "r", replay={"max_staleness": 4})
+    world.verifiers.truncated = set(range(1, 1000))
+    world.run()
+    for m in world.metrics():
+        assert m["rollout/truncated_share"] == m["reward/part_answer"] == m["reward/mean"] == m["pass_rate/mean"] == 1.0
+        assert m["reward/source_set"] == m["pass_rate/source_set"] == 1.0
+        assert m["rollout/turns"] == 1.0
+        assert (m["rollout/num"], m["groups/source_set"]) == (16, 4)
+        assert m["rollout/response_tokens_histogram"] == {"3": 16}
+        assert m["throughput/trained_tokens_per_s"] == pytest.approx(m["tokens/trained"] / m["time/step_s"])
 
 
 def test_filters_that_let_nothing_pass_end_the_run(tmp_path: Path) -> None:

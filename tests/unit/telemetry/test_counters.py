@@ -6,41 +6,52 @@ import json
 
 import pytest
 
-from quatro_ray.telemetry.counters import Counters, RewardCounters
-from quatro_ray.types import EvaluationResult, GroupSummary
+from quatro_ray.telemetry.counters import Counters
+from quatro_ray.types import DropReason, EvaluationResult, GenerationSummary, GroupSummary
 
 
-def summary(*values: float, truncated: int = 0, timeouts: int = 0) -> GroupSummary:
+def summary(*values: float, timeouts: int = 0) -> GroupSummary:
     num = len(values)
     return GroupSummary(
         rewards=values,
         reward_values=tuple({"answer": v} for v in values),
         outcomes={"ok": num - timeouts, "timeout": timeouts, "error": 0},
         answers=(None,) * num,
-        correct=(False,) * num,
-        truncated=truncated,
+        correct=tuple(v >= 1 for v in values),
+        truncated=0,
         turns=(2,) * num,
         response_tokens=(5,) * num,
     )
 
 
-def test_shares_are_over_all_rollouts_since_the_last_read() -> None:
-    counters = RewardCounters()
-    counters.add(summary(1.0, 0.0, truncated=1))
-    counters.add(summary(1.0, 1.0, timeouts=1))
-    assert counters.read() == {
-        "reward/part_answer": 0.75,
-        "verifier/timeout_share": 0.25,
-        "verifier/error_share": 0.0,
-        "rollout/truncated_share": 0.25,
-        "rollout/turns": 2.0,
+def test_shares_of_outcomes_are_over_all_rollouts_since_the_last_read() -> None:
+    counters = Counters()
+    counters.scored(summary(1.0, 0.0))
+    counters.scored(summary(1.0, 1.0, timeouts=1))
+    assert counters.recent.read() == {"verifier/timeout_share": 0.25, "verifier/error_share": 0.0}
+    counters.scored(summary(0.5))
+    assert counters.recent.read()["verifier/timeout_share"] == 0.0
+
+
+def test_a_step_without_news_has_no_metric_that_reads_as_zero() -> None:
+    assert Counters().recent.read() == {}
+
+
+def test_drops_tell_length_and_pass_rate_as_far_as_they_are_known() -> None:
+    counters = Counters()
+    counters.dropped(DropReason.GENERATOR_ERROR, None, None, 2)
+    counters.dropped(DropReason.VERIFIER_TIMEOUT, GenerationSummary(300, 0), None, 2)
+    for tokens, values in ((10, (1.0, 0.0)), (30, (1.0, 1.0))):
+        counters.dropped(DropReason.OVERLONG, GenerationSummary(tokens, 0), summary(*values), 2)
+    assert counters.recent.read() == {
+        "drops/generator_error": 1,
+        "drops/verifier_timeout": 1,
+        "drops/verifier_timeout_response_tokens_mean": 150.0,
+        "drops/overlong": 2,
+        "drops/overlong_response_tokens_mean": 10.0,
+        "drops/overlong_pass_rate": 0.75,
     }
-    counters.add(summary(0.5))
-    assert counters.read()["reward/part_answer"] == 0.5
-
-
-def test_a_step_without_scored_rollouts_divides_by_nothing() -> None:
-    assert RewardCounters().read() == {"rollout/truncated_share": 0.0, "rollout/turns": 0.0}
+    assert counters.recent.read() == {}
 
 
 def counted() -> Counters:
