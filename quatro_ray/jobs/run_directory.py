@@ -5,8 +5,10 @@ from __future__ import annotations
 import fcntl
 import logging
 import shutil
+import sqlite3
+import tempfile
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, closing, contextmanager
 from operator import attrgetter
 from pathlib import Path
 
@@ -18,7 +20,28 @@ _LEDGER = "ledger.sqlite"
 _RESOLVED_CONFIG = "config.yaml"
 """Marks a directory as a run: `run.overwrite` replaces only a directory that holds this file."""
 
+_RESULTS = frozenset({"metrics.jsonl", "rollouts.jsonl"})
+"""The files to which a run adds with each step; empty before the first."""
+_LEFT_BY_A_START = _RESULTS | {
+    ".writer", "checkpoints", "config.yaml", "evaluation_rollouts.jsonl", "evaluations.jsonl", "events.jsonl",
+    "ledger.sqlite", "ledger.sqlite-shm", "ledger.sqlite-wal", "model", "model.writing", "notes.log", "stall.txt",
+    "tensorboard", "timeline.jsonl",
+}  # fmt: skip
+"""All that a run may have written before it admitted its first group."""
+
 _logger = logging.getLogger(__name__)
+
+
+def check_run_dir(config: Config) -> None:
+    """Check what `prepare_run_dir` checks, and leave no trace of it.
+
+    Raises:
+        ConfigError: as `prepare_run_dir` raises it, except that locks of other processes are not looked at.
+    """
+    with _usable(config):
+        for folder in {config.run.dir, config.checkpoint_dir}:
+            _check_writable(folder)
+        _check_content(config)
 
 
 def prepare_run_dir(config: Config) -> bool:
@@ -32,24 +55,69 @@ def prepare_run_dir(config: Config) -> bool:
             hold a run; the run in it has another configuration, has more steps already, or is in use by another
             process; or it cannot be written.
     """
-    try:
+    with _usable(config):
         return _prepare(config)
+
+
+@contextmanager
+def _usable(config: Config) -> Iterator[None]:
+    try:
+        yield
     except OSError as error:
         raise ConfigError(
             f"run.dir={config.run.dir}, checkpoint.dir={config.checkpoint_dir}: cannot be used ({error}); choose others"
         ) from error
 
 
+def _check_writable(folder: Path) -> None:
+    """Create a folder in the nearest directory that exists, and remove it. Raises OSError if that is impossible."""
+    there = next(path for path in (folder, *folder.parents) if path.exists())
+    Path(tempfile.mkdtemp(prefix=".quatro_ray_", dir=there)).rmdir()
+
+
 def _prepare(config: Config) -> bool:
     path = config.run.dir
-    if config.run.resume == "auto" and (path / _RESOLVED_CONFIG).is_file():
+    _check_content(config)
+    if _resumes(config):
         with only_writer(config):
-            check_same_run(load_config(path / _RESOLVED_CONFIG), config)
-            check_steps(config)
+            _check_content(config)
             (path / _RESOLVED_CONFIG).write_text(dump_config(config))
         _logger.info("run.dir=%s: resuming the run in it", path)
         return (path / _LEDGER).is_file()
-    if path.exists() and (not path.is_dir() or any(path.iterdir())):
+    if path.exists() and any(path.iterdir()):
+        with only_writer(config):
+            _check_content(config)
+            _logger.info("run.dir=%s: replacing the run in it", path)
+            _empty(path)
+    if config.checkpoint.dir is not None and not config.checkpoint.dir.is_relative_to(path):
+        config.checkpoint.dir.mkdir(parents=True, exist_ok=True)
+    path.mkdir(parents=True, exist_ok=True)
+    (path / _RESOLVED_CONFIG).write_text(dump_config(config))
+    return False
+
+
+def _resumes(config: Config) -> bool:
+    """Return whether the run in the directory is to be continued; one that failed to start may begin anew instead."""
+    path = config.run.dir
+    if config.run.resume != "auto" or not (path / _RESOLVED_CONFIG).is_file():
+        return False
+    if not _failed_to_start(path):
+        return True
+    try:
+        check_same_run(load_config(path / _RESOLVED_CONFIG), config)
+    except ConfigError:  # nothing depends on the earlier configuration, which has just been corrected
+        return False
+    return True
+
+
+def _check_content(config: Config) -> None:
+    """Raise ConfigError if what is in `run.dir` and `checkpoint.dir` forbids their use."""
+    path = config.run.dir
+    if _resumes(config):
+        check_same_run(load_config(path / _RESOLVED_CONFIG), config)
+        check_steps(config)
+        return
+    if path.exists() and (not path.is_dir() or any(path.iterdir())) and not _failed_to_start(path):
         if not config.run.overwrite:
             raise ConfigError(
                 f"run.dir={path}: is not empty; choose another, or set run.overwrite=true to replace it, or "
@@ -60,14 +128,28 @@ def _prepare(config: Config) -> bool:
                 f"run.dir={path}: has no {_RESOLVED_CONFIG}, so it is not a run, and run.overwrite does not replace "
                 "it; choose another"
             )
-        with only_writer(config):
-            _check_checkpoint_dir(config)
-            _logger.info("run.dir=%s: replacing the run in it", path)
-            _empty(path)
     _check_checkpoint_dir(config)
-    path.mkdir(parents=True, exist_ok=True)
-    (path / _RESOLVED_CONFIG).write_text(dump_config(config))
-    return False
+
+
+def _failed_to_start(path: Path) -> bool:
+    """Return whether the directory holds a run that never admitted a group, and nothing else, so nothing is lost."""
+    if not path.is_dir() or not (path / _RESOLVED_CONFIG).is_file():
+        return False
+    if any(child.name not in _LEFT_BY_A_START or _holds_results(child) for child in path.iterdir()):
+        return False
+    if not (path / _LEDGER).is_file():
+        return True
+    try:
+        with closing(sqlite3.connect(f"file:{path / _LEDGER}?mode=ro", uri=True)) as ledger:
+            return bool(ledger.execute("SELECT COUNT(*) FROM groups").fetchone() == (0,))
+    except sqlite3.Error:  # it cannot be read, so nothing says that it is empty
+        return False
+
+
+def _holds_results(child: Path) -> bool:
+    if child.name == "checkpoints":
+        return any(child.iterdir())
+    return child.name in _RESULTS and child.stat().st_size > 0
 
 
 def _empty(path: Path) -> None:
@@ -87,7 +169,6 @@ def _check_checkpoint_dir(config: Config) -> None:
     folder = config.checkpoint.dir
     if folder is None or folder.is_relative_to(config.run.dir):
         return
-    folder.mkdir(parents=True, exist_ok=True)
     if (step := checkpoint_store(config).newest_step()) is not None:
         raise ConfigError(
             f"checkpoint.dir={folder}: has a checkpoint of another run (step_{step}); choose another folder, "

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import closing
 from pathlib import Path
 from typing import Any
 
@@ -9,8 +10,9 @@ import pytest
 
 from quatro_ray.config import load_config
 from quatro_ray.errors import ConfigError
-from quatro_ray.jobs.run_directory import only_writer, prepare_run_dir
-from tests.make import config
+from quatro_ray.jobs.run_directory import check_run_dir, only_writer, prepare_run_dir
+from quatro_ray.replay.ledger import Ledger
+from tests.make import config, group
 
 
 def run(path: Path, **over: Any) -> Any:
@@ -117,3 +119,38 @@ def test_what_cannot_be_written_is_told(tmp_path: Path) -> None:
         with pytest.raises(ConfigError, match=r"cannot be used \(.*Not a directory.*\); choose others"):
             prepare_run_dir(run(path, **over))
     assert not (tmp_path / "c").exists()
+
+
+def ledger_of(path: Path, *, num_groups: int) -> None:
+    with closing(Ledger(path / "ledger.sqlite")) as ledger:
+        ledger.admit(0, [group(i).query for i in range(num_groups)], 0)
+
+
+@pytest.mark.parametrize("resume", ["never", "auto"])
+@pytest.mark.parametrize("got_to", ["nothing", "recording", "an empty ledger"])
+def test_a_start_that_failed_is_in_no_ones_way(tmp_path: Path, resume: str, got_to: str) -> None:
+    path = tmp_path / "run"
+    assert not prepare_run_dir(run(path, learner={"learning_rate": 2e-3}))
+    if got_to != "nothing":
+        for name in ("metrics.jsonl", "notes.log", "timeline.jsonl"):
+            (path / name).touch()
+    if got_to == "an empty ledger":
+        ledger_of(path, num_groups=0)
+    corrected = run(path, run={"resume": resume})
+    check_run_dir(corrected)
+    assert not prepare_run_dir(corrected)
+    assert load_config(path / "config.yaml") == corrected
+
+
+@pytest.mark.parametrize("left", ["thesis.tex", "checkpoints/step_1", "metrics.jsonl", "one group"])
+def test_what_was_trained_or_is_not_ours_is_in_the_way(tmp_path: Path, left: str) -> None:
+    path = tmp_path / "run"
+    assert not prepare_run_dir(run(path))
+    if left == "one group":
+        ledger_of(path, num_groups=1)
+    else:
+        (path / left).parent.mkdir(exist_ok=True)
+        (path / left).write_text("x")
+    for use in (check_run_dir, prepare_run_dir):
+        with pytest.raises(ConfigError, match="is not empty"):
+            use(run(path, run={"resume": "never"}))
