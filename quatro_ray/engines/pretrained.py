@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from quatro_ray.config import Config, TinyModelConfig
 from quatro_ray.engines.tiny_tokenizer import MAX_POSITIONS, make_tokenizer
+from quatro_ray.engines.weight_files import check_weights
 from quatro_ray.errors import ConfigError
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerBase
+    from transformers import PretrainedConfig, PreTrainedTokenizerBase
 
 _NEUTRAL: dict[str, tuple[object, ...]] = {
     "final_logit_softcapping": (None,),
@@ -27,8 +29,62 @@ def load_tokenizer(path: str) -> PreTrainedTokenizerBase:
     """
     from transformers import AutoTokenizer
 
+    check_exists(path)
     try:
-        return AutoTokenizer.from_pretrained(path)
+        tokenizer = AutoTokenizer.from_pretrained(path)
+    except (OSError, ValueError) as error:
+        raise _not_loaded(path, error) from error
+    if len(tokenizer) <= len(tokenizer.all_special_tokens):  # some classes load from a folder without their files
+        raise ConfigError(
+            f"model.path={path}: has no tokenizer (its vocabulary has {len(tokenizer)} tokens); copy the tokenizer's "
+            "files there, such as tokenizer.json"
+        )
+    return tokenizer
+
+
+def check_exists(path: str) -> None:
+    """Raise ConfigError if the text can only be a folder, not a name on the hub, and there is no such folder."""
+    may_be_a_name = path.count("/") <= 1 and not path.startswith(("/", ".", "~"))
+    if not may_be_a_name and not Path(path).is_dir():
+        raise ConfigError(
+            f"model.path={path}: cannot be loaded (there is no such folder); give a folder or a name on the hub"
+        )
+
+
+def check_folder(config: Config) -> None:
+    """Raise ConfigError if the model is a folder without complete weights; those on the hub are not looked at."""
+    if not isinstance(config.model, TinyModelConfig) and Path(config.model.path).is_dir():
+        check_weights(Path(config.model.path))
+
+
+def check_tensor_parallel(config: Config) -> None:
+    """Raise ConfigError if the attention heads cannot be divided among generator.tensor_parallel_size devices."""
+    size = config.generator.tensor_parallel_size
+    if isinstance(config.model, TinyModelConfig):
+        heads: int | None = config.model.num_heads
+        key_heads: int | None = max(1, config.model.num_heads // 2)
+    else:
+        model = _load_config(config.model.path)
+        heads = getattr(model, "num_attention_heads", None)
+        key_heads = getattr(model, "num_key_value_heads", None)
+    if isinstance(heads, int) and heads % size:
+        raise ConfigError(
+            f"generator.tensor_parallel_size={size}: must divide the model's {heads} attention heads; choose a divisor"
+        )
+    if isinstance(key_heads, int) and key_heads % size and size % key_heads:
+        raise ConfigError(
+            f"generator.tensor_parallel_size={size}: must divide the model's {key_heads} key-value heads, or be a "
+            "multiple of them; choose another"
+        )
+
+
+def _load_config(path: str) -> PretrainedConfig:
+    """Return the configuration of a model's language part. Raises ConfigError if it does not load."""
+    from transformers import AutoConfig
+
+    check_exists(path)
+    try:
+        return AutoConfig.from_pretrained(path).get_text_config()
     except (OSError, ValueError) as error:
         raise _not_loaded(path, error) from error
 
@@ -51,13 +107,8 @@ def check_can_be_trained(config: Config) -> None:
     """
     if isinstance(config.model, TinyModelConfig):
         return _check_positions(config, MAX_POSITIONS)
-    from transformers import AutoConfig
-
     path = config.model.path
-    try:
-        model = AutoConfig.from_pretrained(path).get_text_config()
-    except (OSError, ValueError) as error:
-        raise _not_loaded(path, error) from error
+    model = _load_config(path)
     for name, neutral in _NEUTRAL.items():
         if (value := getattr(model, name, None)) not in neutral:
             raise ConfigError(

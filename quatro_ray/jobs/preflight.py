@@ -11,9 +11,12 @@ from quatro_ray.config import Config
 from quatro_ray.data.dataset import Dataset
 from quatro_ray.data.prompt_lengths import fit_prompts
 from quatro_ray.data.registry import make_dataset
-from quatro_ray.engines.pretrained import check_can_be_trained, tokenizer_of
+from quatro_ray.engines.engine_args import check_engine_args
+from quatro_ray.engines.pretrained import check_can_be_trained, check_folder, check_tensor_parallel, tokenizer_of
 from quatro_ray.environments.registry import check_environments
 from quatro_ray.errors import ConfigError, DataError, QuatroError, SandboxError
+from quatro_ray.jobs.run_directory import check_run_dir
+from quatro_ray.orchestrator.host import check_host
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -23,7 +26,7 @@ _COLLECTED = (ConfigError, DataError, SandboxError)
 
 @dataclass(frozen=True)
 class Prepared:
-    """What the checks have loaded.
+    """The data and the tokenizer that the checks have loaded.
 
     Attributes:
         dataset: all queries, without those whose prompts are too long.
@@ -93,5 +96,12 @@ def check(config: Config) -> Prepared:
     return Prepared(dataset, tokenizer, tuple(problems.notes))
 
 
-_CHECKS: tuple[Callable[[Config], None], ...] = (check_can_be_trained,)
+_CHECKS: tuple[Callable[[Config], None], ...] = (
+    check_folder,
+    check_can_be_trained,
+    check_tensor_parallel,
+    check_engine_args,
+    check_host,
+    check_run_dir,
+)
 """Checks that need nothing but the configuration; each raises ConfigError."""

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import json
 from dataclasses import dataclass
 from pathlib import Path
 
 from quatro_ray.config import Config, ModelRewardConfig, PretrainedModelConfig, TinyModelConfig
+from quatro_ray.engines.weight_files import num_weights
 
 _BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
 _TINY_VOCABULARY = 258
@@ -71,8 +71,11 @@ def evaluation_bundles(config: Config) -> list[Bundle]:
 def num_parameters(config: Config) -> int | None:
     """Return the number of the model's parameters, or None if it is unknown.
 
-    It is exact for a tiny model. For a pretrained one it is `model.num_parameters`, or half the bytes of the weights,
-    which are assumed to be bfloat16.
+    It is exact for a tiny model. For a pretrained one it is `model.num_parameters`, or what the headers of its
+    safetensors files say.
+
+    Raises:
+        ConfigError: a file of weights is damaged.
     """
     model = config.model
     if isinstance(model, TinyModelConfig):
@@ -83,11 +86,7 @@ def num_parameters(config: Config) -> int | None:
     assert isinstance(model, PretrainedModelConfig)
     if model.num_parameters is not None:
         return model.num_parameters
-    index = Path(model.path) / "model.safetensors.index.json"
-    if index.is_file():
-        return int(json.loads(index.read_text())["metadata"]["total_size"]) // 2
-    weights = Path(model.path) / "model.safetensors"
-    return weights.stat().st_size // 2 if weights.is_file() else None
+    return num_weights(Path(model.path))
 
 
 def learner_bytes_per_rank(config: Config, parameters: int) -> int:
@@ -105,6 +104,16 @@ def learner_bytes_per_rank(config: Config, parameters: int) -> int:
     reference = width if config.learner.reference_kl_coef > 0 else 0
     before_step = 0 if config.learner.step_control.window_kl_nats_per_token is None else 4
     return parameters * (width + width + master + 8 + before_step + reference) // config.learner.num_ranks
+
+
+def weight_bytes_per_device(config: Config, parameters: int) -> float:
+    """Return the bytes of an engine's weights on each of its devices.
+
+    Args:
+        config: its `generator` section gives the dtype and the number of devices.
+        parameters: number of the model's parameters.
+    """
+    return parameters * _BYTES[config.generator.dtype] / config.generator.tensor_parallel_size
 
 
 def describe(config: Config) -> str:
@@ -140,7 +149,7 @@ def _memory(config: Config) -> list[str]:
         return ["  unknown size: set model.num_parameters"]
     gib = 2**30
     states = learner_bytes_per_rank(config, parameters) / gib
-    weights = parameters * _BYTES[config.generator.dtype] / config.generator.tensor_parallel_size / gib
+    weights = weight_bytes_per_device(config, parameters) / gib
     lines = [
         f"  {parameters:,} parameters",
         f"  learner: {states:.3f} GiB of model states a rank"

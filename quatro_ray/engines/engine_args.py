@@ -1,0 +1,96 @@
+"""Checks `generator.engine_args` with vLLM's own parser, in a process of its own: importing vLLM takes long."""
+
+from __future__ import annotations
+
+import argparse
+import difflib
+import json
+import subprocess
+import sys
+from collections.abc import Mapping
+from dataclasses import fields
+from typing import TYPE_CHECKING, NoReturn
+
+from quatro_ray.config import Config
+from quatro_ray.errors import ConfigError
+
+if TYPE_CHECKING:
+    from vllm.engine.arg_utils import AsyncEngineArgs
+
+_DEADLINE_S = 180.0
+
+
+def check_engine_args(config: Config) -> None:
+    """Raise ConfigError if vLLM has no argument of a name in `generator.engine_args`, or refuses its value."""
+    if not (given := config.generator.engine_args):
+        return
+    command = [sys.executable, "-m", "quatro_ray.engines.engine_args"]
+    try:
+        done = subprocess.run(
+            command, input=json.dumps(given, default=str), capture_output=True, text=True, timeout=_DEADLINE_S
+        )
+    except subprocess.TimeoutExpired as error:
+        raise ConfigError(
+            f"generator.engine_args: vLLM did not check them within {_DEADLINE_S:g} s; free the machine and try again"
+        ) from error
+    lines = done.stdout.splitlines()
+    if done.returncode or not lines:  # vLLM may print before it; the last line is ours
+        reason = (done.stderr.strip().splitlines() or ["no output"])[-1]
+        raise ConfigError(f"generator.engine_args: vLLM's parser cannot be loaded ({reason}); repair its installation")
+    if problems := json.loads(lines[-1]):
+        raise ConfigError("; ".join(problems))
+
+
+def problems_of(given: Mapping[str, object]) -> list[str]:
+    """Return one text for each argument that vLLM does not have or whose value it refuses: field, rule, remedy."""
+    from vllm.engine.arg_utils import AsyncEngineArgs
+
+    names = [field.name for field in fields(AsyncEngineArgs)]
+    problems = []
+    for name, value in given.items():
+        if name not in names:
+            close = difflib.get_close_matches(name, names, n=1)
+            remedy = f"did you mean {close[0]}?" if close else "remove it, or correct its spelling"
+            problems.append(f"generator.engine_args.{name}: vLLM's AsyncEngineArgs has no such field; {remedy}")
+        elif reason := _refused(AsyncEngineArgs, name, value):
+            problems.append(f"generator.engine_args.{name}={value!r}: vLLM refuses it ({reason}); change it")
+    return problems
+
+
+def _refused(engine_args: type[AsyncEngineArgs], name: str, value: object) -> str | None:
+    """Return why vLLM's parser refuses a value, or None if it takes it or has no such option."""
+    from vllm.utils.argparse_utils import FlexibleArgumentParser
+
+    class Parser(FlexibleArgumentParser):
+        def error(self, message: str) -> NoReturn:
+            raise ValueError(message)
+
+    parser = engine_args.add_cli_args(Parser(add_help=False))
+    action = next((action for action in parser._actions if action.dest == name), None)
+    if action is None or value is None:
+        return None
+    try:
+        parser.parse_args(_argv(action, value))
+    except ValueError as error:
+        lines = [line.strip() for line in str(error).splitlines() if "For further information" not in line]
+        return " ".join(lines).partition(": ")[2][:300] or str(error)
+    return None
+
+
+def _argv(action: argparse.Action, value: object) -> list[str]:
+    """Return a value as it would stand on vLLM's command line. Raises ValueError if a flag is not true or false."""
+    option = next(text for text in action.option_strings if text.startswith("--"))
+    if action.nargs == 0 or isinstance(action, argparse.BooleanOptionalAction):
+        if not isinstance(value, bool):
+            raise ValueError(f"{option}: must be true or false")
+        if value:
+            return [option]
+        off = [text for text in action.option_strings if text.startswith("--no-")]
+        return off[:1]
+    if isinstance(value, list) and action.nargs is not None:
+        return [option, *map(str, value)]
+    return [f"{option}={value if isinstance(value, str) else json.dumps(value)}"]
+
+
+if __name__ == "__main__":
+    print(json.dumps(problems_of(json.load(sys.stdin))))

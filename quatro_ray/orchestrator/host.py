@@ -1,0 +1,62 @@
+"""Checks whether this machine can hold a run, if the run is to start a cluster of its own here."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+
+from ray._private.accelerators import NvidiaGPUAcceleratorManager
+from ray._private.utils import get_num_cpus, get_system_memory
+
+from quatro_ray.config import Config
+from quatro_ray.errors import ConfigError
+from quatro_ray.orchestrator.resources import Bundle, bundles, num_parameters, weight_bytes_per_device
+
+
+def check_host(config: Config, plan: Sequence[Bundle] | None = None) -> None:
+    """Check devices and memory of this machine, unless the run joins a cluster whose nodes are elsewhere.
+
+    Args:
+        config: its `cluster` section says where the run takes place.
+        plan: one bundle per actor. None: those of a training run.
+
+    Raises:
+        ConfigError: the run needs more CPUs or GPUs than there are, or more memory for weights, keys and values.
+    """
+    if config.cluster.address or os.environ.get("RAY_ADDRESS"):
+        return
+    plan = bundles(config) if plan is None else plan
+    problems = [*_devices(plan), *_memory(config, plan)]
+    if problems:
+        raise ConfigError("; ".join(problems))
+
+
+def _devices(plan: Sequence[Bundle]) -> list[str]:
+    visible = NvidiaGPUAcceleratorManager.get_current_process_visible_accelerator_ids()
+    gpus = NvidiaGPUAcceleratorManager.get_current_node_num_accelerators() if visible is None else len(visible)
+    problems = []
+    for name, have in (("CPU", get_num_cpus()), ("GPU", gpus)):
+        need = sum(b.resources.get(name, 0) for b in plan)
+        if need > have + 1e-6:
+            problems.append(
+                f"cluster.address=null: the run needs {need:g} {name}s and the cluster has {have:g}, which is this "
+                "machine alone: lower cluster.cpus_per_*, the number of engines, ranks or verifiers, or set "
+                "cluster.address (`quatro-ray plan` shows the sum)"
+            )
+    return problems
+
+
+def _memory(config: Config, plan: Sequence[Bundle]) -> list[str]:
+    """Return a problem if weights, keys and values of all engines on CPU exceed the memory of this machine."""
+    if config.cluster.device != "cpu":
+        return []
+    engines = sum(b.role in ("generator", "evaluator") for b in plan)
+    each = config.generator.kv_cache_gib * 2**30
+    weights = weight_bytes_per_device(config, num_parameters(config) or 0) * config.generator.tensor_parallel_size
+    need, have = engines * (each + weights), get_system_memory()
+    if need <= have:
+        return []
+    return [
+        f"generator.kv_cache_gib={config.generator.kv_cache_gib:g}: weights, keys and values of {engines} engine(s) "
+        f"need {need / 2**30:.1f} GiB, and this machine has {have / 2**30:.1f} GiB; lower it"
+    ]

@@ -1,0 +1,149 @@
+"""What can be known before Ray starts is known by `validate` and `train` alike, all of it at once."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import save_file
+
+from quatro_ray.engines.engine_args import problems_of
+from quatro_ray.engines.tiny_tokenizer import make_tokenizer
+from quatro_ray.engines.weight_files import check_weights, num_weights
+from quatro_ray.errors import ConfigError
+from quatro_ray.jobs.preflight import check
+from quatro_ray.orchestrator.host import check_host
+from quatro_ray.orchestrator.resources import describe
+from tests.make import config
+
+QWEN = {
+    "model_type": "qwen2",
+    "architectures": ["Qwen2ForCausalLM"],
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "hidden_size": 64,
+    "max_position_embeddings": 512,
+}
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    """A pretrained model as far as it is looked at before anything starts."""
+    path = tmp_path / "model"
+    path.mkdir()
+    (path / "config.json").write_text(json.dumps(QWEN))
+    make_tokenizer().save_pretrained(path)
+    save_file({"a": torch.zeros(3, 5), "b": torch.zeros(7)}, path / "model.safetensors")
+    return path
+
+
+def pretrained(tmp_path: Path, path: Path | str, **over: Any) -> Any:
+    return config(tmp_path / "run", **{"model": {"kind": "pretrained", "path": str(path)}} | over)
+
+
+def problems(tmp_path: Path, path: Path | str, **over: Any) -> str:
+    with pytest.raises(ConfigError) as caught:
+        check(pretrained(tmp_path, path, **over))
+    return str(caught.value)
+
+
+def test_all_problems_are_told_at_once(tmp_path: Path, folder: Path) -> None:
+    (folder / "model.safetensors").unlink()
+    text = problems(
+        tmp_path,
+        folder,
+        run={"dir": "/proc/x", "num_steps": 1},
+        generator={"max_prompt_tokens": 16, "max_response_tokens": 8, "tensor_parallel_size": 3, "kv_cache_gib": 50_000}
+        | {"dtype": "float32"},
+        data={
+            "train": {"mine": {"kind": "jsonl", "path": "/nowhere.jsonl"}},
+            "eval": {"sums": {"kind": "chain_sum", "num_questions": 16, "seed": 1}},
+        },
+    )
+    first, *lines = text.splitlines()
+    assert first == "5 problems"
+    for line, expected in zip(
+        sorted(lines),
+        [
+            "/nowhere.jsonl: cannot be read",
+            "generator.kv_cache_gib=50000: ",
+            "generator.tensor_parallel_size=3: must divide the model's 4 attention heads",
+            f"model.path={folder}: has no weights",
+            "run.dir=/proc/x, checkpoint.dir=/proc/x/checkpoints: cannot be used",
+        ],
+        strict=True,
+    ):
+        assert expected in line
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_good_one_passes_and_leaves_no_trace(tmp_path: Path, folder: Path) -> None:
+    assert check(pretrained(tmp_path, folder)).dataset.train["sums"]
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize("path", ["/nowhere", "./nowhere", "a/b/c", "~/nowhere"])
+def test_a_folder_that_is_missing_is_one_problem(tmp_path: Path, path: str) -> None:
+    assert problems(tmp_path, path).startswith(f"model.path={path}: cannot be loaded (there is no such folder)")
+
+
+def test_a_folder_without_a_tokenizer(tmp_path: Path, folder: Path) -> None:
+    for file in folder.glob("*token*"):
+        file.unlink()
+    assert "has no tokenizer (its vocabulary has 1 tokens); copy" in problems(tmp_path, folder)
+
+
+def test_damaged_and_missing_weights(folder: Path) -> None:
+    whole = (folder / "model.safetensors").read_bytes()
+    for content, expected in ((whole[:-1], "bytes, and its header says"), (b"", "is not a safetensors file")):
+        (folder / "model.safetensors").write_bytes(content)
+        with pytest.raises(ConfigError, match=expected):
+            check_weights(folder)
+    (folder / "model.safetensors").rename(folder / "one.safetensors")
+    (folder / "one.safetensors").write_bytes(whole)
+    index = {"weight_map": {"a": "one.safetensors", "b": "two.safetensors"}}
+    (folder / "model.safetensors.index.json").write_text(json.dumps(index))
+    with pytest.raises(ConfigError, match=r"its index lists two\.safetensors, which is missing"):
+        check_weights(folder)
+    assert num_weights(folder) == 22
+
+
+def test_heads_that_several_devices_cannot_share(tmp_path: Path, folder: Path) -> None:
+    (folder / "config.json").write_text(json.dumps(QWEN | {"num_attention_heads": 12, "num_key_value_heads": 6}))
+    over = {"generator": {"max_prompt_tokens": 16, "max_response_tokens": 8, "tensor_parallel_size": 4}}
+    assert "must divide the model's 6 key-value heads, or be a multiple" in problems(tmp_path, folder, **over)
+
+
+@pytest.mark.parametrize("kind", ["float32", "bfloat16"])
+def test_plan_counts_weights_by_their_headers(tmp_path: Path, folder: Path, kind: str) -> None:
+    save_file({"a": torch.zeros(377_472, dtype=getattr(torch, kind))}, folder / "model.safetensors")
+    assert "  377,472 parameters" in describe(pretrained(tmp_path, folder)).splitlines()
+
+
+def test_devices_and_memory_of_this_machine(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("RAY_ADDRESS", raising=False)
+    wanted = config(tmp_path, cluster={"cpus_per_engine": 999}, generator={"kv_cache_gib": 50_000})
+    with pytest.raises(ConfigError, match=r"needs 1\S* CPUs and the cluster has .*; generator.kv_cache_gib=50000: "):
+        check_host(wanted)
+    check_host(config(tmp_path, cluster={"cpus_per_engine": 999, "address": "far:6379"}))
+    monkeypatch.setenv("RAY_ADDRESS", "far:6379")
+    check_host(wanted)
+
+
+@pytest.mark.process
+def test_engine_arguments_are_read_by_vllms_own_parser(tmp_path: Path, folder: Path) -> None:
+    given = {"max_num_batchd_tokens": 64, "kv_cache_dtype": "fp9", "enforce_eager": "yes", "block_size": 16}
+    sampling = {"max_prompt_tokens": 16, "max_response_tokens": 8}
+    text = problems(tmp_path, folder, generator=sampling | {"engine_args": given})
+    assert (
+        "generator.engine_args.max_num_batchd_tokens: vLLM's AsyncEngineArgs has no such field; "
+        "did you mean max_num_batched_tokens?"
+    ) in text
+    assert "generator.engine_args.kv_cache_dtype='fp9': vLLM refuses it (invalid choice: 'fp9'" in text
+    assert "generator.engine_args.enforce_eager='yes': vLLM refuses it (must be true or false)" in text
+    assert "block_size" not in text
+    good = {"max_num_batched_tokens": 64, "enforce_eager": True, "enable_chunked_prefill": False, "quantization": None}
+    assert problems_of(good | {"compilation_config": {"cudagraph_capture_sizes": [1, 2]}}) == []
