@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import difflib
 import json
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
-from typing import get_args, get_origin
+from typing import Literal, get_args, get_origin
 
 from pydantic import JsonValue, ValidationError
 from pydantic.fields import FieldInfo
@@ -44,17 +44,22 @@ def _lines(error: ErrorDetails, root: type[Section]) -> Iterator[str]:
     if isinstance(reason, BrokenRules):
         yield from (f"{place.path}.{rule}" if place.path else rule for rule in reason.rules)
     elif error["type"] == "extra_forbidden":
-        yield f"{place.path}: unknown field; {_correction(place)}"
+        yield f"{place.path}: unknown field; {_correction(place, root)}"
     elif error["type"] == "missing":
         yield f"{place.path}: required field is missing; add it"
     elif error["type"] == "union_tag_not_found":
-        yield f"{place.path}.kind: required field is missing; add it, {_kinds(place)}"
+        yield f"{place.path}.kind: required field is missing; add it, {_kinds(place)}{_unspaced(error['input'])}"
     elif error["type"] == "union_tag_invalid":
-        yield f"{place.path}.kind={error['ctx']['tag']!r}: must be {_kinds(place)}; change it"
+        tag = error["ctx"]["tag"]
+        close = _close(tag, (str(kind_of(section)) for section in sections_in(place.field)))
+        yield f"{place.path}.kind={tag!r}: must be {_kinds(place)}; {close or 'change it'}"
+    elif error["loc"][-1:] == ("[key]",):
+        yield f"{place.path.removesuffix('.[key]')}: a name must be a string, not {error['input']!r}; quote it"
     elif error["type"] == "value_error":
         yield f"{place.path}{_shown(error['input'], place)}: {reason}"
     else:
-        yield f"{place.path}{_shown(error['input'], place)}: must be {_rule(error, place)}; change it"
+        remedy = _remedy(error, place)
+        yield f"{place.path}{_shown(error['input'], place)}: must be {_rule(error, place)}; {remedy}"
 
 
 def _find(location: tuple[str | int, ...], root: type[Section]) -> _Place:
@@ -94,14 +99,52 @@ def _rule(error: ErrorDetails, place: _Place) -> str:
     return accepts(place.field)
 
 
+def _remedy(error: ErrorDetails, place: _Place) -> str:
+    given = error["input"]
+    bare = field_type(place.field).bare
+    if isinstance(given, str) and get_origin(bare) is Literal:
+        return _close(given, map(str, get_args(bare))) or "change it"
+    kinds = [str(kind_of(section)) for section in sections_in(bare)]
+    if isinstance(given, str) and given in kinds:
+        return f"write {{kind: {given}}}"
+    return "change it"
+
+
+def _close(given: str, allowed: Iterable[str]) -> str | None:
+    """Return `did you mean …?` with the most similar word, or None if none is similar."""
+    close = difflib.get_close_matches(given, list(allowed), n=1)
+    return f"did you mean {close[0]}?" if close else None
+
+
+def _unspaced(value: object) -> str:
+    """Return a hint if a mapping has a key such as `kind:jsonl`, which YAML reads as a name without a value."""
+    names = [str(key) for key, inner in value.items() if inner is None] if isinstance(value, dict) else []
+    found = next((name for name in names if name.startswith("kind:")), None)
+    return f" (YAML needs a blank after the colon: {found.replace(':', ': ', 1)})" if found else ""
+
+
 def _kinds(place: _Place) -> str:
     return "one of " + ", ".join(str(kind_of(section)) for section in sections_in(place.field))
 
 
-def _correction(place: _Place) -> str:
+def _correction(place: _Place, root: type[Section]) -> str:
     parents, _, name = place.path.rpartition(".")
     command = " ".join(["quatro-ray fields", *parents.split(".")[:1]]).strip()
     listed = f"(`{command}` lists all)"
-    if place.section and (close := difflib.get_close_matches(name, place.section.model_fields, n=1)):
+    if place.section and (close := difflib.get_close_matches(name, place.section.model_fields, n=1, cutoff=0.75)):
         return f"did you mean {f'{parents}.' if parents else ''}{close[0]}? {listed}"
+    paths = sorted(_paths(root, ""), key=lambda path: path.count("."), reverse=True)
+    elsewhere = {path.rpartition(".")[2]: path for path in paths}  # of the same name, the one that is least deep
+    if close := difflib.get_close_matches(name, elsewhere, n=1, cutoff=0.75):
+        return f"did you mean {elsewhere[close[0]]}? {listed}"
     return f"remove it or correct its spelling {listed}"
+
+
+def _paths(section: type[Section], prefix: str) -> Iterator[str]:
+    """Yield the path of every field that does not stand below a name which the user gives."""
+    for name, field in section.model_fields.items():
+        yield f"{prefix}{name}"
+        bare = field_type(field).bare
+        if get_origin(bare) is not dict:
+            for inner in sections_in(bare):
+                yield from _paths(inner, f"{prefix}{name}.")
