@@ -6,9 +6,9 @@ Shape letters: G rollouts of a query, P prompt tokens, T response tokens.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from enum import StrEnum
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 from numpy.typing import NDArray
@@ -82,6 +82,8 @@ class Response:
         transcript: all turns and the environment's text between them; empty if there is no environment.
         environment: values that the episode returned, by name.
         exhausted: the episode exceeded its resource limits twice, so it returned nothing.
+        prompt_tail: end of the prompt that the response continues: what the chat template added after the last
+            message, such as `<think>` after the role, or the tag that a plain prompt ends with.
     """
 
     text: str
@@ -90,6 +92,7 @@ class Response:
     transcript: str = ""
     environment: Mapping[str, float] = field(default_factory=dict)
     exhausted: bool = False
+    prompt_tail: str = ""
 
 
 @dataclass(frozen=True)
@@ -194,12 +197,22 @@ class Rollout:
 
 @dataclass(frozen=True)
 class RolloutGroup:
-    """The G rollouts of one query. `prompt_token_ids`: int32 [P]."""
+    """The G rollouts of one query.
+
+    Attributes:
+        prompt_token_ids: int32 [P].
+        prompt_tail: see Response; needed until the group is scored, and not kept in the ledger.
+    """
 
     group_id: int
     query: Query
     prompt_token_ids: NDArray[np.int32]
     rollouts: tuple[Rollout, ...]
+    prompt_tail: str = ""
+
+    def responses(self) -> tuple[Response, ...]:
+        """Return the rollouts as rewards see them, [G]."""
+        return tuple(replace(rollout.response, prompt_tail=self.prompt_tail) for rollout in self.rollouts)
 
     def rewards(self) -> NDArray[np.float64]:
         """Return float64 [G]. Raises ValueError if a rollout has no score yet."""
@@ -318,6 +331,10 @@ class MicroBatch:
     rollout_index: NDArray[np.int64]
     behavior_logprobs: NDArray[np.float32]
     staleness: NDArray[np.int64]
+
+
+RowLayout = Literal["packed", "padded"]
+"""How the sequences of a row reach the model: packed behind each other, or padded, one sequence a row of its own."""
 
 
 @dataclass(frozen=True)

@@ -11,8 +11,8 @@ from typing import TYPE_CHECKING
 import ray
 
 from quatro_ray.actors.base import WATCHED, HostMixin
-from quatro_ray.config import Extraction, RewardConfig, VerifierConfig
-from quatro_ray.rewards.extract import extract
+from quatro_ray.config import RewardConfig, VerifierConfig
+from quatro_ray.rewards.extract import answer_of
 from quatro_ray.rewards.registry import applies, make_remote
 from quatro_ray.rewards.scorer import Scorer
 from quatro_ray.types import GroupSummary, Outcome, RolloutGroup, Score
@@ -62,7 +62,7 @@ class VerifierActor(HostMixin):
             RewardUnavailable: a response could not be scored through no fault of its own.
         """
         assert self._scorer is not None
-        scores = await asyncio.gather(*(self._scorer(group.query, r.response) for r in group.rollouts))
+        scores = await asyncio.gather(*(self._scorer(group.query, response) for response in group.responses()))
         scored = replace(
             group, rollouts=tuple(replace(r, score=s) for r, s in zip(group.rollouts, scores, strict=True))
         )
@@ -86,8 +86,7 @@ def summarise(rewards: Mapping[str, RewardConfig], group: RolloutGroup, scores: 
         scores: [G], in the order of the rollouts.
     """
     name, deciding = next((n, r) for n, r in rewards.items() if applies(r, group.query))
-    extraction: Extraction = getattr(deciding, "extract", "whole")
-    answers = [extract(r.text, extraction) for r in group.rollouts]
+    answers = [answer_of(r, deciding) for r in group.responses()]
     outcomes = Counter(str(s.outcome) for s in scores)
     return GroupSummary(
         rewards=tuple(s.reward for s in scores),

@@ -23,8 +23,12 @@ class _Reward(Section):
 class _Extracting(_Reward):
     extract: Extraction = "whole"
     """Place of the answer in the response. whole: all of it; boxed: the last \\boxed{…}; answer_tag: the last
-    <answer>…</answer>; hashes: after the last ####; last_number: the last number. If it is absent, the answer is
-    wrong."""
+    <answer>…</answer>; hashes: after the last ####; last_number: the last number, whole or not at all. If it is
+    absent, the answer is wrong."""
+    unclosed_think: Literal["no_answer", "search"] = "no_answer"
+    """Treatment of a response that opens <think> and never closes it (such as one that a token limit ended), be it
+    that the chat template opened it. no_answer: it has given no answer. search: an answer is looked for all the
+    same."""
 
 
 class IntegerRewardConfig(_Extracting):

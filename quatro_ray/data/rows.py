@@ -1,34 +1,21 @@
-"""Reads rows of files and Hugging Face datasets, and makes queries of them."""
+"""Makes queries of the rows of files and Hugging Face datasets."""
 
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from pathlib import Path
-from typing import Any
+from collections.abc import Mapping
 
-from quatro_ray.config import HuggingFaceSourceConfig, JsonLinesSourceConfig, ParquetSourceConfig
 from quatro_ray.data.chat_template import as_messages, chat_prompt, is_chat
 from quatro_ray.data.dataset import Rows
+from quatro_ray.data.readers import BadRow, Row, RowSource, read
 from quatro_ray.errors import DataError
 from quatro_ray.rewards.extract import extract
 from quatro_ray.types import Query
 
-RowSource = JsonLinesSourceConfig | ParquetSourceConfig | HuggingFaceSourceConfig
-Row = dict[str, Any]
-"""A row as its file has it: values by column."""
 _PROMPT_KEYS = ("prompt", "messages", "question", "problem", "query", "input")
 _ANSWER_KEYS = (
     "answer", "reward_model.ground_truth", "ground_truth", "final_answer", "label", "solution", "target",
 )  # fmt: skip
-
-
-class BadRow(Exception):
-    """A row cannot be used; the message says why, without the place of the row."""
-
-
-PlacedRow = tuple[str, Row | BadRow]
-"""File and number of a row, and the row."""
 
 
 def read_rows(config: RowSource, label: str, *, refuse: bool) -> Rows:
@@ -43,7 +30,7 @@ def read_rows(config: RowSource, label: str, *, refuse: bool) -> Rows:
         DataError: the source cannot be read, has no usable row, or has an unusable one and `refuse` is set.
     """
     rows = Rows()
-    for number, (place, row) in enumerate(_READERS[type(config)](config)):
+    for number, (place, row) in enumerate(read(config, label)):
         if number == config.max_rows:
             break
         try:
@@ -53,90 +40,24 @@ def read_rows(config: RowSource, label: str, *, refuse: bool) -> Rows:
         except BadRow as error:
             if refuse:
                 raise DataError(f"{place}: {error}; correct it, or set data.bad_rows: skip") from error
-            rows.skipped[str(error)] += 1
+            rows.skipped[error.rule] += 1
         else:
             rows.queries.append(query)
             rows.places[query.query_id] = place
     if not rows.queries:
-        raise DataError(f"data.{label}: {config.path} has no row that can be used ({_shown(rows)})")
+        raise DataError(
+            f"data.{label}.path: {_path(config)} has no row that can be used ({_shown(rows)}); correct the rows, or "
+            "give another file"
+        )
     return rows
+
+
+def _path(config: RowSource) -> str:
+    return config.path if isinstance(config.path, str) else ", ".join(config.path)
 
 
 def _shown(rows: Rows) -> str:
     return "; ".join(f"{n} rows: {reason}" for reason, n in rows.skipped.items()) or "it is empty"
-
-
-def _json_lines(config: JsonLinesSourceConfig) -> Iterator[PlacedRow]:
-    try:
-        with config.path.open(encoding="utf-8") as file:
-            for number, line in enumerate(file, start=1):
-                if line.strip():
-                    yield f"{config.path}:{number}", _parse_line(line)
-    except OSError as error:
-        raise DataError(f"{config.path}: cannot be read ({error.strerror})") from error
-    except UnicodeDecodeError as error:
-        raise DataError(f"{config.path}: is not UTF-8 text ({error.reason} at byte {error.start})") from error
-
-
-def _parse_line(line: str) -> Row | BadRow:
-    try:
-        row = json.loads(line)
-    except json.JSONDecodeError as error:
-        return BadRow(f"is not JSON ({error.msg} at column {error.colno})")
-    except ValueError as error:  # an integer of thousands of digits
-        return BadRow(f"cannot be read ({error})")
-    except RecursionError:
-        return BadRow("is nested too deeply")
-    return row if isinstance(row, dict) else BadRow(f"must be a JSON object, not {type(row).__name__}")
-
-
-def _parquet(config: ParquetSourceConfig) -> Iterator[PlacedRow]:
-    import pyarrow
-    import pyarrow.parquet
-
-    try:
-        batches = pyarrow.parquet.ParquetFile(config.path).iter_batches()
-        rows = (row for batch in batches for row in batch.to_pylist())
-        for number, row in enumerate(rows):
-            yield f"{config.path}: row {number}", row
-    except (OSError, pyarrow.ArrowException) as error:
-        raise DataError(f"{config.path}: cannot be read as Parquet ({str(error).splitlines()[0]})") from error
-
-
-def _hugging_face(config: HuggingFaceSourceConfig) -> Iterator[PlacedRow]:
-    for number, row in enumerate(_load_hugging_face(config)):
-        yield f"{config.path}: row {number}", row
-
-
-def _load_hugging_face(config: HuggingFaceSourceConfig) -> Iterable[Row]:
-    import datasets
-
-    try:
-        if Path(config.path).is_dir() and not _is_repository(Path(config.path)):
-            loaded = datasets.load_from_disk(config.path)
-        else:
-            loaded = datasets.load_dataset(config.path, config.name, split=config.split, revision=config.revision)
-    except (OSError, ValueError, RuntimeError, datasets.exceptions.DatasetsError) as error:
-        raise DataError(f"{config.path}: cannot be loaded ({str(error).strip().splitlines()[0]})") from error
-    if not isinstance(loaded, datasets.DatasetDict):
-        rows: Iterable[Row] = loaded
-        return rows
-    if config.split not in loaded:
-        raise DataError(f"{config.path}: has splits {sorted(loaded)}, not {config.split!r}; set its split")
-    split: Iterable[Row] = loaded[config.split]
-    return split
-
-
-def _is_repository(path: Path) -> bool:
-    """Return whether the folder is a local copy of a hub dataset; save_to_disk writes other files."""
-    return not any((path / name).is_file() for name in ("dataset_info.json", "state.json", "dataset_dict.json"))
-
-
-_READERS: dict[type, Callable[[Any], Iterator[PlacedRow]]] = {
-    JsonLinesSourceConfig: _json_lines,
-    ParquetSourceConfig: _parquet,
-    HuggingFaceSourceConfig: _hugging_face,
-}
 
 
 def _to_query(row: Row, config: RowSource, query_id: str) -> Query:
@@ -158,7 +79,7 @@ def _column(row: Row, key: str | None, usual: tuple[str, ...], field: str) -> ob
             return value
     wanted = f"has no column {key!r}" if key is not None else f"has none of the columns {', '.join(usual)}"
     other = " (to any column if no reward reads the answer)" if field == "answer_key" else ""
-    raise BadRow(f"{wanted}; it has {sorted(row)}: set {field}{other}")
+    raise BadRow(wanted, f"; it has {sorted(row)}: set {field}{other}")
 
 
 def _look_up(row: object, key: str) -> tuple[bool, object]:
@@ -214,16 +135,24 @@ def _is_message(value: object) -> bool:
     return isinstance(value, dict) and isinstance(value.get("role"), str) and isinstance(value.get("content"), str)
 
 
+def _is_scalar(value: object) -> bool:
+    return isinstance(value, (str, int, float)) and not isinstance(value, bool)
+
+
 def _answer(value: object, config: RowSource) -> str:
     if isinstance(value, list) and len(value) == 1 and isinstance(value[0], str):
         value = value[0]  # OlympiadBench's final_answer
+    if isinstance(value, list) and value and all(_is_scalar(item) for item in value):
+        return json.dumps([str(item) for item in value], ensure_ascii=False)  # several answers
     if isinstance(value, (dict, list)):
         return json.dumps(value)  # test cases of programs
     if value is None or isinstance(value, bool) or not isinstance(value, (str, int, float)):
-        raise BadRow(f"the answer must be text, a number or test cases, not {type(value).__name__}")
+        raise BadRow("the answer must be text, a number or test cases", f", not {type(value).__name__}")
     if value == "" or value != value:
         raise BadRow("the answer is missing (empty, or not a number)")
     answer = extract(str(value), config.answer_extract)
     if answer is None:
         raise BadRow(f"answer_extract={config.answer_extract} finds nothing in the answer")
+    if not answer:
+        raise BadRow("the answer is missing (blank)")
     return answer

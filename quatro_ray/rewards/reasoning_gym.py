@@ -12,7 +12,7 @@ from importlib import import_module
 from typing import Any
 
 from quatro_ray.config import ReasoningGymRewardConfig
-from quatro_ray.rewards.extract import extract
+from quatro_ray.rewards.extract import answer_of
 from quatro_ray.types import Query, Response
 
 METADATA_KEY = "reasoning_gym"
@@ -54,7 +54,7 @@ class ReasoningGymReward:
         Raises:
             RuntimeError: the task's scorer executes responses, and this process is not sandboxed.
         """
-        answer = extract(response.text, self._config.extract)
+        answer = answer_of(response, self._config)
         if answer is None:
             return 0.0
         entry = json.loads(query.metadata[METADATA_KEY])

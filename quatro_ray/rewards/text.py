@@ -12,29 +12,34 @@ from quatro_ray.config import (
     LengthRewardConfig,
     RegexRewardConfig,
 )
-from quatro_ray.rewards.extract import extract
+from quatro_ray.rewards.extract import answer_of, extract, marked, unreachable
+from quatro_ray.rewards.numerals import integer_of
 from quatro_ray.types import Query, Response
-
-INTEGER = re.compile(r"[+-]?[0-9]{1,4000}")
-"""An integer of at most 4000 digits: Python refuses to read more than 4300."""
 
 
 class IntegerReward:
-    """1 if the response's answer is an integer equal to the query's, else 0."""
+    """1 if the response's answer is an integer equal to the query's, else 0.
+
+    Thousands separators, a currency sign and a full stop do not count, on both sides: `$2,125` is 2125.
+    """
 
     def __init__(self, config: IntegerRewardConfig) -> None:
         self._config = config
 
     def check(self, query: Query) -> str | None:
         """Return why the query's answer cannot be used, or None if it can."""
-        return None if INTEGER.fullmatch(query.answer.strip()) else "needs an integer answer"
+        return None if _gold_integer(query.answer) is not None else "needs an integer answer"
 
     def __call__(self, query: Query, response: Response) -> float:
         """Return 1 or 0; the numbers are compared, so that `+07` equals `7`."""
-        answer = extract(response.text, self._config.extract)
-        if answer is None or not INTEGER.fullmatch(answer):
-            return 0.0
-        return float(int(answer) == int(query.answer))
+        answer = answer_of(response, self._config)
+        found = None if answer is None else integer_of(answer)
+        return float(found is not None and found == _gold_integer(query.answer))
+
+
+def _gold_integer(answer: str) -> int | None:
+    """Return the integer; in GSM8K's answers it follows ####."""
+    return integer_of(extract(answer, "hashes") or answer)
 
 
 class ExactReward:
@@ -43,12 +48,23 @@ class ExactReward:
     def __init__(self, config: ExactRewardConfig) -> None:
         self._config = config
 
+    def check(self, query: Query) -> str | None:
+        """Return why no response could give the query's answer, or None if one can."""
+        return unreachable(self._expected(query), self._config.extract)
+
+    def _expected(self, query: Query) -> str:
+        """Return the query's answer as a response would give it: `1,234` is the last number `1234`."""
+        answer = query.answer.strip()
+        if self._config.extract == "last_number" and answer:
+            return extract(marked(answer, "last_number"), "last_number") or answer
+        return answer
+
     def __call__(self, query: Query, response: Response) -> float:
         """Return 1 or 0; if `ignore_case` is set, upper and lower case are the same."""
-        answer = extract(response.text, self._config.extract)
+        answer = answer_of(response, self._config)
         if answer is None:
             return 0.0
-        expected = query.answer.strip()
+        expected = self._expected(query)
         if self._config.ignore_case:
             answer, expected = answer.casefold(), expected.casefold()
         return float(answer == expected)
@@ -67,23 +83,31 @@ class RegexReward:
 
 
 class FormatReward:
-    """1 if the response consists of exactly one element for each tag, in their order, else 0."""
+    """1 if the response consists of exactly one element for each tag, in their order, else 0.
+
+    A tag that the chat template opened at the end of the prompt belongs to the response.
+    """
 
     def __init__(self, config: FormatRewardConfig) -> None:
         self._tags = config.tags
 
     def __call__(self, query: Query, response: Response) -> float:
         """Return 1 or 0; text other than white space outside the elements gives 0."""
-        rest = response.text
+        whole = rest = self._begun(response.prompt_tail) + response.text
         for tag in self._tags:
             opening, closing = f"<{tag}>", f"</{tag}>"
-            if response.text.count(opening) != 1 or response.text.count(closing) != 1:
+            if whole.count(opening) != 1 or whole.count(closing) != 1:
                 return 0.0
             before, found, rest = rest.partition(opening)
             _, closed, rest = rest.partition(closing)
             if before.strip() or not found or not closed:
                 return 0.0
         return float(not rest.strip())
+
+    def _begun(self, prompt_tail: str) -> str:
+        """Return the prompt's tail from the first tag that it opens."""
+        starts = [start for tag in self._tags if (start := prompt_tail.find(f"<{tag}>")) >= 0]
+        return prompt_tail[min(starts) :] if starts else ""
 
 
 class LengthReward:
