@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Annotated, Literal
 
-from pydantic import Field, JsonValue, field_validator
+from pydantic import BeforeValidator, Field, JsonValue, field_validator
 
 from quatro_ray.config.base import Accepts, Section
 from quatro_ray.config.rewards import Extraction
@@ -45,20 +45,32 @@ class _Rows(_Source):
         return template
 
 
+def _listed(path: object) -> object:
+    return (str(path),) if isinstance(path, str | Path) else path
+
+
+FilePaths = Annotated[
+    tuple[str, ...], BeforeValidator(_listed), Field(min_length=1), Accepts("a path, a pattern, or a list of them")
+]
+"""Paths of files; a single one is a list of one."""
+
+
 class JsonLinesSourceConfig(_Rows):
-    """A JSON Lines file: one object per line."""
+    """JSON Lines files: one object per line."""
 
     kind: Literal["jsonl"]
-    path: Path
-    """The file; a relative path starts at the current directory."""
+    path: FilePaths
+    """A file (also .gz, .bz2 or .xz), a pattern such as data/*.jsonl, or a list of them. Files that match a pattern are
+    read in the order of their names; a relative path starts at the current directory."""
 
 
 class ParquetSourceConfig(_Rows):
-    """A Parquet file."""
+    """Parquet files."""
 
     kind: Literal["parquet"]
-    path: Path
-    """The file; a relative path starts at the current directory."""
+    path: FilePaths
+    """A file, a pattern such as data/*.parquet, or a list of them. Files that match a pattern are read in the order of
+    their names; a relative path starts at the current directory."""
 
 
 class HuggingFaceSourceConfig(_Rows):

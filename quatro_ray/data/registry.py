@@ -105,7 +105,7 @@ def _drop_unscorable(
     kept = []
     for query in rows.queries:
         reasons = (
-            f"rewards.{name} {reason}, not {query.answer[:40]!r}"
+            f"rewards.{name} {reason}"
             for name, check in checks.items()
             if applies(rewards[name], query) and (reason := check(query))
         )
@@ -113,7 +113,9 @@ def _drop_unscorable(
             kept.append(query)
         elif refuse:
             place = rows.places.get(query.query_id, query.query_id)
-            raise DataError(f"{place}: {reason}; correct the row, or set data.bad_rows: skip")
+            raise DataError(
+                f"{place}: {reason}, not {query.answer[:40]!r}; correct the row, or set data.bad_rows: skip"
+            )
         else:
             rows.skipped[reason] += 1
     _keep(rows, kept, label)
@@ -144,9 +146,13 @@ def describe(dataset: Dataset) -> list[str]:
     num |= {f"eval.{name}": len(queries) for name, queries in dataset.held_out.items()}
     if "warmup" in dataset.skipped:
         num["warmup"] = sum(map(len, dataset.warmup))
-    lines = []
-    for label, number in num.items():
-        left_out: Counter[str] = dataset.skipped[label]
-        reasons = "".join(f"; {n:,} left out: {reason}" for reason, n in (+left_out).most_common(3))
-        lines.append(f"data.{label}: {number:,} queries{reasons}")
-    return lines
+    return [f"data.{label}: {number:,} queries{_left_out(dataset.skipped[label])}" for label, number in num.items()]
+
+
+def _left_out(skipped: Counter[str]) -> str:
+    """Return how many rows were left out, and by which rules; empty if there are none."""
+    counts = (+skipped).most_common()
+    if not counts:
+        return ""
+    rules = "; ".join(f"{n:,} × {rule}" if len(counts) > 1 else rule for rule, n in counts)
+    return f"; {skipped.total():,} left out: {rules}"
