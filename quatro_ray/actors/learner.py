@@ -62,7 +62,13 @@ class LearnerActor(HostMixin):
 
     def _pack(self, groups: tuple[RolloutGroup, ...], lineage: Lineage) -> LearnerBatch:
         tokens = self._config.tokens_per_micro_batch
-        return pack(groups, lineage, num_ranks=self._config.num_ranks, tokens_per_micro_batch=tokens)
+        return pack(
+            groups,
+            lineage,
+            num_ranks=self._config.num_ranks,
+            tokens_per_micro_batch=tokens,
+            row_layout=self._engine.row_layout,
+        )
 
     def open_weight_transfer(
         self,

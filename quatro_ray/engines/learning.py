@@ -5,6 +5,7 @@ Shape letters: Q queries, G rollouts of a query, N tokens of a micro-batch, M re
 
 from __future__ import annotations
 
+import logging
 import os
 import random
 from collections.abc import Sequence
@@ -29,14 +30,15 @@ from quatro_ray.engines.batches import MicroBatchTensors, StepBatch, make_step_b
 from quatro_ray.engines.kl_probe import Probe
 from quatro_ray.engines.learner_spec import LearnerSpec
 from quatro_ray.engines.objectives import Prepared, make_objective
-from quatro_ray.engines.policy import PolicyModel, export
+from quatro_ray.engines.policy import PolicyModel, export, load_policy
 from quatro_ray.engines.zero_engine import ZeroEngine
 from quatro_ray.engines.zero_step import ZeroStep
-from quatro_ray.types import LearnerBatch, StepMetrics
+from quatro_ray.types import LearnerBatch, RowLayout, StepMetrics
 
 if TYPE_CHECKING:
     from quatro_ray.weight_sync.zero_source import ZeroWeightSource
 
+_logger = logging.getLogger(__name__)
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
 
@@ -121,14 +123,25 @@ class LearningEngine:
 
         return ZeroWeightSource(names)
 
+    @property
+    def row_layout(self) -> RowLayout:
+        """How batches are to be packed for this model (engines/forward_check.py measures it)."""
+        return self._loaded.policy.row_layout
+
     def _load_policy(self) -> PolicyModel:
-        return PolicyModel(
+        """Load the starting policy; all ranks choose the same row layout."""
+        policy, line = load_policy(
             self._spec.model_path,
             dtype=_DTYPES[self._config.dtype],
             attn_implementation=self._config.attn_implementation,
             temperature=self._spec.temperature,
             chunk_tokens=self._config.logprob_chunk_tokens,
         )
+        _logger.info("rank %d: %s", self._rank, line)
+        pads = torch.tensor(float(policy.row_layout == "padded"), device=self._device)
+        dist.all_reduce(pads, dist.ReduceOp.MAX)
+        policy.row_layout = "padded" if pads else "packed"
+        return policy
 
     def _load_reference(self) -> ZeroEngine:
         import deepspeed

@@ -11,9 +11,12 @@ from pathlib import Path
 
 import torch
 from torch import Tensor, nn
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
-from quatro_ray.engines.logprob_head import LogprobHead
+from quatro_ray.engines.forward_check import ForwardCheck
+from quatro_ray.engines.logprob_head import LogprobHead, logit_transform
+from quatro_ray.errors import ConfigError
+from quatro_ray.types import RowLayout
 
 _PREFIX = "causal_lm."
 """Prefix of parameter names in DeepSpeed and its checkpoints."""
@@ -23,36 +26,90 @@ class PolicyModel(nn.Module):
     """A causal language model whose head returns log-probs and entropies instead of logits.
 
     Args:
+        causal_lm: a model from transformers; its head is replaced.
         temperature: that of the sampling.
         chunk_tokens: most tokens whose logits exist at a time.
+
+    Attributes:
+        row_layout: how the sequences of a batch reach the decoder (engines/forward_check.py decides).
     """
 
-    def __init__(
-        self, path: str, *, dtype: torch.dtype, attn_implementation: str, temperature: float, chunk_tokens: int
-    ) -> None:
+    def __init__(self, causal_lm: PreTrainedModel, *, temperature: float, chunk_tokens: int) -> None:
         super().__init__()
-        self.causal_lm = AutoModelForCausalLM.from_pretrained(
-            path, dtype=dtype, attn_implementation=attn_implementation
-        )
-        self.causal_lm.lm_head = LogprobHead(self.causal_lm.lm_head, temperature, chunk_tokens)
+        self.causal_lm = causal_lm
+        head = causal_lm.get_output_embeddings()
+        transform = logit_transform(causal_lm.config.get_text_config())
+        causal_lm.set_output_embeddings(LogprobHead(head, transform, temperature, chunk_tokens))
+        self.row_layout: RowLayout = "packed"
 
     def forward(self, token_ids: Tensor, position_ids: Tensor, target_ids: Tensor) -> tuple[Tensor, Tensor]:
         """Return log-probs of the targets, float32 [N], and entropies, float32 [N], both in nats.
 
         Args:
             token_ids: int64 [N], inputs.
-            position_ids: int64 [N]. A position that does not follow the one before it starts a new sequence;
-                transformers keeps attention within each sequence.
+            position_ids: int64 [N]. Position 0 starts a new sequence.
             target_ids: int64 [N].
         """
+        packed = self.row_layout == "packed"
+        hidden = self._packed(token_ids, position_ids) if packed else self._padded(token_ids, position_ids)
+        result: tuple[Tensor, Tensor] = self.causal_lm.get_output_embeddings()(hidden, target_ids)
+        return result
+
+    def _packed(self, token_ids: Tensor, position_ids: Tensor) -> Tensor:
+        """Return the last hidden states [N, D] of one row; the model keeps sequences apart by their positions."""
         decoder = self.causal_lm.get_decoder()
         output = decoder(input_ids=token_ids[None], position_ids=position_ids[None], use_cache=False)
-        result: tuple[Tensor, Tensor] = self.causal_lm.lm_head(output.last_hidden_state[0], target_ids)
-        return result
+        hidden: Tensor = output.last_hidden_state[0]
+        return hidden
+
+    def _padded(self, token_ids: Tensor, position_ids: Tensor) -> Tensor:
+        """Return the last hidden states [N, D] of rows of one sequence each.
+
+        Rows are padded on the right, which no causal model sees, so that no attention mask is needed.
+        """
+        starts = (position_ids == 0).nonzero()[:, 0]
+        row = torch.cumsum(position_ids == 0, 0) - 1
+        column = torch.arange(len(token_ids), device=token_ids.device) - starts[row]
+        rows = token_ids.new_zeros(len(starts), int(column.max()) + 1)
+        rows[row, column] = token_ids
+        hidden: Tensor = self.causal_lm.get_decoder()(input_ids=rows, use_cache=False).last_hidden_state
+        return hidden[row, column]
 
     def checkpoint_names(self) -> dict[str, nn.Parameter]:
         """Return parameters by name in a Hugging Face checkpoint; a tied head appears once, as the embedding."""
         return {name.removeprefix(_PREFIX): p for name, p in self.named_parameters()}
+
+
+def load_policy(
+    path: str, *, dtype: torch.dtype, attn_implementation: str, temperature: float, chunk_tokens: int
+) -> tuple[PolicyModel, str]:
+    """Load a policy and measure that its log-probs are the model's own.
+
+    Args:
+        path: folder or hub name.
+        dtype: that of the weights.
+        attn_implementation: transformers' name of it.
+        temperature: that of the sampling.
+        chunk_tokens: most tokens whose logits exist at a time.
+
+    Returns:
+        The policy, and a line that says what was measured.
+
+    Raises:
+        ConfigError: the learner's log-probs or gradients would not be those of the model.
+    """
+    try:
+        causal_lm = AutoModelForCausalLM.from_pretrained(path, dtype=dtype, attn_implementation=attn_implementation)
+    except (OSError, ValueError, ImportError) as error:
+        reason = " ".join(str(error).split())[:300]
+        raise ConfigError(
+            f"model.path={path}: cannot be loaded with learner.attn_implementation={attn_implementation} ({reason}); "
+            "choose another attention, such as eager, or another model"
+        ) from error
+    check = ForwardCheck(causal_lm, f"model.path={path}", temperature)
+    policy = PolicyModel(causal_lm, temperature=temperature, chunk_tokens=chunk_tokens)
+    policy.row_layout, line = check.layout(policy)
+    return policy, line
 
 
 def export(model: PolicyModel, state: dict[str, Tensor], source: str, path: Path) -> None:

@@ -13,13 +13,6 @@ from quatro_ray.errors import ConfigError
 if TYPE_CHECKING:
     from transformers import PretrainedConfig, PreTrainedTokenizerBase
 
-_NEUTRAL: dict[str, tuple[object, ...]] = {
-    "final_logit_softcapping": (None,),
-    "logit_scale": (None, 1.0),
-    "logits_scaling": (None, 1.0),
-}
-"""Fields of a model's configuration that change logits after the head, each with its values that change nothing."""
-
 
 def load_tokenizer(path: str) -> PreTrainedTokenizerBase:
     """Load a tokenizer from a folder or the hub.
@@ -96,25 +89,18 @@ def tokenizer_of(config: Config) -> PreTrainedTokenizerBase:
     return load_tokenizer(config.model.path)
 
 
-def check_can_be_trained(config: Config) -> None:
-    """Check that the learner can compute the model's log-probs, and that prompt and response fit its positions.
+def check_positions(config: Config) -> None:
+    """Check that prompt and response fit the model's positions.
 
-    The learner computes log-probs from the head's weight itself (engines/logprob_head.py), so a model that scales or
-    caps its logits after the head is refused.
+    Whether the learner's log-probs are the model's own is measured (engines/forward_measurement.py).
 
     Raises:
-        ConfigError: the model does not load, or a check fails.
+        ConfigError: the model does not load, or they do not fit.
     """
     if isinstance(config.model, TinyModelConfig):
         return _check_positions(config, MAX_POSITIONS)
     path = config.model.path
     model = _load_config(path)
-    for name, neutral in _NEUTRAL.items():
-        if (value := getattr(model, name, None)) not in neutral:
-            raise ConfigError(
-                f"model.path={path}: {name}={value} changes logits after the head, so the learner's log-probs would "
-                "differ from those of the engines; choose another model"
-            )
     if "factor" not in (getattr(model, "rope_parameters", None) or {}):  # with a factor, RoPE stretches the positions
         _check_positions(config, getattr(model, "max_position_embeddings", None))
 

@@ -12,7 +12,8 @@ from quatro_ray.data.dataset import Dataset
 from quatro_ray.data.prompt_lengths import fit_prompts
 from quatro_ray.data.registry import make_dataset
 from quatro_ray.engines.engine_args import check_engine_args
-from quatro_ray.engines.pretrained import check_can_be_trained, check_folder, check_tensor_parallel, tokenizer_of
+from quatro_ray.engines.forward_measurement import measure_forward
+from quatro_ray.engines.pretrained import check_folder, check_positions, check_tensor_parallel, tokenizer_of
 from quatro_ray.environments.registry import check_environments
 from quatro_ray.errors import ConfigError, DataError, QuatroError, SandboxError
 from quatro_ray.jobs.run_directory import check_run_dir
@@ -91,6 +92,7 @@ def check(config: Config) -> Prepared:
         with problems.collect():
             check_one(config)
     problems.refuse()
+    measure_forward(config)
     assert dataset is not None
     assert tokenizer is not None
     return Prepared(dataset, tokenizer, tuple(problems.notes))
@@ -98,7 +100,7 @@ def check(config: Config) -> Prepared:
 
 _CHECKS: tuple[Callable[[Config], None], ...] = (
     check_folder,
-    check_can_be_trained,
+    check_positions,
     check_tensor_parallel,
     check_engine_args,
     check_host,

@@ -7,11 +7,16 @@ from collections.abc import Sequence
 import numpy as np
 
 from quatro_ray.replay.staleness import Lineage
-from quatro_ray.types import LearnerBatch, MicroBatch, Rollout, RolloutGroup
+from quatro_ray.types import LearnerBatch, MicroBatch, Rollout, RolloutGroup, RowLayout
 
 
 def pack(
-    groups: Sequence[RolloutGroup], lineage: Lineage, *, num_ranks: int, tokens_per_micro_batch: int
+    groups: Sequence[RolloutGroup],
+    lineage: Lineage,
+    *,
+    num_ranks: int,
+    tokens_per_micro_batch: int,
+    row_layout: RowLayout = "packed",
 ) -> LearnerBatch:
     """Return the micro-batches of all ranks. The result depends on the arguments alone, so all ranks compute the same.
 
@@ -22,7 +27,9 @@ def pack(
         groups: the Q groups of the step, each of at most G scored rollouts.
         lineage: lineage of the version that the step trains from.
         num_ranks: number of learner ranks.
-        tokens_per_micro_batch: largest number of tokens in a row; the width N of all rows is that of the longest one.
+        tokens_per_micro_batch: largest number of tokens in a row, padding of the layout "padded" included.
+        row_layout: "packed" gives all rows the width N of the longest one. With "padded" each row has its own width,
+            because the model gets one sequence a row and would pad the padding again.
 
     Raises:
         ValueError: a rollout is longer than tokens_per_micro_batch, or there are fewer rollouts than ranks.
@@ -33,8 +40,8 @@ def pack(
         raise ValueError(f"{len(flat)} rollouts cannot be split over {num_ranks} ranks")
     if lengths.max() > tokens_per_micro_batch:
         raise ValueError(f"a rollout of {lengths.max()} tokens exceeds tokens_per_micro_batch={tokens_per_micro_batch}")
-    rows = _assign(lengths, num_ranks, tokens_per_micro_batch)
-    width = max(int(lengths[row].sum()) for row in rows)
+    rows = _assign(lengths, num_ranks, tokens_per_micro_batch, row_layout)
+    width = max(int(lengths[row].sum()) for row in rows) if row_layout == "packed" else 1
     # flat index → cell of [Q, G]
     size = max(len(g.rollouts) for g in groups)
     cells = [q * size + i for q, g in enumerate(groups) for i in range(len(g.rollouts))]
@@ -54,7 +61,7 @@ def pack(
     )
 
 
-def _assign(lengths: np.ndarray, num_ranks: int, limit: int) -> list[list[int]]:
+def _assign(lengths: np.ndarray, num_ranks: int, limit: int, row_layout: RowLayout) -> list[list[int]]:
     num_micro = max(1, -(-int(lengths.sum()) // (num_ranks * limit)))
     order = sorted(range(len(lengths)), key=lambda i: (-lengths[i], i))
     while True:
@@ -64,7 +71,8 @@ def _assign(lengths: np.ndarray, num_ranks: int, limit: int) -> list[list[int]]:
         for i in order:
             row = int(filled.argmin())
             rows[row].append(i)
-            filled[row] += lengths[i]
+            # the first is the longest
+            filled[row] = lengths[rows[row]].sum() if row_layout == "packed" else len(rows[row]) * lengths[rows[row][0]]
         if filled.max() <= limit:
             return [sorted(row) for row in rows]
         if num_rows < num_ranks * num_micro:
@@ -93,7 +101,7 @@ def _micro_batch(members: Sequence[tuple[int, RolloutGroup, Rollout]], width: in
         logprobs.append(np.concatenate([np.zeros(p - 1), rollout.behavior_logprobs]))
         age = np.where(rollout.is_sampled(), lineage.staleness(rollout.versions()), 0)
         staleness.append(np.concatenate([np.zeros(p - 1), age]))
-    pad = width - sum(len(x) for x in ids)
+    pad = max(0, width - sum(len(x) for x in ids))
     # each padding token is a sequence of its own: position 0 keeps attention inside it
     return MicroBatch(
         token_ids=_join(ids, pad, 0, np.int64),

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from quatro_ray.engines.logprob_head import chunked_logprobs
+from quatro_ray.engines.logprob_head import LogitTransform, chunked_logprobs
 
 
 @pytest.mark.parametrize("chunk", [1, 3, 7, 100])
@@ -24,6 +24,23 @@ def test_equal_to_a_plain_log_softmax(chunk: int, temperature: float) -> None:
     torch.testing.assert_close(got, expected)
     torch.testing.assert_close(entropy, -(plain.exp() * plain).sum(-1))
     torch.testing.assert_close(grads, expected_grads)
+
+
+def test_bias_scale_and_cap_have_their_gradients() -> None:
+    g = torch.Generator().manual_seed(0)
+    hidden, weight, bias = (torch.randn(*size, generator=g, requires_grad=True) for size in ((7, 5), (11, 5), (11,)))
+    targets = torch.randint(0, 11, (7,), generator=g)
+    upstream = torch.randn(7, generator=g)
+    transform = LogitTransform(scale=0.5, cap=2.0)
+
+    plain = torch.log_softmax(2 * torch.tanh((hidden @ weight.T + bias) * 0.5 / 2) / 0.7, -1)
+    expected = plain.gather(1, targets[:, None]).squeeze(1)
+    got, _ = chunked_logprobs(hidden, weight, targets, 0.7, 3, bias=bias, transform=transform)
+    torch.testing.assert_close(got, expected)
+    inputs = (hidden, weight, bias)
+    torch.testing.assert_close(
+        torch.autograd.grad((got * upstream).sum(), inputs), torch.autograd.grad((expected * upstream).sum(), inputs)
+    )
 
 
 def test_no_tensor_of_all_tokens_by_all_words_exists() -> None:

@@ -6,8 +6,12 @@ import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from transformers import Qwen2Tokenizer
+from vllm.logprobs import Logprob
+from vllm.outputs import CompletionOutput, WeightVersionSpan
 
-from quatro_ray.engines.vllm_outputs import joined
+from quatro_ray.engines.tiny_tokenizer import make_tokenizer
+from quatro_ray.engines.vllm_outputs import joined, shown_text, to_rollout
 from quatro_ray.types import Rollout, VersionSpan
 
 
@@ -54,3 +58,44 @@ def test_where_the_engine_died_does_not_show(versions: list[int], cut: int) -> N
     assert found.token_ids.tolist() == whole.token_ids.tolist() and found.token_ids.dtype == np.int32
     assert found.behavior_logprobs.tolist() == whole.behavior_logprobs.tolist()
     assert (found.text, found.finish_reason) == ("text of both", "length")
+
+
+def tagged_tokenizer() -> Qwen2Tokenizer:
+    tokenizer = make_tokenizer()
+    tokenizer.add_special_tokens({"additional_special_tokens": ["<think>", "</think>"]})
+    return tokenizer
+
+
+def completion(ids: list[int], text: str, finish_reason: str, stop_reason: str | int | None = None) -> CompletionOutput:
+    """An output as vLLM makes it."""
+    return CompletionOutput(
+        index=0,
+        text=text,
+        token_ids=ids,
+        cumulative_logprob=None,
+        logprobs=[{token: Logprob(-0.5)} for token in ids],
+        finish_reason=finish_reason,
+        stop_reason=stop_reason,
+        weight_versions=[WeightVersionSpan("0", 0, len(ids))],
+    )
+
+
+@pytest.mark.parametrize(
+    ("text", "ending", "finish_reason", "stop_reason"),
+    [
+        ("<think>a</think>b", "<eos>", "stop", None),
+        ("<think>a</think>b", "<pad>", "stop", 0),  # a second end token of generation_config.json
+        ("<think>a</think>", "", "length", None),
+        ("<think>a</think>", "", "stop", "</think>"),  # a stop string, which may be a special token
+    ],
+)
+def test_the_text_shows_special_tokens_but_not_the_end(
+    text: str, ending: str, finish_reason: str, stop_reason: str | int | None
+) -> None:
+    tokenizer = tagged_tokenizer()
+    ids = tokenizer.encode(text + ending)
+    assert tokenizer.decode(ids, skip_special_tokens=True) == "a" + "b" * text.endswith("b")
+    made = to_rollout(completion(ids, tokenizer.decode(ids), finish_reason, stop_reason), tokenizer)
+    assert (made.text, made.finish_reason) == (text, finish_reason)
+    if not isinstance(stop_reason, str):
+        assert shown_text(tokenizer, ids, finish_reason) == text

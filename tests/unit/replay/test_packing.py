@@ -95,3 +95,18 @@ def test_age_is_counted_in_steps_where_the_learner_fell_back() -> None:
     )
     (m,) = pack([group(0, made)], line, num_ranks=1, tokens_per_micro_batch=10).micro_batches[0]
     assert m.staleness[m.is_response].tolist() == [2, 1, 1, 0]
+
+
+def test_padded_rows_fit_with_their_padding_and_have_no_padding_of_their_own() -> None:
+    lengths = [3, 30, 4, 9, 17, 2, 2, 25]
+    groups = [group(i, rollout(n), rollout(n)) for i, n in enumerate(lengths)]
+    batch = pack(groups, Lineage.unbroken(0), num_ranks=2, tokens_per_micro_batch=64, row_layout="padded")
+    assert len({len(rank) for rank in batch.micro_batches}) == 1
+    seen: list[int] = []
+    for micro in (m for rank in batch.micro_batches for m in rank):
+        starts = [*np.flatnonzero(micro.position_ids == 0), len(micro.position_ids)]
+        rows = np.diff(starts)
+        assert len(rows) * rows.max() <= 64
+        assert (micro.rollout_index >= 0).all()
+        seen += np.unique(micro.rollout_index).tolist()
+    assert sorted(seen) == list(range(2 * len(lengths)))
