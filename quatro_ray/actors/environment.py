@@ -14,7 +14,7 @@ from ray.actor import ActorHandle
 from quatro_ray.actors.base import WATCHED, HostMixin
 from quatro_ray.actors.calls import value_or_cancel
 from quatro_ray.config import EnvironmentConfig
-from quatro_ray.data.chat_template import Tokenizer, encode_prompt
+from quatro_ray.data.chat_template import Tokenizer, encode_prompt, prompt_tail
 from quatro_ray.environments.episode import Episode
 from quatro_ray.environments.registry import episode_workers
 from quatro_ray.isolation.self_test import self_test
@@ -77,7 +77,8 @@ class EnvironmentActor(HostMixin):
             ).play(self._pool)
             for i in range(size)
         )
-        group = RolloutGroup(group_id, query, np.asarray(prompt_ids, dtype=np.int32), tuple(rollouts))
+        tail = prompt_tail(self._tokenizer, query.prompt)
+        group = RolloutGroup(group_id, query, np.asarray(prompt_ids, dtype=np.int32), tuple(rollouts), tail)
         return group.summary(), group
 
     async def shutdown(self) -> None:

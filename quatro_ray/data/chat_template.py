@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Sequence
 from typing import Any, Protocol
 
+_TAG_AT_END = re.compile(r"<[A-Za-z][\w-]*>\s*$")
 _CHAT = '[{"role"'
 _MARK = "\u2402 turn \u2403"
 
@@ -38,6 +40,9 @@ class Tokenizer(Encoder, Protocol):
 def encode_prompt(tokenizer: Encoder, prompt: str) -> list[int]:
     """Return the tokens of a prompt: plain text as it is, a chat by the chat template.
 
+    Of the special tokens that a tokenizer puts around plain text, those before it are kept unless the text begins with
+    them itself, and those after it are left out: the policy would continue after its own end.
+
     Args:
         tokenizer: that of the policy, whose template renders chats.
         prompt: plain text, or chat messages as the JSON text that `chat_prompt` makes.
@@ -47,7 +52,40 @@ def encode_prompt(tokenizer: Encoder, prompt: str) -> list[int]:
     """
     if is_chat(prompt):
         return list(_apply_template(tokenizer, json.loads(prompt), add_generation_prompt=True, return_dict=False))
-    return list(tokenizer.encode(prompt))
+    before, text, _ = around_text(tokenizer, prompt)
+    return text if text[: len(before)] == before else [*before, *text]
+
+
+def around_text(tokenizer: Encoder, text: str) -> tuple[list[int], list[int], list[int]]:
+    """Return the special tokens that a tokenizer puts before a text, the text's own tokens, and those put after it."""
+    plain = list(tokenizer.encode(text, add_special_tokens=False))
+    whole = list(tokenizer.encode(text))
+    for start in range(len(whole) - len(plain) + 1):
+        if whole[start : start + len(plain)] == plain:
+            return whole[:start], plain, whole[start + len(plain) :]
+    return [], whole, []  # the special tokens change how the text is split
+
+
+def prompt_tail(tokenizer: Encoder, prompt: str) -> str:
+    """Return the end of a prompt, which a response continues.
+
+    In a chat this is what the template adds after the last message, such as the role and `<think>`. In plain text it is
+    the tag at the end, or "".
+    """
+    if not is_chat(prompt):
+        return _last_tag(prompt)
+    messages = json.loads(prompt)
+    asked = str(_apply_template(tokenizer, messages, add_generation_prompt=True, tokenize=False))
+    try:
+        plain = str(_apply_template(tokenizer, messages, add_generation_prompt=False, tokenize=False))
+    except ValueError:  # a template may refuse to end without the assistant's turn
+        return _last_tag(asked)
+    return asked.removeprefix(plain) if asked.startswith(plain) else _last_tag(asked)
+
+
+def _last_tag(text: str) -> str:
+    found = _TAG_AT_END.search(text[-200:])
+    return found[0] if found else ""
 
 
 def encode_conversation(tokenizer: Encoder, prompt: str, response: str) -> list[int]:

@@ -12,8 +12,8 @@ from typing import TYPE_CHECKING, Any, Literal
 import numpy as np
 
 from quatro_ray.config import GeneratorConfig
-from quatro_ray.data.chat_template import encode_prompt
-from quatro_ray.engines.vllm_outputs import joined, sampled_so_far, to_rollout
+from quatro_ray.data.chat_template import encode_prompt, prompt_tail
+from quatro_ray.engines.vllm_outputs import joined, sampled_so_far, shown_text, to_rollout
 from quatro_ray.failures import EngineDied
 from quatro_ray.seeding import seed_of
 from quatro_ray.types import EngineLoad, Query, Rollout, RolloutGroup, SamplingParams
@@ -123,7 +123,8 @@ class GenerationEngine:
             else:
                 rollouts = await self._complete(prompt_ids, sampling, group_size)
         self._num_generated_tokens += sum(r.num_tokens for r in rollouts) - sum(r.num_tokens for r in begun)
-        return RolloutGroup(group_id, query, np.asarray(prompt_ids, dtype=np.int32), rollouts)
+        tail = prompt_tail(self.llm.get_tokenizer(), query.prompt)
+        return RolloutGroup(group_id, query, np.asarray(prompt_ids, dtype=np.int32), rollouts, tail)
 
     async def complete(self, token_ids: list[int], sampling: SamplingParams, stop: Sequence[str] = ()) -> Rollout:
         """Sample one turn of an episode, which continues `token_ids`.
@@ -160,7 +161,7 @@ class GenerationEngine:
                 if not died.begun:
                     return rollout
                 (rest,) = died.begun
-            text = self.llm.get_tokenizer().decode([*so_far, *rest.token_ids], skip_special_tokens=True)
+            text = shown_text(self.llm.get_tokenizer(), [*so_far, *rest.token_ids], rest.finish_reason)
             return joined(rollout, rest, text)
 
         tasks = [asyncio.ensure_future(one(i, r)) for i, r in enumerate(begun)]
@@ -195,6 +196,7 @@ class GenerationEngine:
             seed=sampling.seed,
             stop=list(stop) or None,
             include_stop_str_in_output=True,
+            skip_special_tokens=False,  # tags that rewards and stop strings look for may be special tokens
             logprobs=0,  # only the sampled token's
             output_kind=RequestOutputKind.FINAL_ONLY,
         )
@@ -204,7 +206,8 @@ class GenerationEngine:
         with _engine_death(lambda: sampled_so_far(self.llm, request_id, n)):
             async for output in self.llm.generate(prompt, params, request_id):
                 if output.finished:
-                    return tuple(map(to_rollout, sorted(output.outputs, key=lambda c: c.index)))
+                    outputs = sorted(output.outputs, key=lambda completion: completion.index)
+                    return tuple(to_rollout(completion, self.llm.get_tokenizer()) for completion in outputs)
         raise RuntimeError("vLLM ended a request without a final output")
 
     def _encode(self, prompt: str) -> list[int]:

@@ -25,11 +25,39 @@ class _Span(Protocol):
     end: int
 
 
-def to_rollout(completion: CompletionOutput) -> Rollout:
-    """Convert a finished completion that has log-probs and weight versions to a rollout without a score."""
+class Decoder(Protocol):
+    """The part of a tokenizer that turns tokens into text."""
+
+    def decode(self, token_ids: list[int], *, skip_special_tokens: bool = False) -> str:
+        """Return the text of the tokens."""
+        ...
+
+
+def shown_text(decoder: Decoder, token_ids: Sequence[int], finish_reason: str | None) -> str:
+    """Return the text of a response without the token that ended it; tags such as `<think>` may be special tokens.
+
+    Args:
+        decoder: the tokenizer.
+        token_ids: [T], the whole response.
+        finish_reason: of a response without stop strings, so that "stop" means an end token.
+    """
+    shown = token_ids[:-1] if finish_reason == "stop" else token_ids
+    return decoder.decode([int(token) for token in shown], skip_special_tokens=False)
+
+
+def _without_end(completion: CompletionOutput, decoder: Decoder) -> str:
+    """Return vLLM's text, which has special tokens written out, without the token that ended the response."""
+    if completion.finish_reason != "stop" or isinstance(completion.stop_reason, str) or not completion.token_ids:
+        return completion.text  # met its limit, or a stop string, which is shown
+    return completion.text.removesuffix(decoder.decode([completion.token_ids[-1]], skip_special_tokens=False))
+
+
+def to_rollout(completion: CompletionOutput, decoder: Decoder) -> Rollout:
+    """Return a finished response; its text shows all tokens but the one that ended it."""
     assert completion.logprobs is not None and completion.weight_versions is not None
     rollout = _rollout(completion.token_ids, completion.logprobs, completion.weight_versions)
-    return replace(rollout, text=completion.text, finish_reason=completion.finish_reason or "")
+    text = _without_end(completion, decoder)
+    return replace(rollout, text=text, finish_reason=completion.finish_reason or "")
 
 
 def _rollout(
@@ -70,7 +98,7 @@ def sampled_so_far(llm: AsyncLLM, request_id: str, n: int) -> tuple[Rollout, ...
     parents = [s.parent_req for s in states if s.parent_req is not None]
     for done in parents[0].output_aggregator if parents else []:
         if done is not None:
-            rollouts[done.index] = to_rollout(done)
+            rollouts[done.index] = to_rollout(done, llm.get_tokenizer())
     return tuple(rollouts) if any(r.num_tokens for r in rollouts) else ()
 
 

@@ -2,7 +2,7 @@
 
 import pytest
 
-from quatro_ray.data.chat_template import chat_prompt, encode_conversation, encode_given, encode_prompt
+from quatro_ray.data.chat_template import chat_prompt, encode_conversation, encode_given, encode_prompt, prompt_tail
 from quatro_ray.engines.tiny_tokenizer import make_tokenizer
 
 TEMPLATE = (
@@ -64,3 +64,19 @@ def test_a_template_that_cannot_show_a_message_is_told() -> None:
     prompt = chat_prompt([{"role": "user", "content": "1+1?"}])
     with pytest.raises(ValueError, match="shows no message of role 'tool' after the assistant's"):
         encode_given(tokenizer, prompt, "2", "tool", last_token=None)
+
+
+@pytest.mark.parametrize(
+    ("template", "tail"),
+    [
+        ("{% for m in messages %}[{{ m.content }}]{% endfor %}{% if add_generation_prompt %}<a>\n<think>\n{% endif %}",
+         "<a>\n<think>\n"),
+        ("[{{ messages[0].content }}]{% if not add_generation_prompt %}end{% endif %}<think>", "<think>"),
+    ],
+)  # fmt: skip
+def test_the_tail_of_a_prompt_is_what_the_template_adds(template: str, tail: str) -> None:
+    tokenizer = make_tokenizer()
+    tokenizer.chat_template = template
+    assert prompt_tail(tokenizer, chat_prompt([{"role": "user", "content": "q"}])) == tail
+    assert prompt_tail(tokenizer, "1+1=<think>\n") == "<think>\n"
+    assert prompt_tail(tokenizer, "1+1=") == ""
