@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import signal
 import sys
+from contextlib import suppress
+from importlib.metadata import version
 from pathlib import Path
 from typing import Annotated
 
@@ -20,6 +22,21 @@ Overrides = Annotated[list[str] | None, typer.Argument(help="section.field=value
 Verbose = Annotated[
     bool, typer.Option("--verbose", "-v", help="Log notes, events and the output of all actors to the terminal.")
 ]
+
+
+def _print_version(wanted: bool) -> None:
+    if wanted:
+        print(f"quatro-ray {version('quatro_ray')}")
+        raise typer.Exit
+
+
+@app.callback()
+def _options(
+    _version: Annotated[
+        bool, typer.Option("--version", callback=_print_version, is_eager=True, help="Print the version and exit.")
+    ] = False,
+) -> None:
+    pass
 
 
 @app.command()
@@ -95,13 +112,21 @@ def tasks() -> None:
 
 
 @app.command()
-def report(run_dir: Annotated[Path, typer.Argument(help="Directory of a finished run.")]) -> None:
-    """Write report.html again from the files of a run."""
-    from quatro_ray.telemetry.report import write_report
+def report(
+    run_dir: Annotated[Path, typer.Argument(help="Directory of a run: finished, running or crashed.")],
+    watch: Annotated[
+        bool, typer.Option(help="Write it again after every change, until the run is finished or Ctrl-C.")
+    ] = False,
+    every: Annotated[float, typer.Option(help="With --watch: seconds between two looks at the run.", min=1)] = 10.0,
+) -> None:
+    """Write report.html from the files of a run, whether it is finished or not."""
+    from quatro_ray.telemetry.report import watch_report, write_report
 
-    if not (run_dir / "summary.json").is_file():
-        raise ConfigError(f"{run_dir}: has no summary.json; give the directory of a finished run")
-    print(f"report: {write_report(run_dir)}")
+    path = write_report(run_dir, refresh_s=every if watch else None)
+    print(f"report: {path}", flush=True)
+    if watch:
+        with suppress(KeyboardInterrupt):
+            watch_report(run_dir, every)
 
 
 def main() -> None:

@@ -7,9 +7,8 @@ from collections.abc import Iterable, Mapping, Sequence
 
 import numpy as np
 
+from quatro_ray.telemetry.length_bins import length_bin
 from quatro_ray.types import Rollout, RolloutGroup, StepMetrics
-
-_BITS_OF_A_LENGTH = 4
 
 
 def batch_metrics(groups: Sequence[RolloutGroup]) -> StepMetrics:
@@ -42,16 +41,6 @@ def is_correct(rollout: Rollout) -> bool:
     """Return whether the first reward of the configuration that applies to the query gave at least 1."""
     values = rollout.score.reward_values if rollout.score else {}
     return next(iter(values.values()), 0.0) >= 1.0
-
-
-def length_bin(num_tokens: int) -> int:
-    """Return the smallest length of the bin that holds `num_tokens`.
-
-    Lengths below 16 have a bin each. Above, there are eight bins from each power of two to the next, so that bins do
-    not depend on the batch and the counts of several steps can be added.
-    """
-    shift = max(0, num_tokens.bit_length() - _BITS_OF_A_LENGTH)
-    return num_tokens >> shift << shift
 
 
 def _lengths(name: str, lengths: Sequence[int]) -> StepMetrics:

@@ -8,11 +8,11 @@ _PHASES = ("wait", "train", "sync", "evaluate", "export", "checkpoint")
 
 
 class StepClock:
-    """Measures the time from the record of one step to that of the next.
+    """Measures the time between the records of two consecutive steps.
 
     Args:
         now: returns seconds.
-        seconds: total duration of the learner's phases by name; it grows while the run goes on.
+        seconds: total duration of the learner's phases by name; it grows during the run.
     """
 
     def __init__(self, now: Callable[[], float], seconds: Mapping[str, float]) -> None:

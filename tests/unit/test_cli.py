@@ -89,7 +89,7 @@ def test_an_error_is_one_line_and_a_status(
     ("arguments", "line"),
     [
         (["fields", "nonsense"], "error: nonsense: no such section; `quatro-ray fields` lists all"),
-        (["report", "nowhere"], "error: nowhere: has no summary.json; give the directory of a finished run"),
+        (["report", "nowhere"], "error: nowhere: holds no run, as it has no config.yaml; give the run.dir of a run"),
         (["validate", "nowhere.yaml"], "error: nowhere.yaml: "),
         (["plan", "CONFIG", "run.nonsense=1"], "run.nonsense: unknown field"),
         (["eval", "CONFIG", "--model", "a", "--checkpoint", "b"], "error: --model and --checkpoint: give only one"),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from importlib.metadata import version
 from pathlib import Path
 
 import pytest
@@ -80,10 +81,38 @@ def test_tasks_are_those_of_reasoning_gym(call) -> None:  # type: ignore[no-unty
     assert "chain_sum" in out.splitlines() == sorted(out.splitlines())
 
 
-def test_a_report_needs_a_finished_run(call, tmp_path: Path) -> None:  # type: ignore[no-untyped-def]
+def test_a_report_needs_a_run(call, tmp_path: Path) -> None:  # type: ignore[no-untyped-def]
     code, _, err = call("report", str(tmp_path))
     assert code == 2
-    assert f"{tmp_path}: has no summary.json; give the directory of a finished run" in err
+    assert err == f"error: {tmp_path}: holds no run, as it has no config.yaml; give the run.dir of a run\n"
+
+
+def test_a_run_that_is_not_finished_has_a_report(call, tmp_path: Path) -> None:  # type: ignore[no-untyped-def]
+    (tmp_path / "config.yaml").write_text("run: {num_steps: 9}\n")
+    code, out, _ = call("report", str(tmp_path))
+    assert (code, out) == (0, f"report: {tmp_path / 'report.html'}\n")
+    assert "step 0 of 9" in (tmp_path / "report.html").read_text()
+
+
+def test_watching_a_report_ends_with_its_run_or_with_ctrl_c(call, tmp_path: Path, monkeypatch) -> None:  # type: ignore[no-untyped-def]
+    """Both without a traceback and with status 0."""
+    (tmp_path / "config.yaml").write_text("run: {num_steps: 9}\n")
+
+    def interrupt(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr("quatro_ray.telemetry.report.watch_report", interrupt)
+        code, _, err = call("report", str(tmp_path), "--watch")
+    assert (code, err) == (0, "")
+    (tmp_path / "summary.json").write_text("{}")
+    code, out, _ = call("report", str(tmp_path), "--watch", "--every", "1")
+    assert (code, out) == (0, f"report: {tmp_path / 'report.html'}\n")
+
+
+def test_the_version_is_that_of_the_installed_package(call) -> None:  # type: ignore[no-untyped-def]
+    code, out, _ = call("--version")
+    assert (code, out) == (0, f"quatro-ray {version('quatro_ray')}\n")
 
 
 def test_an_option_that_is_unknown_is_a_usage_error(call) -> None:  # type: ignore[no-untyped-def]

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from quatro_ray.config import ReplayConfig
-from quatro_ray.replay.batch_metrics import batch_metrics, length_bin
+from quatro_ray.replay.batch_metrics import batch_metrics
 from quatro_ray.replay.buffer import ReplayBuffer
 from quatro_ray.types import Query, Rollout, RolloutGroup, Score
 from tests.make import group, rollout
@@ -74,14 +74,6 @@ def test_rewards_and_pass_rates_by_source() -> None:
     assert found["pass_rate/mean"] == 0.5
     assert found["reward/part_answer"] == 0.5
     assert found["reward/part_form"] == pytest.approx(0.5)
-
-
-@pytest.mark.parametrize(
-    ("length", "smallest"), [(0, 0), (1, 1), (15, 15), (16, 16), (17, 16), (31, 30), (32, 32), (35, 32), (8191, 7680)]
-)
-def test_bins_of_lengths(length: int, smallest: int) -> None:
-    assert length_bin(length) == smallest
-    assert length_bin(smallest) == smallest
 
 
 def test_the_step_that_they_missed_counts_expired_groups_once() -> None:

@@ -1,0 +1,114 @@
+"""Reads the files of a run for its report; the run may be finished, still running, or crashed."""
+
+from __future__ import annotations
+
+import json
+from collections import Counter, deque
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+Record = dict[str, Any]
+"""A line of a file of the run, which is JSON."""
+_NUM_ROLLOUT_GROUPS = 3
+_NUM_NOTES = 20
+
+
+@dataclass
+class RunFiles:
+    """The content of a run's directory.
+
+    Attributes:
+        summary: summary.json; None unless the run is finished. A resumed run has that of its earlier end, which does
+            not count.
+        rollouts: the last groups.
+        notes: the last lines of notes.log.
+        changed_at: when the run last wrote a record, in seconds since the epoch.
+        unreadable: number of lines that are not JSON objects, by file; an incomplete last line, which may be in the
+            middle of being written, does not count.
+    """
+
+    name: str
+    metrics: list[Record] = field(default_factory=list)
+    evaluations: list[Record] = field(default_factory=list)
+    timeline: list[Record] = field(default_factory=list)
+    rollouts: list[Record] = field(default_factory=list)
+    notes: list[str] = field(default_factory=list)
+    config: str = ""
+    summary: Record | None = None
+    changed_at: float = 0.0
+    unreadable: Counter[str] = field(default_factory=Counter)
+
+    @property
+    def num_steps(self) -> int | None:
+        """Steps of the whole run, as configured; None if config.yaml does not tell."""
+        tree = yaml.safe_load(self.config) if self.config else None
+        steps = tree.get("run", {}).get("num_steps") if isinstance(tree, dict) else None
+        return steps if isinstance(steps, int) else None
+
+    @property
+    def last_step(self) -> int:
+        """The last step that is recorded; 0 before the first one."""
+        return int(self.metrics[-1]["step"]) if self.metrics else 0
+
+
+def is_run(run_dir: Path) -> bool:
+    """Return whether the directory holds a run."""
+    return any((run_dir / name).is_file() for name in ("config.yaml", "metrics.jsonl"))
+
+
+def newest_change(run_dir: Path) -> float:
+    """Return when a record of the run was last written, in seconds since the epoch; 0 if there is none."""
+    files = [*run_dir.glob("*.jsonl"), run_dir / "notes.log", run_dir / "summary.json"]
+    return max((f.stat().st_mtime for f in files if f.is_file()), default=0.0)
+
+
+def read_run(run_dir: Path) -> RunFiles:
+    """Read what there is. Missing files give empty lists; lines that cannot be read are left out and counted."""
+    run = RunFiles(run_dir.name, changed_at=newest_change(run_dir))
+
+    def records(name: str) -> Iterator[Record]:
+        return _records(run_dir / name, run.unreadable)
+
+    run.metrics = [m for m in records("metrics.jsonl") if "step" in m]
+    run.evaluations = list(records("evaluations.jsonl"))
+    run.timeline = list(records("timeline.jsonl"))
+    run.rollouts = list(deque(records("rollouts.jsonl"), maxlen=_NUM_ROLLOUT_GROUPS))
+    run.notes = list(deque(_lines(run_dir / "notes.log"), maxlen=_NUM_NOTES))
+    run.config = "\n".join(_lines(run_dir / "config.yaml"))
+    run.summary = _summary(run_dir / "summary.json", run)
+    return run
+
+
+def _summary(path: Path, run: RunFiles) -> Record | None:
+    if not path.is_file():
+        return None
+    try:
+        summary: Record = json.loads(path.read_text(encoding="utf-8"))
+    except json.JSONDecodeError:  # it is being written, or the disk was full
+        run.unreadable[path.name] += 1
+        return None
+    return summary if summary.get("learner_steps", run.last_step) == run.last_step else None
+
+
+def _records(path: Path, unreadable: Counter[str]) -> Iterator[Record]:
+    for line in _lines(path):
+        try:
+            record = json.loads(line)
+        except json.JSONDecodeError:
+            record = None
+        if isinstance(record, dict):
+            yield record
+        else:
+            unreadable[path.name] += 1
+
+
+def _lines(path: Path) -> Iterator[str]:
+    """Yield the complete lines, without their ends; the file may still grow."""
+    if not path.is_file():
+        return
+    with path.open(encoding="utf-8", errors="replace") as file:
+        yield from (line.rstrip("\n") for line in file if line.endswith("\n"))
