@@ -6,8 +6,7 @@ LOCK := locks/cpu.txt
 STAMP := $(VENV)/.ready-$(shell cat $(LOCK) pyproject.toml 2>/dev/null | cksum | cut -d' ' -f1)
 TORCH := torch==2.13.0+cpu
 BIN := $(abspath $(VENV)/bin)
-# two workers for unit tests; each file stays with one of them (tests/conftest.py). Tests on real parts run one after
-# the other: two systems at once on two cores take longer than Ray gives its own processes to start
+# two workers; each file of tests stays with one of them, in the order of tests/conftest.py
 PARALLEL := --numprocesses 2 --dist loadfile --no-loadscope-reorder
 # the tools of the documentation have a virtual environment of their own: `make setup` does not need them
 DOCS_VENV := .venv-docs
@@ -20,7 +19,7 @@ demo: setup ## asynchronous RL of a tiny model, end to end
 	@$(BIN)/quatro-ray train configs/demo.yaml
 
 test: setup check unit ## everything CI runs
-	@OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m real tests/real
+	@OMP_NUM_THREADS=1 $(BIN)/python -m pytest $(PARALLEL) -m real tests/real
 
 check: setup ## style and types
 	@$(BIN)/ruff check .

@@ -18,6 +18,7 @@ def early(query: Query, response: Response) -> float:
 
 
 if __name__ == "__main__":
+    import sys
     from pathlib import Path
 
     from quatro_ray.config import load_config
@@ -27,5 +28,6 @@ if __name__ == "__main__":
         "rewards={early: {kind: python, function: 'examples/add_a_reward.py:early'}}",
         "run.dir=runs/add_a_reward",
         "run.num_steps=3",
+        *sys.argv[1:],
     ]
     print(f"report: {train(load_config(Path('examples/own_prompts/config.yaml'), overrides))}")

@@ -90,7 +90,7 @@ def own_data_config(folder: Path) -> Path:
         learner={"schedule": "cosine", "loss_agg_mode": "seq_mean_token_sum"},
         generator={"num_engines": 2},
         run={"num_steps": 4},
-        evaluation={"num_engines": 1, "every_steps": 2, "samples_per_query": 8, "num_queries": 4},
+        evaluation={"num_engines": 1, "every_steps": 4, "samples_per_query": 8, "num_queries": 4},
         cluster={"cpus_per_engine": 0.3},
     )
     path = folder / "own.yaml"

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import socket
+from typing import Any
 
 import ray
 from ray._private import ray_constants
@@ -14,6 +16,8 @@ from quatro_ray.errors import ClusterError, last_line
 _LISTENS_FOR_OTHERS = ray_constants.ENABLE_RAY_CLUSTERS_ENV_VAR
 """Name of an environment variable; unless its value is 1, a cluster of one machine listens on loopback only."""
 _KNOCK_S = 10.0
+_STARTS = 3
+_logger = logging.getLogger(__name__)
 
 
 def connect(config: Config, *, show_actor_logs: bool = False) -> None:
@@ -25,7 +29,7 @@ def connect(config: Config, *, show_actor_logs: bool = False) -> None:
             it in any case.
 
     Raises:
-        ClusterError: no cluster answers at the address.
+        ClusterError: no cluster answers at the address, or none can be started.
     """
     address = config.cluster.address or os.environ.get("RAY_ADDRESS")
     common = {"log_to_driver": show_actor_logs, "logging_level": "WARNING"}
@@ -41,7 +45,23 @@ def connect(config: Config, *, show_actor_logs: bool = False) -> None:
         return
     if os.environ.setdefault(_LISTENS_FOR_OTHERS, "0") == "0":
         ray_constants.ENABLE_RAY_CLUSTER = False  # Ray read the variable on import; its processes read it later
-    ray.init(address="local", include_dashboard=False, **common)
+    _start_here(common)
+
+
+def _start_here(options: dict[str, Any]) -> None:
+    """Start a cluster on this machine; Ray gives its own processes 30 s, which a busy machine may miss."""
+    for tries_left in reversed(range(_STARTS)):
+        try:
+            ray.init(address="local", include_dashboard=False, **options)
+            return
+        except Exception as error:  # Ray's is of no class of its own
+            ray.shutdown()
+            if not tries_left:
+                raise ClusterError(
+                    f"Ray did not start on this machine in {_STARTS} tries ({last_line(error)}); end other work, or "
+                    "set cluster.address to a running cluster"
+                ) from error
+            _logger.warning("Ray did not start (%s); it is started again", last_line(error))
 
 
 def _knock(address: str) -> None:

@@ -65,14 +65,7 @@ def warm_model(path: Path) -> Path:
 
 @pytest.fixture(scope="session")
 def local_ray() -> Iterator[None]:
-    for tries_left in (2, 1, 0):
-        try:
-            connect(config())
-            break
-        except Exception:  # Ray (2.60) itself gives its processes 30 s to start, whatever else the machine does
-            ray.shutdown()
-            if not tries_left:
-                raise
+    connect(config())
     yield
     ray.shutdown()
 

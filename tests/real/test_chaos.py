@@ -29,7 +29,7 @@ def test_nothing_is_lost_when_a_learner_and_the_replay_die(
     warm_model_path: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(chaos, "_CALM_END_STEPS", 10)  # of steps after the last fault; they are for its accuracy
-    check_nothing_is_lost(warm_model_path, tmp_path, ["learner rank killed", "replay killed"], num_steps=90)
+    check_nothing_is_lost(warm_model_path, tmp_path, ["learner rank killed", "replay killed"], num_steps=40)
 
 
 @pytest.mark.soak

@@ -1,6 +1,5 @@
-"""The command line and the examples, as people start them."""
+"""The command line, as people start it."""
 
-import re
 import subprocess
 from pathlib import Path
 from typing import Any
@@ -22,9 +21,9 @@ def quatro_ray(*args: str, timeout_s: float = 120) -> subprocess.CompletedProces
 def check_evaluations(run: Path) -> None:
     """Of engines of their own: each of the version that was exported for it, while training went on."""
     evaluations = read_lines(run / "evaluations.jsonl")
-    assert [(e["step"], e["version"], e["set"]) for e in evaluations] == [(v, v, "own") for v in (0, 2, 4)]
+    assert [(e["step"], e["version"], e["set"]) for e in evaluations] == [(v, v, "own") for v in (0, 4)]
     groups = read_lines(run / "evaluation_rollouts.jsonl")
-    assert len(groups) == 3 * 4
+    assert len(groups) == 2 * 4
     assert all(len(g["rollouts"]) == 8 for g in groups)
     assert not [p for p in (run / "evaluating").iterdir() if p.is_dir()]
 
@@ -67,38 +66,3 @@ def test_a_cluster_that_is_too_small_is_one_line(own_data: Path) -> None:
     assert done.returncode == 2, done.stdout + done.stderr
     assert "CPUs and the cluster has" in done.stderr
     assert "Traceback" not in done.stderr
-
-
-def test_the_example_of_a_reward_trains(tmp_path: Path) -> None:
-    done = subprocess.run(
-        [str(BIN / "python"), "examples/add_a_reward.py"], capture_output=True, text=True, timeout=400, cwd=ROOT
-    )
-    assert done.returncode == 0, done.stdout + done.stderr
-    metrics = read_lines(ROOT / "runs" / "add_a_reward" / "metrics.jsonl")
-    assert len(metrics) == 3
-    # between two steps that follow each other fast, nothing may have been scored
-    parts = [m["reward/part_early"] for m in metrics if "reward/part_early" in m]
-    assert parts and all(0 <= p <= 1 for p in parts)
-
-
-def test_the_example_of_an_environment_trains(tmp_path: Path) -> None:
-    """The policy asks, is given the result, and goes on; what it was given is not counted as sampled."""
-    overrides = [
-        f"run.dir={tmp_path / 'run'}",
-        "run.num_steps=6",
-        "model.warmup.max_steps=700",
-        "evaluation.every_steps=6",
-    ]
-    done = subprocess.run(
-        [str(BIN / "python"), "examples/calculator/calculator.py", *overrides],
-        capture_output=True, text=True, timeout=600, cwd=ROOT,
-    )  # fmt: skip
-    assert done.returncode == 0, done.stdout + done.stderr
-    check_accounts(tmp_path / "run", max_staleness=2, steps=6)
-    rollouts = [r for g in read_lines(tmp_path / "run" / "rollouts.jsonl") for r in g["rollouts"]]
-    asked = [r for r in rollouts if r["parts"]["calls"] > 0]
-    assert asked and all(r["num_turns"] > 1 and "]" in r["transcript"] for r in asked)
-    for r in asked:
-        given = re.findall(r"\](\?|-?\d+);", r["transcript"])
-        assert given and r["text"] not in ("", r["transcript"])
-    assert any(m.get("rollout/turns", 0) > 1 for m in read_lines(tmp_path / "run" / "metrics.jsonl"))

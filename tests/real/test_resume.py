@@ -69,14 +69,14 @@ def kill_after_step(process: subprocess.Popen[bytes], run: Path, step: int) -> N
         assert process.poll() is None and time.monotonic() < deadline
         time.sleep(0.02)
     family = psutil.Process(process.pid).children(recursive=True)
+    # two agents of Ray's own outlive its raylet by a minute; nothing of ours may
+    agents = [p for p in family if "Agent" in " ".join(p.cmdline())]
     os.kill(process.pid, signal.SIGKILL)
     process.wait(timeout=10)
-    _, alive = psutil.wait_procs(family, timeout=60)
-    names = [" ".join(p.cmdline()) for p in alive]
-    for p in alive:
+    _, alive = psutil.wait_procs([p for p in family if p not in agents], timeout=60)
+    for p in [*alive, *psutil.wait_procs(agents, timeout=0)[1]]:
         p.kill()
-    # two agents of Ray's own outlive its raylet by a while; nothing of ours does
-    assert not [name for name in names if "Agent" not in name]
+    assert not alive
 
 
 KEYS = ("reward/mean", "policy/entropy", "step/grad_norm", "off_policy/staleness_max")

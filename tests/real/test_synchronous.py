@@ -1,10 +1,13 @@
 """max_staleness 0 is synchronous training: the whole asynchronous system and a plain loop give the same bits."""
 
 import asyncio
+import hashlib
 import itertools
 import json
 from pathlib import Path
 from typing import Any
+
+import ray
 
 from quatro_ray.config import Config
 from quatro_ray.data.dataset import QueryStream
@@ -14,6 +17,7 @@ from quatro_ray.replay.buffer import LeasedBatch
 from quatro_ray.replay.staleness import Lineage
 from quatro_ray.telemetry.console import Progress
 from quatro_ray.telemetry.recorder import Recorder
+from quatro_ray.types import SamplingParams
 from tests.make import config
 from tests.real.conftest import Ring, start_ring
 
@@ -33,20 +37,20 @@ def make_config(path: Path) -> Config:
     )
 
 
-def finish(ring: Ring) -> dict[str, str]:
-    import ray
+def checksums(ring: Ring) -> dict[str, str]:
+    """The engine's weights, one SHA-256 for each tensor."""
+    found: dict[str, str] = ray.get(ring.cluster.generators()[0].weight_checksums.remote(), timeout=60)
+    return found
 
-    checksums = ray.get(ring.cluster.generators()[0].weight_checksums.remote(), timeout=60)
-    ring.cluster.shutdown()
-    return checksums
+
+def back_to_the_start(ring: Ring, checkpoint: Path) -> None:
+    """Learner and engine hold the starting policy again, under its number."""
+    ring.run(ring.parts.learner.load_checkpoint(checkpoint, 0))
+    ring.run(ring.parts.weight_sync.update(0))
 
 
 def plain_loop(ring: Ring, made: Config) -> list[dict[str, Any]]:
     """Generate a batch, score it, train on it, update the weights; again."""
-    import hashlib
-
-    from quatro_ray.types import SamplingParams
-
     queries = QueryStream(make_dataset(made.data, made.rewards), made.run.seed)
     group_ids = itertools.count(1)
 
@@ -72,18 +76,22 @@ def plain_loop(ring: Ring, made: Config) -> list[dict[str, Any]]:
 def test_same_numbers_as_a_plain_synchronous_loop(local_ray: None, warm_model_path: str, tmp_path: Path) -> None:
     made = make_config(tmp_path / "controller")
     ring = start_ring(made, warm_model_path)
+    checkpoint = tmp_path / "start"
+    checkpoint.mkdir()
+    ring.run(ring.parts.learner.save_checkpoint(checkpoint, 60))
     dataset = make_dataset(made.data, made.rewards)
     recorder = Recorder(made.run.dir, num_steps=3, tensorboard=False, progress=Progress())
     controller = Controller(made, ring.parts, QueryStream(dataset, made.run.seed), dataset.held_out, recorder)
     counters = ring.run(controller.run(), 300)
     recorder.close()
     asynchronous = [json.loads(line) for line in (made.run.dir / "metrics.jsonl").read_text().splitlines()]
-    weights = finish(ring)
+    weights = checksums(ring)
 
-    ring = start_ring(make_config(tmp_path / "plain"), warm_model_path)
-    ring.cluster.fleet.started(synced=True)
+    back_to_the_start(ring, checkpoint)
+    assert checksums(ring) != weights
     synchronous = plain_loop(ring, made)
-    assert finish(ring) == weights
+    assert checksums(ring) == weights
+    ring.cluster.shutdown()
     assert [[m[k] for k in SAME] for m in asynchronous] == [[m[k] for k in SAME] for m in synchronous]
     assert set(counters.steps.staleness_tokens) == {0}
     assert counters.steps.learner_steps == 3
