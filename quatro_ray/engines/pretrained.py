@@ -35,6 +35,13 @@ def load_tokenizer(path: str) -> PreTrainedTokenizerBase:
     return tokenizer
 
 
+def bos_token_of(config: Config) -> object:
+    """Return the BOS token that the model's configuration names, or None if it names none."""
+    if isinstance(config.model, TinyModelConfig):
+        return None
+    return getattr(_load_config(config.model.path), "bos_token_id", None)
+
+
 def check_exists(path: str) -> None:
     """Raise ConfigError if the text can only be a folder, not a name on the hub, and there is no such folder."""
     may_be_a_name = path.count("/") <= 1 and not path.startswith(("/", ".", "~"))

@@ -11,9 +11,16 @@ from quatro_ray.config import Config
 from quatro_ray.data.dataset import Dataset
 from quatro_ray.data.prompt_lengths import fit_prompts
 from quatro_ray.data.registry import make_dataset
+from quatro_ray.data.special_tokens import special_token_notes
 from quatro_ray.engines.engine_args import check_engine_args
 from quatro_ray.engines.forward_measurement import measure_forward
-from quatro_ray.engines.pretrained import check_folder, check_positions, check_tensor_parallel, tokenizer_of
+from quatro_ray.engines.pretrained import (
+    bos_token_of,
+    check_folder,
+    check_positions,
+    check_tensor_parallel,
+    tokenizer_of,
+)
 from quatro_ray.environments.registry import check_environments
 from quatro_ray.errors import ConfigError, DataError, QuatroError, SandboxError
 from quatro_ray.jobs.run_directory import check_run_dir
@@ -88,6 +95,8 @@ def check(config: Config) -> Prepared:
     if dataset is not None and tokenizer is not None:
         with problems.collect():
             dataset = fit_prompts(dataset, tokenizer, config)
+            for line in special_token_notes(dataset, tokenizer, bos_token_of(config)):
+                problems.note(line)
     for check_one in _CHECKS:
         with problems.collect():
             check_one(config)

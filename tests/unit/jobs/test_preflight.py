@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +11,9 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
+from quatro_ray.config import TinyModelConfig
 from quatro_ray.engines.engine_args import problems_of
+from quatro_ray.engines.tiny_model import make_model, save_pretrained
 from quatro_ray.engines.tiny_tokenizer import make_tokenizer
 from quatro_ray.engines.weight_files import check_weights, num_weights
 from quatro_ray.errors import ConfigError
@@ -19,25 +22,27 @@ from quatro_ray.orchestrator.host import check_host
 from quatro_ray.orchestrator.resources import describe
 from tests.make import config
 
-QWEN = {
-    "model_type": "qwen2",
-    "architectures": ["Qwen2ForCausalLM"],
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "hidden_size": 64,
-    "max_position_embeddings": 512,
-}
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A pretrained model with 4 attention heads and 2 key-value heads."""
+    path = tmp_path_factory.mktemp("made") / "model"
+    tokenizer = make_tokenizer()
+    save_pretrained(
+        make_model(TinyModelConfig(kind="tiny", hidden_size=128, num_heads=4), tokenizer, 0), tokenizer, path
+    )
+    return path
 
 
 @pytest.fixture
-def folder(tmp_path: Path) -> Path:
-    """A pretrained model as far as it is looked at before anything starts."""
-    path = tmp_path / "model"
-    path.mkdir()
-    (path / "config.json").write_text(json.dumps(QWEN))
-    make_tokenizer().save_pretrained(path)
-    save_file({"a": torch.zeros(3, 5), "b": torch.zeros(7)}, path / "model.safetensors")
-    return path
+def folder(tmp_path: Path, made: Path) -> Path:
+    """A copy of the model, which a test may damage."""
+    return Path(shutil.copytree(made, tmp_path / "model"))
+
+
+def change(folder: Path, **fields: Any) -> None:
+    file = folder / "config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | fields))
 
 
 def pretrained(tmp_path: Path, path: Path | str, **over: Any) -> Any:
@@ -80,8 +85,13 @@ def test_all_problems_are_told_at_once(tmp_path: Path, folder: Path) -> None:
     assert not (tmp_path / "run").exists()
 
 
+@pytest.mark.process
 def test_a_good_one_passes_and_leaves_no_trace(tmp_path: Path, folder: Path) -> None:
-    assert check(pretrained(tmp_path, folder)).dataset.train["sums"]
+    change(folder, bos_token_id=0)
+    prepared = check(pretrained(tmp_path, folder))
+    assert prepared.dataset.train["sums"]
+    (note,) = prepared.notes
+    assert note.startswith("tokenizer: prompts do not begin with '<pad>', the BOS token of the model's configuration")
     assert not (tmp_path / "run").exists()
 
 
@@ -97,6 +107,7 @@ def test_a_folder_without_a_tokenizer(tmp_path: Path, folder: Path) -> None:
 
 
 def test_damaged_and_missing_weights(folder: Path) -> None:
+    save_file({"a": torch.zeros(3, 5), "b": torch.zeros(7)}, folder / "model.safetensors")
     whole = (folder / "model.safetensors").read_bytes()
     for content, expected in ((whole[:-1], "bytes, and its header says"), (b"", "is not a safetensors file")):
         (folder / "model.safetensors").write_bytes(content)
@@ -112,7 +123,7 @@ def test_damaged_and_missing_weights(folder: Path) -> None:
 
 
 def test_heads_that_several_devices_cannot_share(tmp_path: Path, folder: Path) -> None:
-    (folder / "config.json").write_text(json.dumps(QWEN | {"num_attention_heads": 12, "num_key_value_heads": 6}))
+    change(folder, num_attention_heads=12, num_key_value_heads=6)
     over = {"generator": {"max_prompt_tokens": 16, "max_response_tokens": 8, "tensor_parallel_size": 4}}
     assert "must divide the model's 6 key-value heads, or be a multiple" in problems(tmp_path, folder, **over)
 
