@@ -70,13 +70,13 @@ def read_run(run_dir: Path) -> RunFiles:
     """Read what there is. Missing files give empty lists; lines that cannot be read are left out and counted."""
     run = RunFiles(run_dir.name, changed_at=newest_change(run_dir))
 
-    def records(name: str) -> Iterator[Record]:
-        return _records(run_dir / name, run.unreadable)
+    def records(name: str, last: int | None = None) -> Iterator[Record]:
+        return _records(run_dir / name, run.unreadable, last)
 
     run.metrics = [m for m in records("metrics.jsonl") if "step" in m]
     run.evaluations = list(records("evaluations.jsonl"))
     run.timeline = list(records("timeline.jsonl"))
-    run.rollouts = list(deque(records("rollouts.jsonl"), maxlen=_NUM_ROLLOUT_GROUPS))
+    run.rollouts = list(records("rollouts.jsonl", last=_NUM_ROLLOUT_GROUPS))
     run.notes = list(deque(_lines(run_dir / "notes.log"), maxlen=_NUM_NOTES))
     run.config = "\n".join(_lines(run_dir / "config.yaml"))
     run.summary = _summary(run_dir / "summary.json", run)
@@ -94,8 +94,9 @@ def _summary(path: Path, run: RunFiles) -> Record | None:
     return summary if summary.get("learner_steps", run.last_step) == run.last_step else None
 
 
-def _records(path: Path, unreadable: Counter[str]) -> Iterator[Record]:
-    for line in _lines(path):
+def _records(path: Path, unreadable: Counter[str], last: int | None) -> Iterator[Record]:
+    """Yield the records of a file, or of its last lines; the others are not parsed, as the file may be large."""
+    for line in _lines(path) if last is None else deque(_lines(path), maxlen=last):
         try:
             record = json.loads(line)
         except json.JSONDecodeError:

@@ -33,13 +33,17 @@ def check_files(run_dir: Path) -> None:
     agreement = [m["rollout_corr/logprob_abs_diff"] for m in metrics if m["rollout_corr/logprob_abs_diff"] is not None]
     assert agreement and max(agreement) < 1e-3
     assert [m["step"] for m in metrics] == list(range(1, len(metrics) + 1))
+    assert all(m["rollout/num"] > 0 and 0 <= m["rollout/truncated_share"] <= 1 for m in metrics)
     rollouts = read_lines(run_dir / "rollouts.jsonl")
     assert {"text", "reward", "versions"} <= rollouts[0]["rollouts"][0].keys()
     assert list((run_dir / "tensorboard").glob("events.out.tfevents.*"))
     assert list((run_dir / "checkpoints").glob("step_*/*optim_states.pt"))
     assert yaml.safe_load((run_dir / "config.yaml").read_text())["run"]["seed"] == 0
     page = (run_dir / "report.html").read_text()
-    assert page.count("<svg") == 14
+    assert page.count("<svg") == page.count("<figcaption>")
+    for title in ("Reward of the trained batch", "Response length", "Learning rate", "Tokens a second"):
+        assert f"<figcaption>{title}</figcaption>" in page
+    assert "<figcaption>What learner and generators were doing</figcaption>" in page
     assert "<script" not in page and 'src="http' not in page
     tokenizer = AutoTokenizer.from_pretrained(run_dir / "export")
     model = AutoModelForCausalLM.from_pretrained(run_dir / "export")
