@@ -7,6 +7,7 @@ GenerationFailed   raised by actors/generation_retry.py; the group is tried agai
 EnvironmentFailed  raised by environments/episode.py; becomes GenerationFailed in actors/environment_pool.py.
 VerifierFailed     raised by actors/verifier_pool.py, retries included; the group is dropped for `reason`.
 RewardUnavailable  raised by rewards; rewards/scorer.py records it as the outcome of the score.
+NoVerdict          raised by rewards/workers.py, a RewardUnavailable whose group is dropped as no_verdict.
 LearnerLost        raised by actors/learner_group.py; the controller restarts the learner from a checkpoint, and
                    leased groups become ready again.
 TransferFailed     raised by actors/learner_group.py; weight_sync/coordinator.py restarts the engines of the transfer.
@@ -75,6 +76,10 @@ class VerifierFailed(Exception):
 
 class RewardUnavailable(Exception):
     """The verifier failed, not the answer, so the rollout gets no reward."""
+
+
+class NoVerdict(RewardUnavailable):
+    """The user's function returned None: it cannot tell, so the group is scored again, then dropped as no_verdict."""
 
 
 class LearnerLost(Exception):

@@ -36,6 +36,7 @@ class DropReason(StrEnum):
     QUARANTINED = "quarantined"  # engines died, again and again, while they worked on it
     VERIFIER_TIMEOUT = "verifier_timeout"  # the verifier pool did not answer, retries included
     VERIFIER_ERROR = "verifier_error"  # the verifier itself failed, retries included
+    NO_VERDICT = "no_verdict"  # a user's reward returned None, retries included
     ZERO_VARIANCE = "zero_variance"  # filters.drop_zero_variance
     TOO_HARD = "too_hard"  # filters.min_mean_reward
     TOO_EASY = "too_easy"  # filters.max_mean_reward
@@ -48,6 +49,7 @@ class Outcome(StrEnum):
 
     OK = "ok"
     EXHAUSTED = "exhausted"  # the answer itself used up its limits twice, the second time alone
+    UNREADABLE = "unreadable"  # the scorer raised on the answer, twice, but scores the expected one: that reward is 0
     TIMEOUT = "timeout"  # the machinery's fault: never a reward
     ERROR = "error"  # the machinery's fault: never a reward
 
@@ -60,14 +62,14 @@ class Query:
         query_id: unique within a run.
         prompt: the text that the policy continues.
         answer: the label, for rewards that compare with one.
-        metadata: further text fields, for rewards and environments.
+        metadata: the row's other columns, for rewards and environments, as JSON values.
         source: name of its data source in the configuration.
     """
 
     query_id: str
     prompt: str
     answer: str
-    metadata: Mapping[str, str] = field(default_factory=dict)
+    metadata: Mapping[str, Any] = field(default_factory=dict)
     source: str = ""
 
 
@@ -111,12 +113,14 @@ class Score:
         reward: weighted sum of all rewards that apply to the query; meaningful only for outcomes ok and exhausted.
         detail: why the outcome is not ok.
         reward_values: value of each reward by its name in the configuration, before its weight.
+        printed: what user functions printed, cut after some lines.
     """
 
     reward: float
     outcome: Outcome = Outcome.OK
     detail: str = ""
     reward_values: Mapping[str, float] = field(default_factory=dict)
+    printed: str = ""
 
 
 @dataclass(frozen=True)
@@ -271,6 +275,7 @@ class GroupSummary:
         truncated: number of rollouts that met a limit of tokens or turns.
         turns: [G], turns of the policy.
         response_tokens: [G], tokens that the policy sampled.
+        notes: what notes.log tells of the scoring: what user functions printed, and answers that no scorer could read.
     """
 
     rewards: tuple[float, ...]
@@ -281,6 +286,7 @@ class GroupSummary:
     truncated: int
     turns: tuple[int, ...]
     response_tokens: tuple[int, ...]
+    notes: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)

@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from quatro_ray.rewards.reward_model_client import RewardModelHandle
 
 _ANSWER_CHARS = 200
+_MAX_NOTES = 3
 
 
 @ray.remote(concurrency_groups=WATCHED)
@@ -97,4 +98,14 @@ def summarise(rewards: Mapping[str, RewardConfig], group: RolloutGroup, scores: 
         truncated=sum(r.finish_reason == "length" for r in group.rollouts),
         turns=tuple(r.num_turns for r in group.rollouts),
         response_tokens=tuple(r.num_sampled for r in group.rollouts),
+        notes=_notes(scores),
     )
+
+
+def _notes(scores: Sequence[Score]) -> tuple[str, ...]:
+    """Return what notes.log tells of the scores, each text once, and at most _MAX_NOTES of them."""
+    printed = (f"a reward printed: {score.printed.rstrip()}" for score in scores if score.printed.strip())
+    told = (f"{score.outcome}: {score.detail}" for score in scores if score.outcome is not Outcome.OK)
+    notes = Counter([*told, *printed])
+    lines = [f"{note} ({num} responses)" if num > 1 else note for note, num in notes.most_common(_MAX_NOTES)]
+    return (*lines, f"and {len(notes) - _MAX_NOTES} more") if len(notes) > _MAX_NOTES else tuple(lines)

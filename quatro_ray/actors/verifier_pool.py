@@ -12,7 +12,7 @@ from quatro_ray.actors.calls import value_of
 from quatro_ray.actors.pool import ActorPool
 from quatro_ray.config import VerifierConfig
 from quatro_ray.errors import last_line
-from quatro_ray.failures import VerifierFailed
+from quatro_ray.failures import NoVerdict, RewardUnavailable, VerifierFailed
 from quatro_ray.timeouts import within
 from quatro_ray.types import DropReason, GroupSummary
 
@@ -53,4 +53,7 @@ class VerifierPool(ActorPool):
         except TimeoutError as error:
             raise VerifierFailed(DropReason.VERIFIER_TIMEOUT, "a verifier did not answer in time") from error
         except RayError as error:  # the actor died, or a reward failed
-            raise VerifierFailed(DropReason.VERIFIER_ERROR, last_line(error)) from error
+            cause = getattr(error, "cause", None)
+            reason = DropReason.NO_VERDICT if isinstance(cause, NoVerdict) else DropReason.VERIFIER_ERROR
+            told = str(cause) if isinstance(cause, RewardUnavailable) else last_line(error)
+            raise VerifierFailed(reason, told) from error

@@ -50,6 +50,8 @@ class GroupRunner:
             self._counters.dropped(failure.reason, generated, None, self._config.replay.group_size)
             return await self._drop(group_id, failure.reason)
         self._failures_in_a_row = 0
+        for note in summary.notes:
+            self._recorder.note(f"group {group_id}: {note}")
         self._counters.scored(summary)
         if reason := why_not(self._config.filters, summary.rewards, summary.truncated):
             self._counters.dropped(reason, generated, summary, len(summary.rewards))

@@ -7,15 +7,23 @@ from typing import Protocol, runtime_checkable
 from quatro_ray.types import Query, Response
 
 
+class AnswerUnreadable(Exception):
+    """The scorer raised on what the model wrote, twice, while it scores the expected answer: the reward is 0."""
+
+
 class Reward(Protocol):
     """Scores one response in a worker process, which is killed if it misses its deadline.
 
     A reward is a pure function of its arguments. If it cannot score a response it raises and never guesses: the
-    scoring is retried, then the group is dropped with that reason. An exception is never a reward of 0.
+    scoring is retried, then the group is dropped with that reason. AnswerUnreadable alone is a reward of 0, and is
+    counted as the outcome `unreadable`.
     """
 
-    def __call__(self, query: Query, response: Response) -> float:
-        """Return the reward of a response to the query, before its weight; raise if it cannot be scored."""
+    def __call__(self, query: Query, response: Response) -> float | None:
+        """Return the reward of a response to the query, before its weight; raise if it cannot be scored.
+
+        None is no verdict: the scoring is retried, then the group is dropped as no_verdict.
+        """
         ...
 
 

@@ -25,7 +25,7 @@ class HttpReward:
     """OpenRLHF's interface: POST {"query", "prompts", "responses", "labels", "metadata"} → {"rewards": [float, …]}.
 
     The five fields are lists of the same length. They hold prompt and response as one text, the prompt, the response,
-    the query's answer, and its metadata as an object of strings. The prompt of a chat is the JSON text of its messages.
+    the query's answer, and its metadata as an object. The prompt of a chat is the JSON text of its messages.
     A server may call the rewards `scores`; all other fields of its answer are ignored, such as OpenRLHF's `extra_logs`.
 
     A batch is sent when max_batch responses wait, or max_wait_s after the first of them arrived. The batch succeeds or

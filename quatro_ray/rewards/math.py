@@ -100,8 +100,9 @@ def _items(gold: str) -> list[str] | None:
         items = json.loads(gold) if gold.lstrip().startswith("[") else None
     except (ValueError, RecursionError):
         return None
-    is_list = isinstance(items, list) and bool(items) and all(isinstance(item, str) for item in items)
-    return [item.strip() for item in items] if is_list else None
+    if not isinstance(items, list) or not items or not all(isinstance(item, str) for item in items):
+        return None
+    return [item.strip() for item in items]
 
 
 def _is_object(gold: str) -> bool:

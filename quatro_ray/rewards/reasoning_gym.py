@@ -12,6 +12,7 @@ from importlib import import_module
 from typing import Any
 
 from quatro_ray.config import ReasoningGymRewardConfig
+from quatro_ray.rewards.base import AnswerUnreadable
 from quatro_ray.rewards.extract import answer_of
 from quatro_ray.types import Query, Response
 
@@ -52,6 +53,7 @@ class ReasoningGymReward:
         """Return the score of the response's answer.
 
         Raises:
+            AnswerUnreadable: the task's scorer raised on the answer, but scores the expected one.
             RuntimeError: the task's scorer executes responses, and this process is not sandboxed.
         """
         answer = answer_of(response, self._config)
@@ -61,9 +63,30 @@ class ReasoningGymReward:
         if entry["task"] in EXECUTING_TASKS and not in_sandbox():
             raise RuntimeError(f"the scorer of {entry['task']} executes responses, and this process is not sandboxed")
         dataset = _dataset(entry["task"], json.dumps(entry["params"], sort_keys=True), entry["seed"], entry["size"])
-        score = float(dataset.score_answer(answer, dataset[entry["index"]]))
+        score = _score(dataset, answer, dataset[entry["index"]])
         threshold = self._config.threshold
         return score if threshold is None else float(score >= threshold)
+
+
+def _score(dataset: Any, answer: str, item: Any) -> float:
+    """Return the scorer's value; scorers of reasoning-gym raise on texts that they do not expect."""
+    try:
+        return float(dataset.score_answer(answer, item))
+    except (MemoryError, RecursionError):
+        raise
+    except Exception:  # whatever the scorer raises; the second call tells whether it is the answer's fault
+        return _score_again(dataset, answer, item)
+
+
+def _score_again(dataset: Any, answer: str, item: Any) -> float:
+    try:
+        return float(dataset.score_answer(answer, item))
+    except (MemoryError, RecursionError):
+        raise
+    except Exception as error:
+        if dataset.score_answer(item["answer"], item) > 0:  # raises if the scorer itself is broken
+            raise AnswerUnreadable(f"{type(error).__name__}: {error}"[:200]) from error
+        raise
 
 
 def in_sandbox() -> bool:

@@ -84,7 +84,8 @@ class Scorer:
         total = sum(self._rewards[name].weight * value for name, value in values.items())
         if not math.isfinite(total):
             raise RewardUnavailable(f"the weighted sum of {values} is {total}: a reward must be a finite number")
-        return Score(total, reward_values=values)
+        outcome = Outcome.UNREADABLE if local.unreadable else Outcome.OK
+        return Score(total, outcome, local.unreadable, values, local.printed)
 
     async def _score_remotely(self, query: Query, response: Response, names: Sequence[str]) -> dict[str, float]:
         values = await asyncio.gather(*(self._remote[name](query, response) for name in names))
@@ -92,10 +93,13 @@ class Scorer:
 
     async def _score_locally(self, query: Query, response: Response, names: Sequence[str]) -> LocalScore:
         values: dict[str, float] = {}
+        unreadable, printed = [], ""
         for own, processes in self._processes:
             if wanted := [name for name in names if name in own]:
                 score = await processes.score(query, response, wanted)
                 if score.values is None:
                     return score
                 values |= score.values
-        return LocalScore(values)
+                unreadable += [score.unreadable] if score.unreadable else []
+                printed += score.printed
+        return LocalScore(values, unreadable="; ".join(unreadable), printed=printed)

@@ -5,15 +5,22 @@ The first frame configures the rewards; each request names the rewards that scor
 
 from __future__ import annotations
 
+import io
+from contextlib import redirect_stdout
 from typing import Any
 
 from quatro_ray.isolation.protocol import Handler, Pipes, serve
+
+MAX_PRINTED_CHARS = 1000
+"""Characters of what rewards print for one response that are kept."""
 
 
 def _make_handler(hello: dict[str, Any]) -> Handler:
     from pydantic import TypeAdapter
 
     from quatro_ray.config import RewardConfig
+    from quatro_ray.isolation.user_function import UserFunctionError
+    from quatro_ray.rewards.base import AnswerUnreadable
     from quatro_ray.rewards.registry import make_reward
     from quatro_ray.types import Query, Response
 
@@ -22,7 +29,23 @@ def _make_handler(hello: dict[str, Any]) -> Handler:
 
     def score(pipes: Pipes, request: dict[str, Any]) -> dict[str, Any]:
         query, response = Query(**request["query"]), Response(**request["response"])
-        return {"values": {name: rewards[name](query, response) for name in request["names"]}}
+        values, unreadable, printed = {}, [], io.StringIO()
+        with redirect_stdout(printed):
+            for name in request["names"]:
+                try:
+                    values[name] = rewards[name](query, response)
+                except AnswerUnreadable as error:
+                    values[name] = 0.0
+                    unreadable.append(f"rewards.{name}: {error}")
+                except UserFunctionError as error:
+                    return {"error": f"rewards.{name}: {error}"}
+        no_verdict = [name for name, value in values.items() if value is None]
+        return {
+            "values": values,
+            "unreadable": "; ".join(unreadable),
+            "no_verdict": no_verdict,
+            "printed": printed.getvalue()[:MAX_PRINTED_CHARS],
+        }
 
     return score
 

@@ -7,7 +7,7 @@ from dataclasses import asdict, dataclass
 
 from quatro_ray.config import RewardConfig, VerifierConfig
 from quatro_ray.errors import ConfigError
-from quatro_ray.failures import RewardUnavailable
+from quatro_ray.failures import NoVerdict, RewardUnavailable
 from quatro_ray.isolation.bubblewrap import in_the_sandbox
 from quatro_ray.isolation.worker_pool import Exhausted, ProcessPool, WorkerLost, in_the_open
 from quatro_ray.rewards.reasoning_gym import SANDBOX_VARIABLE
@@ -18,10 +18,19 @@ _PROGRAM = "quatro_ray.rewards.worker"
 
 @dataclass(frozen=True)
 class LocalScore:
-    """The values of one response's rewards, by name; None if the response exceeded its limits twice."""
+    """The scores of one response by its local rewards.
+
+    Attributes:
+        values: value by the reward's name; None if the response exceeded its limits twice.
+        detail: how it exceeded them.
+        unreadable: which scorers raised on the answer, and what; empty if none did.
+        printed: what the rewards printed.
+    """
 
     values: Mapping[str, float] | None
     detail: str = ""
+    unreadable: str = ""
+    printed: str = ""
 
 
 class RewardProcesses:
@@ -74,6 +83,7 @@ class RewardProcesses:
         Once a process is free, this takes at most two deadlines and one start of a process.
 
         Raises:
+            NoVerdict: a user's function returned None.
             RewardUnavailable: a reward failed, or a process was lost through no fault of the response.
         """
         request = {"query": asdict(query), "response": asdict(response), "names": list(names)}
@@ -85,4 +95,6 @@ class RewardProcesses:
             raise RewardUnavailable(str(lost)) from lost
         if "error" in answer:
             raise RewardUnavailable(answer["error"])
-        return LocalScore(answer["values"])
+        if names_without := answer["no_verdict"]:
+            raise NoVerdict(f"rewards.{names_without[0]} returned None, which is no verdict, for {query.query_id}")
+        return LocalScore(answer["values"], unreadable=answer["unreadable"], printed=answer["printed"])

@@ -172,5 +172,5 @@ def test_a_function_of_ones_own(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="No module named 'nowhere'"):
         make("python", function="nowhere:f")
     path.write_text("def f(query, response):\n    return 'good'\n")
-    with pytest.raises(TypeError, match="must return a number, not str"):
+    with pytest.raises(TypeError, match="must return a number or None, not 'good'"):
         score(make("python", function=f"{path}:f"), "46")
