@@ -23,6 +23,7 @@ from quatro_ray.engines.pretrained import (
 )
 from quatro_ray.environments.registry import check_environments
 from quatro_ray.errors import ConfigError, DataError, QuatroError, SandboxError
+from quatro_ray.jobs.fingerprints import fingerprints
 from quatro_ray.jobs.run_directory import check_run_dir
 from quatro_ray.orchestrator.host import check_host
 
@@ -39,11 +40,13 @@ class Prepared:
     Attributes:
         dataset: all queries, without those whose prompts are too long.
         tokenizer: that of the model to train.
+        inputs: fingerprints of data and model, by which a resumed run notices changes.
         notes: findings that a user should see but that do not end the run, one line each.
     """
 
     dataset: Dataset
     tokenizer: PreTrainedTokenizerBase
+    inputs: dict[str, str]
     notes: tuple[str, ...]
 
 
@@ -100,11 +103,15 @@ def check(config: Config) -> Prepared:
     for check_one in _CHECKS:
         with problems.collect():
             check_one(config)
+    inputs = None if dataset is None else fingerprints(config, dataset)
+    with problems.collect():
+        check_run_dir(config, inputs)
     problems.refuse()
     measure_forward(config)
     assert dataset is not None
     assert tokenizer is not None
-    return Prepared(dataset, tokenizer, tuple(problems.notes))
+    assert inputs is not None
+    return Prepared(dataset, tokenizer, inputs, tuple(problems.notes))
 
 
 _CHECKS: tuple[Callable[[Config], None], ...] = (
@@ -113,6 +120,5 @@ _CHECKS: tuple[Callable[[Config], None], ...] = (
     check_tensor_parallel,
     check_engine_args,
     check_host,
-    check_run_dir,
 )
 """Checks that need nothing but the configuration; each raises ConfigError."""

@@ -3,20 +3,22 @@
 from __future__ import annotations
 
 import fcntl
+import json
 import logging
 import shutil
 import sqlite3
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, closing, contextmanager
 from operator import attrgetter
 from pathlib import Path
 
-from quatro_ray.config import Config, dump_config, load_config
+from quatro_ray.config import Config, Section, dump_config, load_config
 from quatro_ray.engines.checkpoint_store import checkpoint_store
 from quatro_ray.errors import ConfigError
 
 _LEDGER = "ledger.sqlite"
+_INPUTS = "inputs.json"
 _RESOLVED_CONFIG = "config.yaml"
 """Marks a directory as a run: `run.overwrite` replaces only a directory that holds this file."""
 
@@ -24,6 +26,7 @@ _RESULTS = frozenset({"metrics.jsonl", "rollouts.jsonl"})
 """The files to which a run adds with each step; empty before the first."""
 _LEFT_BY_A_START = _RESULTS | {
     ".writer", "checkpoints", "config.yaml", "evaluation_rollouts.jsonl", "evaluations.jsonl", "events.jsonl",
+    "inputs.json",
     "ledger.sqlite", "ledger.sqlite-shm", "ledger.sqlite-wal", "model", "model.writing", "notes.log", "stall.txt",
     "tensorboard", "timeline.jsonl",
 }  # fmt: skip
@@ -32,8 +35,12 @@ _LEFT_BY_A_START = _RESULTS | {
 _logger = logging.getLogger(__name__)
 
 
-def check_run_dir(config: Config) -> None:
+def check_run_dir(config: Config, inputs: Mapping[str, str] | None = None) -> None:
     """Check what `prepare_run_dir` checks, and leave no trace of it.
+
+    Args:
+        config: as `prepare_run_dir` takes it.
+        inputs: as `prepare_run_dir` takes them; None if they are not known.
 
     Raises:
         ConfigError: as `prepare_run_dir` raises it, except that locks of other processes are not looked at.
@@ -41,11 +48,15 @@ def check_run_dir(config: Config) -> None:
     with _usable(config):
         for folder in {config.run.dir, config.checkpoint_dir}:
             _check_writable(folder)
-        _check_content(config)
+        _check_content(config, inputs or {})
 
 
-def prepare_run_dir(config: Config) -> bool:
+def prepare_run_dir(config: Config, inputs: Mapping[str, str] | None = None) -> bool:
     """Create or claim `run.dir`, and write the resolved configuration into it.
+
+    Args:
+        config: the resolved configuration.
+        inputs: fingerprints of data and model (jobs/fingerprints.py); None if they are not known.
 
     Returns:
         True if a run in the directory is to be resumed. Otherwise the directory holds only the configuration.
@@ -56,7 +67,7 @@ def prepare_run_dir(config: Config) -> bool:
             process; or it cannot be written.
     """
     with _usable(config):
-        return _prepare(config)
+        return _prepare(config, inputs or {})
 
 
 @contextmanager
@@ -75,25 +86,54 @@ def _check_writable(folder: Path) -> None:
     Path(tempfile.mkdtemp(prefix=".quatro_ray_", dir=there)).rmdir()
 
 
-def _prepare(config: Config) -> bool:
+def _prepare(config: Config, inputs: Mapping[str, str]) -> bool:
     path = config.run.dir
-    _check_content(config)
+    _check_content(config, inputs)
     if _resumes(config):
         with only_writer(config):
-            _check_content(config)
-            (path / _RESOLVED_CONFIG).write_text(dump_config(config))
+            _check_content(config, inputs)
+            _write(path, config, inputs)
         _logger.info("run.dir=%s: resuming the run in it", path)
         return (path / _LEDGER).is_file()
     if path.exists() and any(path.iterdir()):
         with only_writer(config):
-            _check_content(config)
+            _check_content(config, inputs)
             _logger.info("run.dir=%s: replacing the run in it", path)
             _empty(path)
     if config.checkpoint.dir is not None and not config.checkpoint.dir.is_relative_to(path):
         config.checkpoint.dir.mkdir(parents=True, exist_ok=True)
     path.mkdir(parents=True, exist_ok=True)
-    (path / _RESOLVED_CONFIG).write_text(dump_config(config))
+    _write(path, config, inputs)
     return False
+
+
+def _write(path: Path, config: Config, inputs: Mapping[str, str]) -> None:
+    (path / _RESOLVED_CONFIG).write_text(dump_config(config))
+    if inputs:
+        (path / _INPUTS).write_text(json.dumps(inputs, indent=2) + "\n")
+
+
+def read_inputs(path: Path) -> dict[str, str]:
+    """Return the fingerprints of what the run in a directory reads; empty for a run from before they were written."""
+    file = path / _INPUTS
+    if not file.is_file():
+        return {}
+    try:
+        inputs: dict[str, str] = json.loads(file.read_text())
+    except ValueError as error:
+        raise ConfigError(f"{file}: is not JSON ({error}); remove it if data and model are unchanged") from error
+    return inputs
+
+
+def _check_same_inputs(config: Config, before: Mapping[str, str], now: Mapping[str, str]) -> None:
+    """Raise ConfigError if data or model, whose place may have changed, have another content than before."""
+    for name in sorted(before.keys() & now.keys()):
+        if before[name] != now[name]:
+            raise ConfigError(
+                f"{name}: its content differs from that with which the run in {config.run.dir} began (fingerprint "
+                f"{before[name][:12]} before, {now[name][:12]} now), which run.resume=auto would continue; restore "
+                "it, or choose another run.dir"
+            )
 
 
 def _resumes(config: Config) -> bool:
@@ -110,11 +150,13 @@ def _resumes(config: Config) -> bool:
     return True
 
 
-def _check_content(config: Config) -> None:
+def _check_content(config: Config, inputs: Mapping[str, str]) -> None:
     """Raise ConfigError if what is in `run.dir` and `checkpoint.dir` forbids their use."""
     path = config.run.dir
     if _resumes(config):
-        check_same_run(load_config(path / _RESOLVED_CONFIG), config)
+        before = read_inputs(path)
+        check_same_run(load_config(path / _RESOLVED_CONFIG), config, before, inputs)
+        _check_same_inputs(config, before, inputs)
         check_steps(config)
         return
     if path.exists() and (not path.is_dir() or any(path.iterdir())) and not _failed_to_start(path):
@@ -176,17 +218,44 @@ def _check_checkpoint_dir(config: Config) -> None:
         )
 
 
-def check_same_run(before: Config, now: Config) -> None:
-    """Raise ConfigError if a field differs that the ledger and the checkpoints depend on."""
+def check_same_run(
+    before: Config, now: Config, inputs_before: Mapping[str, str] | None = None, inputs: Mapping[str, str] | None = None
+) -> None:
+    """Check that no field differs that the ledger and the checkpoints depend on.
+
+    Args:
+        before: configuration of the run in the directory.
+        now: configuration that is to continue it.
+        inputs_before: fingerprints of that run's data and model. If they are known, their paths may differ.
+        inputs: fingerprints of data and model as they are now.
+
+    Raises:
+        ConfigError: a field differs; the message has both values.
+    """
     same = ["run.seed", "model", "data", "replay.group_size", "replay.groups_per_step", "checkpoint.dir"]
     # these are restored from the checkpoint, so that another value would have no effect
     same += [f"learner.{name}" for name in ("dtype", "learning_rate", "weight_decay", "adam_beta1", "adam_beta2")]
+    by_content = {name for name in inputs_before or {} if name in (inputs or {})}
     for name in same:
-        if attrgetter(name)(before) != attrgetter(name)(now):
-            raise ConfigError(
-                f"{name}: differs from that of the run in {now.run.dir}, which run.resume=auto would continue; restore "
-                "the earlier value, or choose another run.dir"
-            )
+        old, new = (dict(_leaves(name, attrgetter(name)(config))) for config in (before, now))
+        for field in sorted(old.keys() | new.keys()):
+            if old.get(field) != new.get(field) and not (field.endswith(".path") and field[:-5] in by_content):
+                raise ConfigError(
+                    f"{field}: differs from that of the run in {now.run.dir} ({old.get(field)!r} before, "
+                    f"{new.get(field)!r} now), which run.resume=auto would continue; restore the earlier value, or "
+                    "choose another run.dir"
+                )
+
+
+def _leaves(path: str, value: object) -> Iterator[tuple[str, object]]:
+    """Yield the path and value of every field below a section."""
+    if isinstance(value, Section):
+        value = value.model_dump(mode="json")
+    if isinstance(value, dict) and value:
+        for name, inner in value.items():
+            yield from _leaves(f"{path}.{name}", inner)
+    else:
+        yield path, value
 
 
 def check_steps(config: Config) -> None:

@@ -46,7 +46,7 @@ def train(config: Config, *, verbose: bool = False) -> Path:
         QuatroError: an error that the user can cause, with a message of one line.
     """
     prepared = check(config)
-    resume = prepare_run_dir(config)
+    resume = prepare_run_dir(config, prepared.inputs)
     with only_writer(config):
         return _train(config, prepared, resume=resume, verbose=verbose)
 
