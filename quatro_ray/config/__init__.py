@@ -8,12 +8,14 @@ from quatro_ray.config.base import FunctionPath, Section, model_path
 from quatro_ray.config.data import (
     ChainSumSourceConfig,
     DataConfig,
+    EvalSourceConfig,
     FilterConfig,
     HuggingFaceSourceConfig,
     JsonLinesSourceConfig,
     ParquetSourceConfig,
     ReasoningGymSourceConfig,
     SourceConfig,
+    TrainShareSourceConfig,
     VerifiersSourceConfig,
 )
 from quatro_ray.config.environments import EnvironmentConfig
@@ -87,6 +89,7 @@ __all__ = [
     "DrGrpoConfig",
     "EnvironmentConfig",
     "EnvironmentRewardConfig",
+    "EvalSourceConfig",
     "EvaluationConfig",
     "ExactRewardConfig",
     "Extraction",
@@ -130,6 +133,7 @@ __all__ = [
     "TelemetryConfig",
     "TinyModelConfig",
     "TisGrpoConfig",
+    "TrainShareSourceConfig",
     "VerifierConfig",
     "VerifiersSourceConfig",
     "WarmupConfig",

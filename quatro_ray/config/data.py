@@ -167,12 +167,36 @@ SourceConfig = Annotated[
 ]
 
 
+class TrainShareSourceConfig(_Source):
+    """Questions that are held out of a source of data.train; only data.eval may have it."""
+
+    kind: Literal["train_share"]
+    source: str
+    """Name of the source in data.train."""
+    share: float = Field(gt=0, lt=1)
+    """Share of that source's distinct questions that is held out."""
+    seed: int = Field(0, ge=0)
+    """Seed of the choice. It depends on each question alone, so rows that are added later move few others."""
+
+
+EvalSourceConfig = Annotated[
+    JsonLinesSourceConfig
+    | ParquetSourceConfig
+    | HuggingFaceSourceConfig
+    | ReasoningGymSourceConfig
+    | ChainSumSourceConfig
+    | VerifiersSourceConfig
+    | TrainShareSourceConfig,
+    Field(discriminator="kind"),
+]
+
+
 class DataConfig(Section):
     """Sources of queries, by name. A prompt of `eval` is never trained on: it is removed from `train`."""
 
     train: dict[str, SourceConfig] = Field(min_length=1)
     """Sources of training queries, drawn in proportion to their weights; each is shuffled anew every epoch."""
-    eval: dict[str, SourceConfig] = Field(min_length=1)
+    eval: dict[str, EvalSourceConfig] = Field(min_length=1)
     """Held-out sets; each is evaluated by itself."""
     warmup: SourceConfig | None = None
     """Source that a model of kind tiny imitates before RL; its first 128 rows are held out. null: data.train."""
@@ -182,6 +206,22 @@ class DataConfig(Section):
     """Treatment of a row that cannot be used (no prompt, an answer that its reward cannot compare with, a prompt that
     is too long, a held-out prompt in train). refuse: end with its file and line. skip: leave it out and count it with
     its reason."""
+
+    def broken_rules(self) -> Iterator[str]:
+        """Yield a line for each held-out share of a source that does not exist or plays in another environment."""
+        for name, share in self.eval.items():
+            if not isinstance(share, TrainShareSourceConfig):
+                continue
+            if (source := self.train.get(share.source)) is None:
+                yield (
+                    f"eval.{name}.source={share.source!r} must be a source of data.train, one of "
+                    f"{sorted(self.train)}; correct it"
+                )
+            elif source.environment != share.environment:
+                yield (
+                    f"eval.{name}.environment={share.environment!r} must be that of data.train.{share.source}, "
+                    f"{source.environment!r}; set it"
+                )
 
 
 class FilterConfig(Section):

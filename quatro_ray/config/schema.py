@@ -9,7 +9,7 @@ from typing import Literal
 from pydantic import Field
 
 from quatro_ray.config.base import Section
-from quatro_ray.config.data import DataConfig, FilterConfig, SourceConfig
+from quatro_ray.config.data import DataConfig, EvalSourceConfig, FilterConfig
 from quatro_ray.config.environments import EnvironmentConfig
 from quatro_ray.config.generator import GeneratorConfig
 from quatro_ray.config.learner import LearnerConfig
@@ -71,9 +71,9 @@ class Config(Section):
         return self.checkpoint.dir or self.run.dir / "checkpoints"
 
     @property
-    def sources(self) -> dict[str, list[SourceConfig]]:
+    def sources(self) -> dict[str, list[EvalSourceConfig]]:
         """The sources of data.train and data.eval by name; a name in both has two."""
-        named: dict[str, list[SourceConfig]] = {}
+        named: dict[str, list[EvalSourceConfig]] = {}
         for name, source in [*self.data.train.items(), *self.data.eval.items()]:
             named.setdefault(name, []).append(source)
         return named

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Callable, Mapping
 from dataclasses import replace
+from hashlib import sha256
 
 from quatro_ray.config import (
     ChainSumSourceConfig,
@@ -13,6 +14,7 @@ from quatro_ray.config import (
     RewardConfig,
     SandboxFusionRewardConfig,
     SourceConfig,
+    TrainShareSourceConfig,
     VerifiersSourceConfig,
 )
 from quatro_ray.data.dataset import Dataset, Rows
@@ -27,6 +29,8 @@ from quatro_ray.types import Query
 
 _GENERATED = (ChainSumSourceConfig, ReasoningGymSourceConfig, VerifiersSourceConfig)
 _WARMUP_HELD_OUT = 128
+HELD_OUT = "it is held out"
+"""The rule by which rows are left out whose prompts are held out."""
 Check = Callable[[Query], str | None]
 """Returns why responses to a query cannot be scored, or None if they can."""
 
@@ -40,8 +44,13 @@ def make_dataset(config: DataConfig, rewards: Mapping[str, RewardConfig]) -> Dat
     """
     checks = _checks(rewards)
     refuse = config.bad_rows == "refuse"
-    held_out = {name: _read(source, name, f"eval.{name}", refuse) for name, source in config.eval.items()}
     train = {name: _read(source, name, f"train.{name}", refuse) for name, source in config.train.items()}
+    held_out = {
+        name: _take_share(source, name, train[source.source])
+        if isinstance(source, TrainShareSourceConfig)
+        else _read(source, name, f"eval.{name}", refuse)
+        for name, source in config.eval.items()
+    }
     together = {f"train.{n}": r for n, r in train.items()} | {f"eval.{n}": r for n, r in held_out.items()}
     for label, rows in together.items():
         _drop_unscorable(rows, label, rewards, checks, refuse)
@@ -95,6 +104,32 @@ def _read(source: SourceConfig, name: str, label: str, refuse: bool) -> Rows:
     return rows
 
 
+def _take_share(config: TrainShareSourceConfig, name: str, source: Rows) -> Rows:
+    """Move a share of a source's distinct questions to a held-out set, those with the smallest hashes."""
+
+    def draw(question: str) -> bytes:
+        return sha256(f"{config.seed}/{question}".encode()).digest()
+
+    asked = [(_asked(source, query), query) for query in source.queries]
+    questions = sorted({question for question, _ in asked}, key=draw)
+    taken = set(questions[: max(1, round(config.share * len(questions)))])
+    first: dict[str, Query] = {}
+    for question, query in asked:
+        if question in taken:
+            first.setdefault(question, query)
+    rows = Rows([replace(query, source=name) for query in first.values()])
+    rows.places = {query.query_id: source.places.get(query.query_id, query.query_id) for query in rows.queries}
+    kept = [query for question, query in asked if question not in taken]
+    source.skipped[HELD_OUT] += len(asked) - len(kept)
+    _keep(source, kept, f"train.{config.source}")
+    return rows
+
+
+def _asked(rows: Rows, query: Query) -> str:
+    """Return the text by which a question is recognised."""
+    return " ".join(query.prompt.split())
+
+
 def _drop_unscorable(
     rows: Rows,
     label: str,
@@ -129,7 +164,7 @@ def _drop_held_out(rows: Rows, label: str, reserved: set[str], refuse: bool) -> 
             f"data.{label}: {len(left_out)} prompts are also in data.eval (first: "
             f"{rows.places[first.query_id]}, {first.prompt[:60]!r}); remove them, or set data.bad_rows: skip"
         )
-    rows.skipped["it is held out"] += len(left_out)
+    rows.skipped[HELD_OUT] += len(left_out)
     _keep(rows, [query for query in rows.queries if query.prompt not in reserved], label)
 
 

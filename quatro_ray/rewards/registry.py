@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 from quatro_ray.config import (
     CodeRewardConfig,
     EnvironmentRewardConfig,
+    EvalSourceConfig,
     ExactRewardConfig,
     FormatRewardConfig,
     HttpRewardConfig,
@@ -21,7 +22,6 @@ from quatro_ray.config import (
     RegexRewardConfig,
     RewardConfig,
     SandboxFusionRewardConfig,
-    SourceConfig,
 )
 from quatro_ray.rewards.base import RemoteReward, Reward
 from quatro_ray.rewards.reasoning_gym import EXECUTING_TASKS
@@ -57,7 +57,7 @@ def make_reward(config: RewardConfig) -> Reward:
     return classes[type(config)](config)
 
 
-def executing_rewards(rewards: Mapping[str, RewardConfig], sources: Iterable[SourceConfig]) -> frozenset[str]:
+def executing_rewards(rewards: Mapping[str, RewardConfig], sources: Iterable[EvalSourceConfig]) -> frozenset[str]:
     """Return the names of rewards that execute responses in their own process: some of reasoning-gym's do."""
     tasks = {source.task for source in sources if isinstance(source, ReasoningGymSourceConfig)}
     if not tasks & EXECUTING_TASKS:
