@@ -68,6 +68,10 @@ class GeneratorActor(HostMixin):
         """Return the version that the engine's own process reports."""
         return await self._engine.policy_version()
 
+    async def score(self, sequences: list[list[int]]) -> list[list[float]]:
+        """Return the log-prob of each token but the first, in nats at temperature 1."""
+        return await self._engine.score(sequences)
+
     async def init_weight_transfer_engine(self, init_info: dict[str, Any]) -> None:
         """Connect the engine's workers to the learner; the back end defines the fields of `init_info`."""
         await self._engine.init_weight_transfer_engine(init_info)

@@ -68,6 +68,10 @@ class GeneratorClient:
         """Return the version that the engine's own process reports."""
         return await _alive(value_of(self.actor.policy_version.remote()))
 
+    async def score(self, sequences: list[list[int]]) -> list[list[float]]:
+        """Return the log-prob of each token but the first, in nats at temperature 1."""
+        return await _alive(value_of(self.actor.score.remote(sequences)))
+
     async def stacks(self) -> str:
         """Return the stack of every thread of the actor's process."""
         return await _alive(value_of(self.actor.stacks.remote()))

@@ -78,6 +78,10 @@ class Engine(Protocol):
         """Return the version of the weights, as the engine's own process reports it."""
         ...
 
+    async def score(self, sequences: list[list[int]]) -> list[list[float]]:
+        """Return the log-prob of each token but the first, given those before it, in nats at temperature 1."""
+        ...
+
     async def stacks(self) -> str:
         """Return the stack of every thread of the actor's process, even while the actor is busy."""
         ...

@@ -19,6 +19,7 @@ from quatro_ray.replay.buffer import LeasedBatch
 from quatro_ray.replay.packing import pack
 from quatro_ray.replay.staleness import Lineage
 from quatro_ray.types import LearnerBatch, RolloutGroup, StepMetrics
+from quatro_ray.weight_sync.agreement import Scored
 from quatro_ray.weight_sync.engine_client import EngineClient
 
 _logger = logging.getLogger(__name__)
@@ -59,6 +60,10 @@ class LearnerActor(HostMixin):
     def logprobs(self, groups: tuple[RolloutGroup, ...]) -> list[NDArray[np.float32]]:
         """Return the log-probs of the targets, float32 [N] in nats for each micro-batch of this rank."""
         return self._engine.logprobs(self._pack(groups, Lineage.unbroken(self._engine.version)))
+
+    def score_fixed(self, max_tokens: int) -> list[Scored]:
+        """Return fixed sequences of at most `max_tokens` tokens with this rank's log-probs; a collective."""
+        return self._engine.score_fixed(max_tokens)
 
     def _pack(self, groups: tuple[RolloutGroup, ...], lineage: Lineage) -> LearnerBatch:
         tokens = self._config.tokens_per_micro_batch

@@ -16,6 +16,7 @@ from quatro_ray.engines.checkpoint_store import Digests
 from quatro_ray.errors import QuatroError, last_line
 from quatro_ray.failures import LearnerLost, TransferFailed
 from quatro_ray.timeouts import within
+from quatro_ray.weight_sync.agreement import Scored
 
 _LOOK_EVERY_S = 1.0
 
@@ -84,6 +85,13 @@ class LearnerGroup:
             version: the version that the step trains from.
         """
         return (await self._all("train_step", leased, version, deadline_s=self._config.step_deadline_s))[0]
+
+    async def score_fixed(self, max_tokens: int) -> list[Scored]:
+        """Return the fixed sequences, of at most `max_tokens` tokens each, with the learner's log-probs."""
+        scores: list[Scored] = (
+            await self._all("score_fixed", max_tokens, deadline_s=self._sync.check_deadline_s)
+        )[0]
+        return scores
 
     async def open_transfer(self, engines: Sequence[Any]) -> None:
         """Connect to exactly these engines; replaces an earlier connection.

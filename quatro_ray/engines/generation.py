@@ -275,6 +275,22 @@ class GenerationEngine:
         with _engine_death():
             return int(await self.llm.get_weight_version())
 
+    async def score(self, sequences: list[list[int]]) -> list[list[float]]:
+        """Return the log-prob of each token but the first, given those before it, in nats at temperature 1."""
+        with _engine_death():
+            return list(await asyncio.gather(*map(self._score, sequences)))
+
+    async def _score(self, token_ids: list[int]) -> list[float]:
+        from vllm import SamplingParams as VllmSamplingParams
+        from vllm import TokensPrompt
+
+        params = VllmSamplingParams(max_tokens=1, temperature=0, prompt_logprobs=0, detokenize=False)
+        prompt = TokensPrompt(prompt_token_ids=token_ids)
+        async for output in self.llm.generate(prompt, params, f"score-{uuid.uuid4().hex}"):
+            found = output.prompt_logprobs
+        assert found is not None
+        return [position[token].logprob for position, token in zip(found[1:], token_ids[1:], strict=True)]
+
     async def weight_checksums(self) -> dict[str, str]:
         """Return the SHA-256 of every worker's parameters by name."""
         merged: dict[str, str] = {}

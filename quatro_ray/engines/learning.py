@@ -34,6 +34,7 @@ from quatro_ray.engines.policy import PolicyModel, export, load_policy
 from quatro_ray.engines.zero_engine import ZeroEngine
 from quatro_ray.engines.zero_step import ZeroStep
 from quatro_ray.types import LearnerBatch, RowLayout, StepMetrics
+from quatro_ray.weight_sync.agreement import Scored, fixed_sequences
 
 if TYPE_CHECKING:
     from quatro_ray.weight_sync.zero_source import ZeroWeightSource
@@ -271,6 +272,24 @@ class LearningEngine:
             float32 [N] for each micro-batch, nats, 0 outside responses.
         """
         return [self._logprobs(micro).cpu().numpy() for micro in self._own_rows(batch)]
+
+    @torch.no_grad()
+    def score_fixed(self, max_tokens: int) -> list[Scored]:
+        """Score the fixed sequences of weight_sync/agreement.py under the present weights; a collective.
+
+        Args:
+            max_tokens: longest sequence that an engine takes.
+        """
+        policy = self._loaded.policy
+        sequences = fixed_sequences(policy.vocab_size, max_tokens)
+        scored = []
+        for ids in sequences:
+            tokens = torch.tensor(ids, device=self._device)
+            positions = torch.arange(len(ids) - 1, device=self._device)
+            with policy.at_temperature(1.0):
+                logprobs, _ = self._loaded.engine(tokens[:-1], positions, tokens[1:])
+            scored.append(Scored(ids, logprobs.cpu().numpy()))
+        return scored
 
     def _own_rows(self, batch: LearnerBatch) -> list[MicroBatchTensors]:
         return [MicroBatchTensors.copy_from(micro, self._device) for micro in batch.micro_batches[self._rank]]

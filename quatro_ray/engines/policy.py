@@ -6,7 +6,8 @@ Shape letters: N tokens of a packed row.
 from __future__ import annotations
 
 import io
-from contextlib import redirect_stdout
+from collections.abc import Iterator
+from contextlib import contextmanager, redirect_stdout
 from pathlib import Path
 
 import torch
@@ -74,6 +75,21 @@ class PolicyModel(nn.Module):
         rows[row, column] = token_ids
         hidden: Tensor = self.causal_lm.get_decoder()(input_ids=rows, use_cache=False).last_hidden_state
         return hidden[row, column]
+
+    @property
+    def vocab_size(self) -> int:
+        """Return the number of tokens that have an id."""
+        return int(self.causal_lm.config.get_text_config().vocab_size)
+
+    @contextmanager
+    def at_temperature(self, temperature: float) -> Iterator[None]:
+        """Compute log-probs at another temperature than that of the sampling."""
+        head = self.causal_lm.get_output_embeddings()
+        before, head.temperature = head.temperature, temperature
+        try:
+            yield
+        finally:
+            head.temperature = before
 
     def checkpoint_names(self) -> dict[str, nn.Parameter]:
         """Return parameters by name in a Hugging Face checkpoint; a tied head appears once, as the embedding."""

@@ -40,6 +40,7 @@ from quatro_ray.orchestrator.placement import Placer
 from quatro_ray.orchestrator.resources import bundles, evaluation_bundles
 from quatro_ray.rewards.registry import executing_rewards
 from quatro_ray.timeouts import within
+from quatro_ray.weight_sync.agreement import AgreementCheck
 from quatro_ray.weight_sync.coordinator import WeightSyncCoordinator
 
 _SHUTDOWN_S = 30.0
@@ -120,7 +121,11 @@ class Cluster:
             replay=ReplayClient(self.replay, config.replay.deadline_s),
             learner=self.learner,
             weight_sync=WeightSyncCoordinator(
-                self.fleet, self.learner, config.weight_sync, _STARTS_WAITED_FOR * config.generator.start_deadline_s
+                self.fleet,
+                self.learner,
+                config.weight_sync,
+                _STARTS_WAITED_FOR * config.generator.start_deadline_s,
+                _agreement(config, self.learner),
             ),
             checkpoints=checkpoint_store(config),
             evaluator=self.evaluator,
@@ -216,6 +221,17 @@ async def spawn_evaluation(config: Config, model_path: str) -> EvaluationCluster
         cluster.shutdown()
         raise
     return cluster
+
+
+def _agreement(config: Config, learner: LearnerGroup) -> AgreementCheck:
+    is_exact = config.generator.dtype == config.learner.dtype == "float32"
+    return AgreementCheck(
+        learner=learner,
+        max_tokens=config.generator.max_prompt_tokens + config.generator.max_response_tokens - 1,
+        max_nats=config.weight_sync.max_logprob_abs_diff or (0.01 if is_exact else 0.3),
+        every_updates=config.weight_sync.check_every_updates,
+        deadline_s=config.weight_sync.check_deadline_s,
+    )
 
 
 def _evaluator(place: Placer, scoring: ScoringActors) -> Evaluator:

@@ -291,11 +291,14 @@ class Controller:
 
 
 def _timing(update: Update) -> dict[str, float]:
-    return {
+    figures: dict[str, float] = {
         "time/weight_sync_pause_s": update.pause_s,
         "time/weight_sync_transfer_s": update.transfer_s,
         "weight_sync/groups_in_flight": update.num_in_flight,
     }
+    if update.logprob_abs_diff is not None:
+        figures["weight_sync/logprob_abs_diff"] = update.logprob_abs_diff
+    return figures
 
 
 def _due(step: int, every: int | None) -> bool:

@@ -1,4 +1,4 @@
-"""Coordinates a weight update: pause → (connect) → transfer → resume → verify, with a deadline on each phase.
+"""Coordinates a weight update: pause → (connect) → transfer → resume → verify → (check), with a deadline on each phase.
 
 An engine gets work only while it is known to hold a whole version. An engine that fails a phase by itself is removed,
 and a later update takes it in again after its restart. If the transfer fails, every engine in it may hold part of the
@@ -8,6 +8,7 @@ new weights, and vLLM cannot restart the update of a layer, so all of them are r
 from __future__ import annotations
 
 import asyncio
+import logging
 import time
 from collections.abc import Awaitable, Sequence
 from dataclasses import dataclass
@@ -17,6 +18,9 @@ from quatro_ray.config import WeightSyncConfig
 from quatro_ray.errors import WeightSyncError
 from quatro_ray.failures import TransferFailed
 from quatro_ray.timeouts import within
+from quatro_ray.weight_sync.agreement import AgreementCheck, mean_difference
+
+_logger = logging.getLogger(__name__)
 
 
 class Sender(Protocol):
@@ -46,9 +50,18 @@ class Engine(Protocol):
         """Return the version of the weights, as the engine's own process reports it."""
         ...
 
+    async def score(self, sequences: list[list[int]]) -> list[list[float]]:
+        """Return the log-prob of each token but the first, in nats at temperature 1."""
+        ...
+
 
 class Slot(Protocol):
     """An engine's place in the fleet (actors/fleet.py:EngineSlot)."""
+
+    @property
+    def index(self) -> int:
+        """The number of the engine, which its successor has too."""
+        ...
 
     @property
     def client(self) -> Engine:
@@ -89,12 +102,14 @@ class Update:
         num_in_flight: groups and turns of episodes that were paused and then continued.
         pause_s: time during which generation was paused, seconds.
         transfer_s: time of the transfer alone, seconds.
+        logprob_abs_diff: largest mean difference between an engine and the learner, nats; None without a check.
     """
 
     version: int
     num_in_flight: int
     pause_s: float
     transfer_s: float
+    logprob_abs_diff: float | None = None
 
 
 class WeightSyncCoordinator(Generic[SlotT]):
@@ -102,12 +117,19 @@ class WeightSyncCoordinator(Generic[SlotT]):
 
     Args:
         engine_deadline_s: how long an update waits for a first engine if none is there.
+        agreement: holds engines against the learner. An engine that differs gets the weights again, then is restarted,
+            then the run ends. None: engines are not checked.
     """
 
     MAX_TRIES = 5
 
     def __init__(
-        self, engines: Engines[SlotT], sender: Sender, config: WeightSyncConfig, engine_deadline_s: float
+        self,
+        engines: Engines[SlotT],
+        sender: Sender,
+        config: WeightSyncConfig,
+        engine_deadline_s: float,
+        agreement: AgreementCheck | None = None,
     ) -> None:
         self._engines = engines
         self._sender = sender
@@ -115,6 +137,10 @@ class WeightSyncCoordinator(Generic[SlotT]):
         self._engine_deadline_s = engine_deadline_s
         self._connected: list[SlotT] = []
         self._last_failure = ""
+        self._agreement = agreement
+        self._num_updates = 0
+        self._disagreements: dict[int, int] = {}
+        """How many checks in a row each engine has failed, by its index; a successor goes on counting."""
 
     def disconnect(self) -> None:
         """Forget the connection, because the learner's end is gone; the next update makes a new one."""
@@ -124,7 +150,8 @@ class WeightSyncCoordinator(Generic[SlotT]):
         """Bring the engines to `version`, and return when at least one has it.
 
         Raises:
-            WeightSyncError: no engine took the version in MAX_TRIES tries.
+            WeightSyncError: no engine took the version in MAX_TRIES tries, or one differs from the learner even after a
+                restart.
             LearnerLost: the learner failed.
         """
         self._last_failure = "no engine was there"
@@ -137,6 +164,7 @@ class WeightSyncCoordinator(Generic[SlotT]):
                 ) from error
             try:
                 if (update := await self._once(version, slots)) is not None:
+                    self._num_updates += 1
                     return update
             except TransferFailed as failure:
                 self._last_failure = str(failure)
@@ -162,13 +190,54 @@ class WeightSyncCoordinator(Generic[SlotT]):
         have = await self._each(list(resumed), "policy_version", self._config.resume_deadline_s)
         for slot, reported in have.items():
             slot.update_ends()
-            if reported == version:
-                await self._engines.synced(slot)
-            else:
+            if reported != version:
                 self._lost(slot, f"reports version {reported} after an update to version {version}")
-        if version not in have.values():
+        right = [slot for slot, reported in have.items() if reported == version]
+        agreeing, difference = await self._check(right, version)
+        if not agreeing:
             return None
-        return Update(version, sum(in_flight[slot] for slot in have), paused_s, sent - sending)
+        for slot in agreeing:
+            await self._engines.synced(slot)
+        return Update(version, sum(in_flight[slot] for slot in have), paused_s, sent - sending, difference)
+
+    async def _check(self, slots: list[SlotT], version: int) -> tuple[list[SlotT], float | None]:
+        """Return the engines that agree with the learner, or none if one has to get the weights again; if not due, all.
+
+        The second value is the largest mean difference of an engine, nats; None if nothing was measured.
+        """
+        check = self._agreement
+        if check is None or not slots or (self._num_updates % check.every_updates and not self._disagreements):
+            return slots, None
+        expected = await check.learner.score_fixed(check.max_tokens)
+        if not expected:
+            return slots, None
+        scores = await self._each(slots, "score", check.deadline_s, [s.token_ids for s in expected])
+        differences = {slot: mean_difference(expected, found) for slot, found in scores.items()}
+        for slot, difference in differences.items():
+            if difference <= check.max_nats:
+                self._disagreements.pop(slot.index, None)
+            else:
+                self._disagrees(slot, f"differs from the learner by {difference:.3g} nats under version {version}")
+        largest = max(differences.values(), default=None)
+        agreeing = [slot for slot, difference in differences.items() if difference <= check.max_nats]
+        to_refit = any(self._disagreements.get(slot.index) == 1 for slot in differences)
+        return ([] if to_refit else agreeing), largest
+
+    def _disagrees(self, slot: SlotT, what: str) -> None:
+        """Let the engine get the weights again; the second time in a row, restart it; the third time, end the run."""
+        assert self._agreement is not None
+        times = self._disagreements[slot.index] = self._disagreements.get(slot.index, 0) + 1
+        rule = f"{what}; at most {self._agreement.max_nats:g} nats are rounding"
+        if times == 1:
+            self._last_failure = f"generator {slot.index} {rule}"
+            _logger.warning("%s; it gets the weights again", self._last_failure)
+        elif times == 2:
+            self._lost(slot, f"{rule}, also after it got the weights again")
+        else:
+            raise WeightSyncError(
+                f"generator {slot.index} {rule}, also after a restart. The engine does not load weights right: see "
+                "docs/models.md, or set weight_sync.max_logprob_abs_diff if this is rounding"
+            )
 
     async def _connect(self, slots: list[SlotT]) -> None:
         """Connect the learner to exactly these engines, unless they are those of the last update.
@@ -198,11 +267,11 @@ class WeightSyncCoordinator(Generic[SlotT]):
                 self._lost(slot, f"its weights are in doubt, the update to version {version} failed: {error}")
             raise
 
-    async def _each(self, slots: list[SlotT], method: str, deadline_s: float) -> dict[SlotT, Any]:
+    async def _each(self, slots: list[SlotT], method: str, deadline_s: float, *args: Any) -> dict[SlotT, Any]:
         """Call a method of all engines, and return the answers by slot; engines that do not answer are lost."""
 
         async def ask(slot: SlotT) -> Any:
-            work: Awaitable[Any] = getattr(slot.client, method)()
+            work: Awaitable[Any] = getattr(slot.client, method)(*args)
             return await within(deadline_s, work)
 
         answers = await asyncio.gather(*(ask(slot) for slot in slots), return_exceptions=True)

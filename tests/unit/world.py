@@ -137,6 +137,9 @@ class FakeGenerator:
         await self._alive()
         return self.version
 
+    async def score(self, sequences: list[list[int]]) -> list[list[float]]:
+        raise NotImplementedError("the world has no tokens")
+
     async def stacks(self) -> str:
         return "generating"
 

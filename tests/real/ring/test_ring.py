@@ -20,6 +20,7 @@ from quatro_ray.replay.buffer import LeasedBatch
 from quatro_ray.replay.packing import pack
 from quatro_ray.replay.staleness import Lineage
 from quatro_ray.types import Query, RolloutGroup, SamplingParams
+from quatro_ray.weight_sync.agreement import mean_difference
 from tests.real.conftest import Ring
 
 SAMPLING = SamplingParams(temperature=0.8, top_p=1.0, max_tokens=24, seed=3)
@@ -114,6 +115,9 @@ def test_after_an_update_the_engine_has_the_learners_weights(ring: Ring, tmp_pat
         assert metrics["off_policy/staleness_max"] == 0
         update = ring.run(ring.parts.weight_sync.update(version(ring) + 1))
     assert update.version == version(ring) == start + 2
+    expected = ring.run(ring.cluster.learner.score_fixed(30))
+    scores = ring.run(ring.generator.score([s.token_ids for s in expected]))
+    assert mean_difference(expected, scores) < 1e-3
     after = ray.get(engine.weight_checksums.remote(), timeout=60)
     assert all((after[n] == before[n]) == (after[n] == PACKED_AWAY) for n in before)
 

@@ -3,11 +3,13 @@
 import asyncio
 from typing import Any
 
+import numpy as np
 import pytest
 
 from quatro_ray.config import WeightSyncConfig
 from quatro_ray.errors import WeightSyncError
 from quatro_ray.failures import LearnerLost, TransferFailed
+from quatro_ray.weight_sync.agreement import AgreementCheck, Scored, fixed_sequences
 from quatro_ray.weight_sync.coordinator import Update, WeightSyncCoordinator
 from quatro_ray.weight_sync.engine_client import EngineClient
 
@@ -16,6 +18,8 @@ class Engine:
     def __init__(self, running: int = 2, stuck_in: str = "") -> None:
         self.running, self.stuck_in = running, stuck_in
         self.version, self.paused, self.calls = 0, False, []  # type: ignore[var-annotated]
+        self.off_by: list[float] = []
+        """By how many nats each of the next scores is wrong."""
 
     async def _maybe_hang(self, name: str) -> None:
         self.calls.append(name)
@@ -35,10 +39,15 @@ class Engine:
         await self._maybe_hang("policy_version")
         return self.version
 
+    async def score(self, sequences: list[list[int]]) -> list[list[float]]:
+        await self._maybe_hang("score")
+        off = self.off_by.pop(0) if self.off_by else 0.0
+        return [[-1.0 + off] * (len(ids) - 1) for ids in sequences]
+
 
 class EngineSlot:
-    def __init__(self, client: Engine) -> None:
-        self.client, self.is_updating = client, False
+    def __init__(self, client: Engine, index: int = 0) -> None:
+        self.client, self.index, self.is_updating = client, index, False
 
     def update_begins(self) -> None:
         self.is_updating = True
@@ -51,9 +60,11 @@ class Fleet:
     """Slots leave when they are lost, and none comes back."""
 
     def __init__(self, *engines: Engine) -> None:
-        self.slots = [EngineSlot(e) for e in engines]
+        self.slots = [EngineSlot(e, i) for i, e in enumerate(engines)]
         self.holding: list[EngineSlot] = []
         self.whys: list[str] = []
+        self.successors: dict[int, Engine] = {}
+        """The engine that takes the place of a lost one, by index."""
 
     async def some_to_sync(self) -> list[EngineSlot]:
         while not self.slots:
@@ -67,6 +78,8 @@ class Fleet:
         if slot in self.slots:
             self.slots.remove(slot)
             self.whys.append(why)
+            if (successor := self.successors.pop(slot.index, None)) is not None:
+                self.slots.append(EngineSlot(successor, slot.index))
 
 
 class Sender:
@@ -172,3 +185,90 @@ def test_the_client_gives_each_engine_its_own_ranks_and_stamps_the_version() -> 
     client.version = 12
     client.finish_weight_update()
     assert calls == [("a", "finish_weight_update", 12), ("b", "finish_weight_update", 12), 9]
+
+
+class Scorer:
+    def __init__(self) -> None:
+        self.num_calls = 0
+
+    async def score_fixed(self, max_tokens: int) -> list[Scored]:
+        self.num_calls += 1
+        return [Scored(ids, np.full(len(ids) - 1, -1.0, np.float32)) for ids in fixed_sequences(50, max_tokens)]
+
+
+def checked(fleet: Fleet, *versions: int, every: int = 1, max_tokens: int = 30) -> tuple[list[Update], int]:
+    """Return the updates, and how often the learner scored."""
+    scorer = Scorer()
+    agreement = AgreementCheck(scorer, max_tokens, max_nats=0.01, every_updates=every, deadline_s=0.1)
+
+    async def run() -> list[Update]:
+        sync = WeightSyncCoordinator(fleet, Sender(), CONFIG, 0.3, agreement)
+        return [await sync.update(v) for v in versions]
+
+    return asyncio.run(run()), scorer.num_calls
+
+
+def engine_off_by(*nats: float) -> Engine:
+    engine = Engine()
+    engine.off_by = list(nats)
+    return engine
+
+
+def test_the_first_update_and_every_nth_are_checked() -> None:
+    fleet = Fleet(engine_off_by(0.001), engine_off_by(0.003))
+    updates, num_calls = checked(fleet, *range(1, 8), every=3)
+    assert num_calls == 3
+    assert [u.logprob_abs_diff is not None for u in updates] == [True, False, False, True, False, False, True]
+    assert updates[0].logprob_abs_diff == pytest.approx(0.003, abs=1e-6)
+    assert not fleet.whys
+
+
+def test_an_engine_that_differs_gets_the_weights_again() -> None:
+    engine, other = engine_off_by(3.0, 0.0), Engine()
+    fleet = Fleet(engine, other)
+    (update,), num_calls = checked(fleet, 1)
+    assert num_calls == 2 and not fleet.whys
+    assert engine.calls.count("pause") == other.calls.count("pause") == 2
+    assert update.logprob_abs_diff == pytest.approx(0, abs=1e-6)
+    assert {slot.client for slot in fleet.holding} == {engine, other}
+
+
+def test_one_that_still_differs_is_restarted_and_the_others_go_on() -> None:
+    fleet = Fleet(engine_off_by(3.0, 3.0), Engine())
+    (update,), _ = checked(fleet, 1)
+    assert [slot.index for slot in fleet.holding] == [1]
+    (why,) = fleet.whys
+    assert "differs from the learner by 3 nats under version 1; at most 0.01 nats are rounding, also after it" in why
+    assert update.version == 1
+
+
+def test_one_that_differs_after_its_restart_ends_the_run_with_the_reason() -> None:
+    fleet = Fleet(engine_off_by(3.0, 3.0))
+    fleet.successors[0] = engine_off_by(2.5)
+    with pytest.raises(WeightSyncError, match=r"generator 0 differs from the learner by 2\.5 nats .* after a restart"):
+        checked(fleet, 1)
+    assert not fleet.holding
+
+
+def test_a_restart_that_helps_is_forgotten() -> None:
+    fleet = Fleet(engine_off_by(3.0, 3.0))
+    fleet.successors[0] = engine_off_by(0.0, 3.0)
+    updates, _ = checked(fleet, 1, 2)  # in the second, the weights once more are enough
+    assert len(updates) == 2 and len(fleet.whys) == 1
+
+
+def test_log_probs_that_are_not_numbers_are_a_difference() -> None:
+    fleet = Fleet(engine_off_by(float("nan"), float("nan")), Engine())
+    checked(fleet, 1)
+    assert "differs from the learner by nan nats" in fleet.whys[0]
+
+
+def test_an_engine_that_does_not_score_in_time_is_lost() -> None:
+    fleet = Fleet(Engine(stuck_in="score"), Engine())
+    checked(fleet, 1)
+    assert fleet.whys == ["weight sync: 'score' missed its deadline of 0.1 s"]
+
+
+def test_engines_that_take_no_second_token_are_not_checked() -> None:
+    (update,), _ = checked(Fleet(Engine()), 1, max_tokens=1)
+    assert update.logprob_abs_diff is None
