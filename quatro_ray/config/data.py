@@ -192,7 +192,7 @@ EvalSourceConfig = Annotated[
 
 
 class DataConfig(Section):
-    """Sources of queries, by name. A prompt of `eval` is never trained on: it is removed from `train`."""
+    """Sources of queries, by name. A question of `eval` is never trained on, whatever template."""
 
     train: dict[str, SourceConfig] = Field(min_length=1)
     """Sources of training queries, drawn in proportion to their weights; each is shuffled anew every epoch."""

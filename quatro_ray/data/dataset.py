@@ -6,8 +6,12 @@ import random
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
 
 from quatro_ray.types import Query
+
+if TYPE_CHECKING:
+    from quatro_ray.data.held_out import Question
 
 
 @dataclass
@@ -17,11 +21,13 @@ class Rows:
     Attributes:
         places: file and line of each query, by its id.
         skipped: number of rows that were left out, by reason.
+        questions: what each query asks, by its id, if that is not its prompt.
     """
 
     queries: list[Query] = field(default_factory=list)
     places: dict[str, str] = field(default_factory=dict)
     skipped: Counter[str] = field(default_factory=Counter)
+    questions: dict[str, Question] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)

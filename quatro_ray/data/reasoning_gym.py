@@ -8,6 +8,7 @@ from typing import Any
 from quatro_ray.config import ChainSumSourceConfig, ReasoningGymSourceConfig
 from quatro_ray.data.chat_template import as_messages, chat_prompt
 from quatro_ray.data.dataset import Rows
+from quatro_ray.data.held_out import question_of
 from quatro_ray.errors import ConfigError
 from quatro_ray.rewards.reasoning_gym import METADATA_KEY
 from quatro_ray.types import Query
@@ -61,6 +62,7 @@ def reasoning_gym_task(config: ReasoningGymSourceConfig, label: str) -> Rows:
         if config.as_chat or config.system_prompt is not None:
             prompt = chat_prompt(as_messages(prompt, config.system_prompt))
         answer = str(item["answer"])
+        rows.questions[f"{label}:{index}"] = question_of(item["question"])
         rows.queries.append(Query(f"{label}:{index}", prompt, answer, {METADATA_KEY: json.dumps(entry)}))
     return rows
 

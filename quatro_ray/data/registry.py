@@ -18,6 +18,7 @@ from quatro_ray.config import (
     VerifiersSourceConfig,
 )
 from quatro_ray.data.dataset import Dataset, Rows
+from quatro_ray.data.held_out import HeldOut
 from quatro_ray.data.reasoning_gym import chain_sum, reasoning_gym_task
 from quatro_ray.data.rows import read_rows
 from quatro_ray.data.verifiers_library import verifiers_rows
@@ -54,7 +55,7 @@ def make_dataset(config: DataConfig, rewards: Mapping[str, RewardConfig]) -> Dat
     together = {f"train.{n}": r for n, r in train.items()} | {f"eval.{n}": r for n, r in held_out.items()}
     for label, rows in together.items():
         _drop_unscorable(rows, label, rewards, checks, refuse)
-    reserved = {query.prompt for rows in held_out.values() for query in rows.queries}
+    reserved = HeldOut(held_out.values())
     for name, rows in train.items():
         generated = isinstance(config.train[name], _GENERATED)
         _drop_held_out(rows, f"train.{name}", reserved, refuse and not generated)
@@ -83,7 +84,7 @@ def _all(sources: Mapping[str, Rows]) -> list[Query]:
     return [query for rows in sources.values() for query in rows.queries]
 
 
-def _read_warmup(source: SourceConfig, reserved: set[str], refuse: bool) -> Rows:
+def _read_warmup(source: SourceConfig, reserved: HeldOut, refuse: bool) -> Rows:
     rows = _read(source, "warmup", "warmup", refuse)
     _drop_held_out(rows, "warmup", reserved, refuse and not isinstance(source, _GENERATED))
     if (num := len(rows.queries)) <= _WARMUP_HELD_OUT:
@@ -119,6 +120,7 @@ def _take_share(config: TrainShareSourceConfig, name: str, source: Rows) -> Rows
             first.setdefault(question, query)
     rows = Rows([replace(query, source=name) for query in first.values()])
     rows.places = {query.query_id: source.places.get(query.query_id, query.query_id) for query in rows.queries}
+    rows.questions = {q.query_id: source.questions[q.query_id] for q in rows.queries if q.query_id in source.questions}
     kept = [query for question, query in asked if question not in taken]
     source.skipped[HELD_OUT] += len(asked) - len(kept)
     _keep(source, kept, f"train.{config.source}")
@@ -127,6 +129,8 @@ def _take_share(config: TrainShareSourceConfig, name: str, source: Rows) -> Rows
 
 def _asked(rows: Rows, query: Query) -> str:
     """Return the text by which a question is recognised."""
+    if (known := rows.questions.get(query.query_id)) is not None:
+        return known.text
     return " ".join(query.prompt.split())
 
 
@@ -156,8 +160,8 @@ def _drop_unscorable(
     _keep(rows, kept, label)
 
 
-def _drop_held_out(rows: Rows, label: str, reserved: set[str], refuse: bool) -> None:
-    left_out = [query for query in rows.queries if query.prompt in reserved]
+def _drop_held_out(rows: Rows, label: str, reserved: HeldOut, refuse: bool) -> None:
+    left_out = [query for query in rows.queries if reserved.has(rows, query)]
     if refuse and left_out:
         first = left_out[0]
         raise DataError(
@@ -165,7 +169,7 @@ def _drop_held_out(rows: Rows, label: str, reserved: set[str], refuse: bool) -> 
             f"{rows.places[first.query_id]}, {first.prompt[:60]!r}); remove them, or set data.bad_rows: skip"
         )
     rows.skipped[HELD_OUT] += len(left_out)
-    _keep(rows, [query for query in rows.queries if query.prompt not in reserved], label)
+    _keep(rows, [query for query in rows.queries if not reserved.has(rows, query)], label)
 
 
 def _keep(rows: Rows, kept: list[Query], label: str) -> None:

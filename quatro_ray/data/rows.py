@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
+from typing import Any
 
 from quatro_ray.data.chat_template import as_messages, chat_prompt, is_chat
 from quatro_ray.data.dataset import Rows
+from quatro_ray.data.held_out import Question, question_of
 from quatro_ray.data.readers import BadRow, Row, RowSource, read
 from quatro_ray.errors import DataError
 from quatro_ray.rewards.extract import extract
@@ -44,6 +46,7 @@ def read_rows(config: RowSource, label: str, *, refuse: bool) -> Rows:
         else:
             rows.queries.append(query)
             rows.places[query.query_id] = place
+            rows.questions[query.query_id] = _question(row, config)
     if not rows.queries:
         raise DataError(
             f"data.{label}.path: {_path(config)} has no row that can be used ({_shown(rows)}); correct the rows, or "
@@ -65,7 +68,31 @@ def _to_query(row: Row, config: RowSource, query_id: str) -> Query:
     answer = _answer(_column(row, config.answer_key, _ANSWER_KEYS, "answer_key"), config)
     if not _is_text(prompt) or not _is_text(answer):
         raise BadRow("contains a lone surrogate, which is not a valid character")
-    return Query(query_id, prompt, answer)
+    return Query(query_id, prompt, answer, _metadata(row, config))
+
+
+def _question(row: Row, config: RowSource) -> Question:
+    value: Any = _column(row, config.prompt_key, _PROMPT_KEYS, "prompt_key")
+    if not isinstance(value, str):
+        return question_of(value)
+    shown = [
+        row[key] for key in row if key != "prompt" and row[key] != value and f"{{{key}}}" in config.prompt_template
+    ]
+    return question_of(value, shown)
+
+
+def _metadata(row: Row, config: RowSource) -> dict[str, Any]:
+    """Return all columns but those of the prompt and the answer, as JSON values.
+
+    What JSON does not have becomes text, and NaN and infinities become None.
+    """
+    used = {
+        next((candidate for candidate in ([key] if key else usual) if _look_up(row, candidate)[0]), None)
+        for key, usual in ((config.prompt_key, _PROMPT_KEYS), (config.answer_key, _ANSWER_KEYS))
+    }
+    others = {name: value for name, value in row.items() if name not in used}
+    metadata: dict[str, Any] = json.loads(json.dumps(others, default=str), parse_constant=lambda _: None)
+    return metadata
 
 
 def _is_text(text: str) -> bool:

@@ -44,7 +44,7 @@ def test_json_lines(tmp_path: Path) -> None:
     messages = [{"content": "two?", "role": "user", "name": "x"}]
     rows = [{"prompt": "1+1=", "answer": 2, "extra": 0}, "", {"prompt": messages, "answer": " b "}]
     first, second = load(jsonl(tmp_path, *rows)).train["mine"]
-    assert first == Query("train.mine:0", "1+1=", "2", source="mine")
+    assert first == Query("train.mine:0", "1+1=", "2", {"extra": 0}, source="mine")
     assert second.answer == "b"
 
     class Tokenizer:
