@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import logging
+
 from quatro_ray.actors.generation_retry import GroupRequest, RetryHooks, generate
 from quatro_ray.actors.interfaces import Generators, GroupRef, Replay, Verifiers
 from quatro_ray.config import Config
 from quatro_ray.errors import StallError
 from quatro_ray.failures import EngineLost, GenerationFailed, VerifierFailed
+from quatro_ray.orchestrator.exhausted_alarm import ExhaustedAlarm
 from quatro_ray.orchestrator.group_filters import why_not
 from quatro_ray.seeding import seed_of
 from quatro_ray.telemetry.counters import Counters
@@ -32,6 +35,7 @@ class GroupRunner:
         self._replay = replay
         self._recorder = recorder
         self._counters = counters
+        self._exhausted = ExhaustedAlarm()
         self._failures_in_a_row = 0
         self._filtered_in_a_row = 0
 
@@ -53,6 +57,8 @@ class GroupRunner:
         for note in summary.notes:
             self._recorder.note(f"group {group_id}: {note}")
         self._counters.scored(summary)
+        if alarm := self._exhausted.add(summary.outcomes):
+            self._recorder.note(alarm, level=logging.WARNING)
         if reason := why_not(self._config.filters, summary.rewards, summary.truncated):
             self._counters.dropped(reason, generated, summary, len(summary.rewards))
             return await self._filter_out(group_id, reason)
