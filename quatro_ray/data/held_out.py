@@ -15,7 +15,7 @@ from quatro_ray.types import Query
 
 @dataclass(frozen=True)
 class Question:
-    """What a row asks, with white space made single blanks.
+    """The question that a row asks, with white space made single blanks.
 
     Attributes:
         text: the question itself, without template and system prompt.
