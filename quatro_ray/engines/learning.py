@@ -11,7 +11,7 @@ import random
 from collections.abc import Sequence
 from dataclasses import dataclass
 from datetime import timedelta
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -29,10 +29,12 @@ from quatro_ray.engines import step_metrics, zero_checkpoint
 from quatro_ray.engines.batches import MicroBatchTensors, StepBatch, make_step_batch, make_token_batch
 from quatro_ray.engines.kl_probe import Probe
 from quatro_ray.engines.learner_spec import LearnerSpec
+from quatro_ray.engines.model_files import write_model
 from quatro_ray.engines.objectives import Prepared, make_objective
-from quatro_ray.engines.policy import PolicyModel, export, load_policy
+from quatro_ray.engines.policy import PolicyModel, as_on_disk, load_policy, persistent_buffers
 from quatro_ray.engines.zero_engine import ZeroEngine
 from quatro_ray.engines.zero_step import ZeroStep
+from quatro_ray.errors import CheckpointError
 from quatro_ray.types import LearnerBatch, RowLayout, StepMetrics
 from quatro_ray.weight_sync.agreement import Scored, fixed_sequences
 
@@ -118,11 +120,11 @@ class LearningEngine:
     @cached_property
     def weights(self) -> ZeroWeightSource:
         """The policy's parameters as a vLLM weight source; iterating over it is a collective."""
-        names = self._loaded.policy.checkpoint_names()
+        policy = self._loaded.policy
         # imported here, because training alone, as benchmarks.gpu.learner does it, does not need vLLM
         from quatro_ray.weight_sync.zero_source import ZeroWeightSource
 
-        return ZeroWeightSource(names)
+        return ZeroWeightSource(policy.parameters_by_name(), partial(as_on_disk, policy.causal_lm))
 
     @property
     def row_layout(self) -> RowLayout:
@@ -331,14 +333,25 @@ class LearningEngine:
         zero_checkpoint.restore_random_states(state["random_states"], self._device)
 
     def export(self, path: Path) -> None:
-        """Gather the weights, a collective, and let rank 0 write them in Hugging Face format."""
+        """Gather the weights, a collective, and let rank 0 write them in Hugging Face format.
+
+        Raises:
+            CheckpointError: the folder cannot be written. The learner lives on.
+        """
         state = {}
         for name, tensor in self.weights:
             if self._rank == 0:
                 state[name] = tensor.cpu()
+        failure: Exception | None = None
         if self._rank == 0:
-            export(self._loaded.policy, state, self._spec.model_path, path)
+            model = self._loaded.policy.causal_lm
+            try:
+                write_model(path, state | as_on_disk(model, persistent_buffers(model)), self._spec.model_path)
+            except (OSError, ValueError) as error:  # the other ranks wait at the barrier
+                failure = error
         dist.barrier()
+        if failure is not None:
+            raise CheckpointError(f"export {path}: cannot be written ({failure}); correct it, then resume") from failure
 
     def shutdown(self) -> None:
         """Leave the process group, if this rank has joined one."""

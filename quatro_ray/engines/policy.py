@@ -12,10 +12,12 @@ from pathlib import Path
 
 import torch
 from torch import Tensor, nn
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
+from transformers import AutoModelForCausalLM, PreTrainedModel
+from transformers.core_model_loading import revert_weight_conversion
 
 from quatro_ray.engines.forward_check import ForwardCheck
 from quatro_ray.engines.logprob_head import LogprobHead, logit_transform
+from quatro_ray.engines.model_files import write_model
 from quatro_ray.errors import ConfigError
 from quatro_ray.types import RowLayout
 
@@ -91,8 +93,8 @@ class PolicyModel(nn.Module):
         finally:
             head.temperature = before
 
-    def checkpoint_names(self) -> dict[str, nn.Parameter]:
-        """Return parameters by name in a Hugging Face checkpoint; a tied head appears once, as the embedding."""
+    def parameters_by_name(self) -> dict[str, nn.Parameter]:
+        """Return parameters by their names in transformers; a tied head appears once, as the embedding."""
         return {name.removeprefix(_PREFIX): p for name, p in self.named_parameters()}
 
 
@@ -128,39 +130,40 @@ def load_policy(
     return policy, line
 
 
-def export(model: PolicyModel, state: dict[str, Tensor], source: str, path: Path) -> None:
-    """Write weights, configuration and tokenizer in the format that transformers and vLLM load.
-
-    Args:
-        model: gives the configuration; its own weights are not read.
-        state: full tensors by checkpoint name.
-        source: folder or hub name of the starting policy, whose tokenizer is copied.
-        path: folder to write, which is created if it does not exist.
-    """
-    from safetensors.torch import save_file
-
-    path.mkdir(parents=True, exist_ok=True)
-    model.causal_lm.config.save_pretrained(path)
-    if model.causal_lm.generation_config is not None:
-        model.causal_lm.generation_config.save_pretrained(path)
-    save_file({k: v.contiguous() for k, v in state.items()}, path / "model.safetensors", metadata={"format": "pt"})
-    AutoTokenizer.from_pretrained(source).save_pretrained(path)
-
-
 def convert_checkpoint(checkpoints: Path, tag: str, source: str | Path, path: Path) -> None:
-    """Convert the ZeRO shards of a checkpoint to a folder like that of `export`.
+    """Convert the ZeRO shards of a checkpoint to a folder like that of an export.
 
     Args:
         checkpoints: folder of the checkpoints.
         tag: name of the checkpoint in it.
-        source: an export of the same model, for its configuration and tokenizer.
+        source: an export of the same model, for its other files.
         path: folder to write, which is created if it does not exist.
     """
     from deepspeed.utils.zero_to_fp32 import get_fp32_state_dict_from_zero_checkpoint
 
-    model = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(source))
+    model = AutoModelForCausalLM.from_pretrained(source)
     with redirect_stdout(io.StringIO()):  # DeepSpeed's converter prints its progress
-        state = get_fp32_state_dict_from_zero_checkpoint(str(checkpoints), tag=tag)
-    model.load_state_dict({name.removeprefix(_PREFIX): tensor for name, tensor in state.items()})
-    model.save_pretrained(path)
-    AutoTokenizer.from_pretrained(source).save_pretrained(path)
+        saved = get_fp32_state_dict_from_zero_checkpoint(str(checkpoints), tag=tag)
+    state = {name.removeprefix(_PREFIX): tensor for name, tensor in saved.items()}
+    kept = {name: state[name] for name in [*dict(model.named_parameters()), *persistent_buffers(model)]}
+    write_model(path, as_on_disk(model, kept), source)
+
+
+def as_on_disk(model: PreTrainedModel, state: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Return tensors under the names and in the layout of `save_pretrained`, as files and vLLM have them.
+
+    transformers keeps, for example, all experts of a layer in one tensor, and files have one for each expert.
+
+    Args:
+        model: the model whose tensors they are.
+        state: whole tensors by their names in memory, at least those of one layer. Tensors on the meta device give
+            names, dtypes and shapes alone.
+    """
+    converted: dict[str, Tensor] = revert_weight_conversion(model, state)
+    return converted
+
+
+def persistent_buffers(model: nn.Module) -> dict[str, Tensor]:
+    """Return the buffers that belong into a file, such as the biases of a router that are not trained."""
+    parameters = {name for name, _ in model.named_parameters(remove_duplicate=False)}
+    return {name: tensor for name, tensor in model.state_dict().items() if name not in parameters}

@@ -140,7 +140,7 @@ class WeightSyncCoordinator(Generic[SlotT]):
         self._agreement = agreement
         self._num_updates = 0
         self._disagreements: dict[int, int] = {}
-        """How many checks in a row each engine has failed, by its index; a successor goes on counting."""
+        """Failed checks in a row by the index of the engine, which its successor shares."""
 
     def disconnect(self) -> None:
         """Forget the connection, because the learner's end is gone; the next update makes a new one."""

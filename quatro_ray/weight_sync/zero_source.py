@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 
 import torch
@@ -16,21 +16,25 @@ class ZeroWeightSource(WeightSource):
     At most one layer exists in full at any time.
 
     Args:
-        parameters: by name in a Hugging Face checkpoint.
+        parameters: by name in transformers.
+        convert: returns the tensors of a layer, all of them or none on the meta device, under their names and in their
+            layout on disk, which are those that vLLM loads.
     """
 
-    def __init__(self, parameters: Mapping[str, nn.Parameter]) -> None:
+    def __init__(
+        self, parameters: Mapping[str, nn.Parameter], convert: Callable[[dict[str, Tensor]], dict[str, Tensor]]
+    ) -> None:
         self._groups = layerwise_groups(list(parameters))
         self._parameters = parameters
+        self._convert = convert
         self._pass: Iterator[tuple[str, Tensor]] | None = None
 
     def metadata(self) -> list[ParamMeta]:
         """Return name, dtype and full shape of every parameter, in the order of the iteration; nothing is gathered."""
-        return [
-            ParamMeta(name, self._parameters[name].dtype, _full_shape(self._parameters[name]))
-            for group in self._groups
-            for name in group
-        ]
+        converted: dict[str, Tensor] = {}
+        for group in self._groups:
+            converted |= self._convert({name: _whole_on_meta(self._parameters[name]) for name in group})
+        return [ParamMeta(name, tensor.dtype, tuple(tensor.shape)) for name, tensor in converted.items()]
 
     def __iter__(self) -> Iterator[tuple[str, Tensor]]:
         self._pass = self._gathered()
@@ -56,9 +60,10 @@ class ZeroWeightSource(WeightSource):
         for group in self._groups:
             with torch.no_grad(), zero.GatheredParameters([self._parameters[name] for name in group]):
                 # clones outlive the gather; a sender that overlaps its sends needs that
-                full = [(name, self._parameters[name].detach().clone()) for name in group]
-            yield from full
+                full = {name: self._parameters[name].detach().clone() for name in group}
+            yield from self._convert(full).items()
 
 
-def _full_shape(parameter: nn.Parameter) -> tuple[int, ...]:
-    return tuple(getattr(parameter, "ds_shape", parameter.shape))
+def _whole_on_meta(parameter: nn.Parameter) -> Tensor:
+    shape = tuple(getattr(parameter, "ds_shape", parameter.shape))
+    return torch.empty(shape, dtype=parameter.dtype, device="meta")

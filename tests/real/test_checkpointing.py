@@ -94,7 +94,7 @@ class RankActor:
         from deepspeed.utils import safe_get_full_fp32_param, safe_get_full_optimizer_state
 
         found: State = {name: {"weight": tensor.clone()} for name, tensor in self._engine.weights}
-        for name, parameter in self._engine._loaded.policy.checkpoint_names().items():
+        for name, parameter in self._engine._loaded.policy.parameters_by_name().items():
             found[name]["fp32"] = safe_get_full_fp32_param(parameter).clone()
             for key in ("exp_avg", "exp_avg_sq"):
                 found[name][key] = safe_get_full_optimizer_state(parameter, key).clone()
