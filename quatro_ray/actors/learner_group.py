@@ -88,9 +88,7 @@ class LearnerGroup:
 
     async def score_fixed(self, max_tokens: int) -> list[Scored]:
         """Return the fixed sequences, of at most `max_tokens` tokens each, with the learner's log-probs."""
-        scores: list[Scored] = (
-            await self._all("score_fixed", max_tokens, deadline_s=self._sync.check_deadline_s)
-        )[0]
+        scores: list[Scored] = (await self._all("score_fixed", max_tokens, deadline_s=self._sync.check_deadline_s))[0]
         return scores
 
     async def open_transfer(self, engines: Sequence[Any]) -> None:
