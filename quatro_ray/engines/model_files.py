@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import json
 import shutil
+import tempfile
 from collections.abc import Mapping
 from pathlib import Path
 
 from torch import Tensor
+
+from quatro_ray.errors import ConfigError
 
 _WEIGHTS = "model.safetensors"
 _SUFFIXES_OF_WEIGHTS = (
@@ -44,6 +47,21 @@ def write_model(path: Path, state: Mapping[str, Tensor], source: str | Path) -> 
     save_file({k: v.contiguous() for k, v in state.items()}, path / _WEIGHTS, metadata={"format": "pt"})
 
 
+def check_files(source: str | Path) -> None:
+    """Try what `write_model` does with the files of a model, before any step is trained.
+
+    Raises:
+        ConfigError: a file cannot be copied, or config.json is not a JSON object.
+    """
+    with tempfile.TemporaryDirectory() as folder:
+        try:
+            copy_files(_folder(source), Path(folder), "float32")
+        except (OSError, ValueError) as error:
+            raise ConfigError(
+                f"model.path={source}: its files cannot be copied, as each export does ({error}); correct them"
+            ) from error
+
+
 def copy_files(source: Path, path: Path, dtype: str) -> None:
     """Copy all files but weights; config.json names the dtype of the new weights.
 
@@ -51,11 +69,17 @@ def copy_files(source: Path, path: Path, dtype: str) -> None:
         source: folder of a model.
         path: an existing folder.
         dtype: such as "bfloat16".
+
+    Raises:
+        OSError: a file cannot be read or written.
+        ValueError: config.json is not a JSON object.
     """
     for file in source.iterdir():
         if file.is_file() and not file.name.startswith(".") and not file.name.endswith(_SUFFIXES_OF_WEIGHTS):
             shutil.copyfile(file, path / file.name)
     config = json.loads((path / "config.json").read_text())
+    if not isinstance(config, dict):
+        raise ValueError(f"{source / 'config.json'} is not a JSON object")
     config.pop("torch_dtype", None)  # its name before transformers 5
     (path / "config.json").write_text(json.dumps(config | {"dtype": dtype}, indent=2) + "\n")
 

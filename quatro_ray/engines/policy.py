@@ -17,7 +17,7 @@ from transformers.core_model_loading import revert_weight_conversion
 
 from quatro_ray.engines.forward_check import ForwardCheck
 from quatro_ray.engines.logprob_head import LogprobHead, logit_transform
-from quatro_ray.engines.model_files import write_model
+from quatro_ray.engines.model_files import check_files, write_model
 from quatro_ray.errors import ConfigError
 from quatro_ray.types import RowLayout
 
@@ -114,8 +114,9 @@ def load_policy(
         The policy, and a line that says what was measured.
 
     Raises:
-        ConfigError: the learner's log-probs or gradients would not be those of the model.
+        ConfigError: the learner's log-probs or gradients would not be those of the model, or exports would fail.
     """
+    check_files(path)
     try:
         causal_lm = AutoModelForCausalLM.from_pretrained(path, dtype=dtype, attn_implementation=attn_implementation)
     except (OSError, ValueError, ImportError) as error:

@@ -1,4 +1,4 @@
-"""Checks everything that can be known before Ray starts; `train`, `eval` and `validate` all call it."""
+"""Checks everything that can be known before Ray starts; `train` and `validate` both call it."""
 
 from __future__ import annotations
 

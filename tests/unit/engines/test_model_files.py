@@ -11,9 +11,10 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from benchmarks.models import make
-from quatro_ray.engines.model_files import write_model
+from quatro_ray.engines.model_files import check_files, write_model
 from quatro_ray.engines.policy import PolicyModel, as_on_disk, persistent_buffers
 from quatro_ray.engines.tiny_tokenizer import make_tokenizer
+from quatro_ray.errors import ConfigError
 
 CONVERTED = ["Mixtral", "Qwen2-MoE", "Qwen3-MoE", "OLMoE", "DeepSeek-V3", "Jamba", "Nemotron-H", "GPT-NeoX"]
 PLAIN = ["Qwen2", "Phi", "LFM2", "GPT-2"]
@@ -78,3 +79,11 @@ def test_the_configuration_names_the_dtype_of_the_weights(tmp_path: Path) -> Non
     model = source_of("Qwen2", source).to(torch.bfloat16)
     write(model, source, written)
     assert AutoModelForCausalLM.from_pretrained(written).dtype == torch.bfloat16
+
+
+def test_files_that_cannot_be_copied_are_told_before_a_step(tmp_path: Path) -> None:
+    source_of("Qwen2", tmp_path)
+    check_files(tmp_path)
+    (tmp_path / "config.json").write_text("[1, 2]")
+    with pytest.raises(ConfigError, match=r"model\.path=.*: its files cannot be copied, .*; correct them"):
+        check_files(tmp_path)
