@@ -5,7 +5,6 @@ from __future__ import annotations
 import logging
 import os
 import socket
-from typing import Any
 
 import ray
 from ray._private import ray_constants
@@ -32,7 +31,7 @@ def connect(config: Config, *, show_actor_logs: bool = False) -> None:
         ClusterError: no cluster answers at the address, or none can be started.
     """
     address = config.cluster.address or os.environ.get("RAY_ADDRESS")
-    common = {"log_to_driver": show_actor_logs, "logging_level": "WARNING"}
+    common: dict[str, bool | str] = {"log_to_driver": show_actor_logs, "logging_level": "WARNING"}
     if address:
         try:
             _knock(address)
@@ -48,7 +47,7 @@ def connect(config: Config, *, show_actor_logs: bool = False) -> None:
     _start_here(common)
 
 
-def _start_here(options: dict[str, Any]) -> None:
+def _start_here(options: dict[str, bool | str]) -> None:
     """Start a cluster on this machine; Ray gives its own processes 30 s, which a busy machine may miss."""
     for tries_left in reversed(range(_STARTS)):
         try:
