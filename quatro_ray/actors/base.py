@@ -23,8 +23,12 @@ class HostMixin:
     """The base class of actors, which are declared with `ray.remote(concurrency_groups=WATCHED)`."""
 
     def __new__(cls, *_args: Any, **_kwargs: Any) -> Self:
-        """Send the log messages of the actor's process to Ray's log files."""
-        log_to_stderr()
+        """Send the log messages of the actor's process to Ray's log files.
+
+        Ray makes an instance where an actor is declared too, in the process that imports it.
+        """
+        if ray._private.worker.global_worker.mode == ray.WORKER_MODE:
+            log_to_stderr()
         return super().__new__(cls)
 
     def address(self) -> str:

@@ -48,6 +48,7 @@ def own_data(tmp_path: Path) -> Path:
 def test_training_on_own_prompts_with_two_engines(own_data: Path, tmp_path: Path) -> None:
     done = quatro_ray("train", str(own_data), timeout_s=400)
     assert done.returncode == 0, done.stdout + done.stderr
+    assert "INFO quatro_ray" not in done.stdout + done.stderr  # log messages are for --verbose
     check_accounts(tmp_path / "run", max_staleness=2, steps=4)
     check_files(tmp_path / "run")
     check_evaluations(tmp_path / "run")

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import logging
+import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -78,3 +80,12 @@ def test_levels_of_events(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> N
         "learner: damaged",
     }
     assert levels["starting"] == levels["learner: recovered"] == levels["learner: written"] == "INFO"
+
+
+@pytest.mark.process
+def test_importing_the_actors_prints_no_messages() -> None:
+    """Only an actor's own process does: Ray makes an instance of each class where it is declared, too."""
+    program = "import logging, quatro_ray.actors.generator, ray; print(logging.getLogger('quatro_ray').handlers)"
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=240)
+    assert done.stdout.strip() == "[]", done.stdout + done.stderr
+    assert "Started a local Ray instance" not in done.stderr
