@@ -75,7 +75,7 @@ def config(run_dir: Path | str = "runs/test", **sections: dict[str, Any]) -> Con
 
 
 def own_data_config(folder: Path) -> Path:
-    """A configuration over the user's own JSON lines, GRPO this time, with a schedule and two engines."""
+    """A configuration over the user's own JSON lines, GRPO this time, with a schedule and an engine for evaluation."""
     rows = [{"question": f"say {c}:", "gold": c} for c in "abcdefghijklmnopqrstuvwxyz"]
     for name, part in (("train", rows[:20]), ("eval", rows[20:])):
         (folder / f"{name}.jsonl").write_text("\n".join(map(json.dumps, part)))
@@ -88,7 +88,6 @@ def own_data_config(folder: Path) -> Path:
         rewards={"answer": {"kind": "exact"}},
         objective={"kind": "grpo"},
         learner={"schedule": "cosine", "loss_agg_mode": "seq_mean_token_sum"},
-        generator={"num_engines": 2},
         run={"num_steps": 4},
         evaluation={"num_engines": 1, "every_steps": 4, "samples_per_query": 8, "num_queries": 4},
         cluster={"cpus_per_engine": 0.3},

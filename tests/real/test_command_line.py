@@ -45,7 +45,7 @@ def own_data(tmp_path: Path) -> Path:
     return own_data_config(tmp_path)
 
 
-def test_training_on_own_prompts_with_two_engines(own_data: Path, tmp_path: Path) -> None:
+def test_training_on_own_prompts_with_an_engine_for_evaluation(own_data: Path, tmp_path: Path) -> None:
     done = quatro_ray("train", str(own_data), timeout_s=400)
     assert done.returncode == 0, done.stdout + done.stderr
     assert "INFO quatro_ray" not in done.stdout + done.stderr  # log messages are for --verbose

@@ -26,7 +26,12 @@ def test_the_example_of_a_reward_trains(tmp_path: Path) -> None:
 
 def test_the_example_of_an_environment_trains(tmp_path: Path) -> None:
     """The policy asks, is given the result, and goes on; what it was given is not counted as sampled."""
-    overrides = [f"run.dir={tmp_path / 'run'}", "run.num_steps=3", "evaluation.every_steps=3"]
+    overrides = [
+        f"run.dir={tmp_path / 'run'}",
+        "run.num_steps=3",
+        "learner.num_warmup_steps=1",
+        "evaluation.every_steps=3",
+    ]
     # it need not answer well, only ask
     short = ["model.warmup.max_steps=500", "evaluation.num_queries=8"]
     example("examples/calculator/calculator.py", *overrides, *short)

@@ -63,7 +63,7 @@ def test_a_hanging_answer_is_exhausted_and_the_others_are_scored(local_ray: None
 
     (first, *others), replaced = with_pool(awkward, work, exhausted_reward=-1.0)
     assert first.rewards == (1.0, -1.0, 1.0)
-    assert first.outcomes == {"ok": 2, "exhausted": 1, "timeout": 0, "error": 0}
+    assert first.outcomes == {"ok": 2, "exhausted": 1, "unreadable": 0, "timeout": 0, "error": 0}
     assert all(o.rewards == (1.0, 1.0) for o in others)
     assert replaced == 0  # the actor lives on; its process was replaced
 
