@@ -51,7 +51,7 @@ def test_what_a_user_can_get_wrong_is_one_line(call, own_data: str, override: st
 
 
 def test_plan_and_validate_start_nothing(call, own_data: str) -> None:  # type: ignore[no-untyped-def]
-    code, out, _ = call("plan", own_data)
+    code, out, _ = call("plan", own_data, "generator.num_engines=2")
     assert code == 0
     assert "2 × generator" in out and "4 queries × 4 rollouts = 16 rollouts a step" in out
     code, out, _ = call("validate", own_data)
