@@ -139,6 +139,7 @@ class LearningEngine:
             attn_implementation=self._config.attn_implementation,
             temperature=self._spec.temperature,
             chunk_tokens=self._config.logprob_chunk_tokens,
+            device=self._device,
         )
         _logger.info("rank %d: %s", self._rank, line)
         pads = torch.tensor(float(policy.row_layout == "padded"), device=self._device)

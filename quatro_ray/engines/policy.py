@@ -99,7 +99,13 @@ class PolicyModel(nn.Module):
 
 
 def load_policy(
-    path: str, *, dtype: torch.dtype, attn_implementation: str, temperature: float, chunk_tokens: int
+    path: str,
+    *,
+    dtype: torch.dtype,
+    attn_implementation: str,
+    temperature: float,
+    chunk_tokens: int,
+    device: torch.device | None = None,
 ) -> tuple[PolicyModel, str]:
     """Load a policy and measure that its log-probs are the model's own.
 
@@ -109,6 +115,8 @@ def load_policy(
         attn_implementation: transformers' name of it.
         temperature: that of the sampling.
         chunk_tokens: most tokens whose logits exist at a time.
+        device: where to measure, because some kinds of attention run on GPUs alone; the policy is returned on the CPU.
+            None: the CPU.
 
     Returns:
         The policy, and a line that says what was measured.
@@ -125,10 +133,11 @@ def load_policy(
             f"model.path={path}: cannot be loaded with learner.attn_implementation={attn_implementation} ({reason}); "
             "choose another attention, such as eager, or another model"
         ) from error
+    causal_lm.to(device or torch.device("cpu"))
     check = ForwardCheck(causal_lm, f"model.path={path}", temperature)
     policy = PolicyModel(causal_lm, temperature=temperature, chunk_tokens=chunk_tokens)
     policy.row_layout, line = check.layout(policy)
-    return policy, line
+    return policy.cpu(), line
 
 
 def convert_checkpoint(checkpoints: Path, tag: str, source: str | Path, path: Path) -> None:
