@@ -3,7 +3,8 @@
 It imports neither torch nor ray, whose memory would make the worker's memory limit meaningless.
 
 A frame is a length (4 bytes, big-endian) and JSON. Frames use the process's original standard input and output; what
-the user's code prints goes to standard error.
+the user's code prints goes to standard error. A reply repeats the number of the request that it answers, so that the
+parent notices a reply to another request.
 """
 
 from __future__ import annotations
@@ -20,6 +21,8 @@ from typing import Any, BinaryIO
 MAX_FRAME_BYTES = 64 * 2**20
 Message = dict[str, Any]
 """The JSON object in a frame; its fields are those of the worker's program."""
+NUMBER_KEY = "number"
+"""Key of a frame's number; the parent counts its requests."""
 _PR_SET_PDEATHSIG = 1
 
 
@@ -65,6 +68,7 @@ class Pipes:
     def __init__(self, requests: BinaryIO, replies: BinaryIO) -> None:
         self._requests = requests
         self._replies = replies
+        self._number: int | None = None
 
     def read(self) -> Message | None:
         """Return the next message, or None at the end of the stream."""
@@ -76,6 +80,7 @@ class Pipes:
         if len(body) < size:
             return None
         message: Message = json.loads(body)
+        self._number = message.pop(NUMBER_KEY)
         return message
 
     def requests(self) -> Iterator[Message]:
@@ -84,8 +89,8 @@ class Pipes:
             yield request
 
     def write(self, message: Message) -> None:
-        """Send a message as one frame, and flush the pipe."""
-        self._replies.write(frame(message))
+        """Send a message as one frame, with the number of the last message that was read, and flush the pipe."""
+        self._replies.write(frame(message | {NUMBER_KEY: self._number}))
         self._replies.flush()
 
 

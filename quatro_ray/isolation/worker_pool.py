@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from typing import TypeVar
 
 from quatro_ray.errors import ConfigError
-from quatro_ray.isolation.protocol import Message, frame
+from quatro_ray.isolation.protocol import NUMBER_KEY, Message, frame
 from quatro_ray.timeouts import within
 
 T = TypeVar("T")
@@ -56,6 +56,7 @@ class Worker:
         self._complaints = bytearray()
         self._listener = asyncio.create_task(self._listen())
         self._exit_status: int | None = None
+        self._num_requests = 0
         self.num_items = 0
         self.peak_rss_bytes = 0
 
@@ -96,7 +97,7 @@ class Worker:
             deadline_s: counts from this call.
 
         Raises:
-            WorkerLost: the process missed the deadline, ended, or ran out of memory or stack.
+            WorkerLost: the process missed the deadline, ended, ran out of memory or stack, or answered another request.
         """
         try:
             answer = await within(deadline_s, self._exchange(request))
@@ -111,14 +112,16 @@ class Worker:
         except BaseException:  # cancelled in the middle of a frame: the pipe is out of step
             await self.kill()
             raise
-        if "exhausted" in answer:
+        out_of_step = answer.pop(NUMBER_KEY, None) != self._num_requests  # a copy of the process writes to the pipe
+        if out_of_step or "exhausted" in answer:
             await self.kill()
-            raise WorkerLost(answer["exhausted"], by_item=True)
+            raise WorkerLost("answered another request" if out_of_step else answer["exhausted"], by_item=True)
         return answer
 
     async def _exchange(self, request: Message) -> Message:
         assert self._process.stdin and self._process.stdout
-        self._process.stdin.write(frame(request))
+        self._num_requests += 1
+        self._process.stdin.write(frame(request | {NUMBER_KEY: self._num_requests}))
         await self._process.stdin.drain()
         size = int.from_bytes(await self._process.stdout.readexactly(4), "big")
         answer: Message = json.loads(await self._process.stdout.readexactly(size))

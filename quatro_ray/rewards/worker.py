@@ -6,6 +6,7 @@ The first frame configures the rewards; each request names the rewards that scor
 from __future__ import annotations
 
 import io
+import resource
 from contextlib import redirect_stdout
 from typing import Any
 
@@ -21,11 +22,14 @@ def _make_handler(hello: dict[str, Any]) -> Handler:
     from quatro_ray.config import RewardConfig
     from quatro_ray.isolation.user_function import UserFunctionError
     from quatro_ray.rewards.base import AnswerUnreadable
+    from quatro_ray.rewards.reasoning_gym import in_sandbox
     from quatro_ray.rewards.registry import make_reward
     from quatro_ray.types import Query, Response
 
     adapter: TypeAdapter[RewardConfig] = TypeAdapter(RewardConfig)
     rewards = {name: make_reward(adapter.validate_python(config)) for name, config in hello["rewards"].items()}
+    if in_sandbox():  # a response is executed in this process, and a copy of the process would answer on the same pipe
+        resource.setrlimit(resource.RLIMIT_NPROC, (0, 0))
 
     def score(pipes: Pipes, request: dict[str, Any]) -> dict[str, Any]:
         query, response = Query(**request["query"]), Response(**request["response"])

@@ -43,6 +43,7 @@ def obey(query, response):
         case "children":
             if os.fork() == 0: time.sleep(600)
             time.sleep(600)
+        case "copies": return float(os.fork() > 1)
         case "nan": return float("nan")
         case "pid": return os.getpid()
         case "token": return float("RAY_AUTH_TOKEN" in os.environ)
@@ -99,6 +100,14 @@ def test_a_response_that_uses_up_its_limits_twice_is_exhausted(awkward: Any, tex
     assert (first.outcome, first.reward) == (Outcome.EXHAUSTED, -0.5)
     assert first.detail.startswith("twice: ")
     assert [s.reward for s in others] == [1.0] * 6
+
+
+def test_what_a_copy_of_the_process_answers_is_not_taken_for_another_response(awkward: Any) -> None:
+    async def work(scorer: Scorer) -> list[Score]:
+        await scores(scorer, "copies", "copies")  # each process and its copy write an answer; one is read now
+        return await scores(scorer, *["good"] * 4)
+
+    assert [(s.outcome, s.reward) for s in with_scorer(awkward, work)] == [(Outcome.OK, 1.0)] * 4
 
 
 def test_what_the_machinery_causes_is_never_a_reward(awkward: Any) -> None:
