@@ -11,6 +11,10 @@ from xdist.scheduler import LoadFileScheduling  # type: ignore[import-untyped]  
 
 REAL = Path(__file__).parent / "real"
 RING = "tests/real/ring"
+LONGEST = ("test_command_line.py", "test_learner.py", "test_examples.py", "test_resume.py", "test_chaos.py", "ring")
+"""Files and folders of tests/real that start first, so that neither worker has a long one left at the end."""
+APART = "tests/unit/rewards/test_hostile_texts.py"
+"""A file whose tests share nothing and wait for deadlines; its tests go to whichever worker is free."""
 KINDS = {"fast", "process", "real", "soak"}
 
 # how long an example takes says something about the machine only
@@ -23,6 +27,13 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     for item in items:
         if not KINDS & {mark.name for mark in item.iter_markers()}:
             item.add_marker("real" if REAL in item.path.parents else "fast")
+    items.sort(key=_place)
+
+
+def _place(item: pytest.Item) -> int:
+    """Return the item's place among the longest, or a later one; only tests/real is sorted."""
+    parts = item.path.relative_to(REAL).parts if REAL in item.path.parents else ()
+    return LONGEST.index(parts[0]) if parts and parts[0] in LONGEST else len(LONGEST)
 
 
 class ByFile(LoadFileScheduling):
@@ -33,6 +44,8 @@ class ByFile(LoadFileScheduling):
 
     def _split_scope(self, nodeid: str) -> str:
         path = super()._split_scope(nodeid)
+        if path == APART:
+            return nodeid
         return RING if path.startswith(f"{RING}/") else path
 
 
