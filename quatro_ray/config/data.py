@@ -11,6 +11,23 @@ from pydantic import BeforeValidator, Field, JsonValue, field_validator
 from quatro_ray.config.base import Accepts, Section
 from quatro_ray.config.rewards import Extraction
 
+_SET_BY_US = frozenset(
+    {
+        "add_generation_prompt",
+        "chat_template",
+        "continue_final_message",
+        "conversation",
+        "max_length",
+        "messages",
+        "padding",
+        "return_dict",
+        "return_tensors",
+        "tokenize",
+        "truncation",
+    }
+)
+"""Arguments of transformers' apply_chat_template that no source may set."""
+
 
 class _Source(Section):
     weight: float | None = Field(None, gt=0)
@@ -19,7 +36,20 @@ class _Source(Section):
     """Name in `environments`; each rollout is then one of its episodes. null: a single turn."""
 
 
-class _Rows(_Source):
+class _Prompts(_Source):
+    chat_template_kwargs: dict[str, JsonValue] = Field({})
+    """Variables for the model's chat template, the same for every chat of this source, such as {enable_thinking: false}
+    for Qwen3. A name that the template does not mention is refused."""
+
+    @field_validator("chat_template_kwargs")
+    @classmethod
+    def _leaves_ours_alone(cls, kwargs: dict[str, JsonValue]) -> dict[str, JsonValue]:
+        if ours := sorted(kwargs.keys() & _SET_BY_US):
+            raise ValueError(f"{', '.join(ours)}: set by quatro_ray for each prompt; remove it")
+        return kwargs
+
+
+class _Rows(_Prompts):
     prompt_key: str | None = None
     """Column with a string or with chat messages (role, content); dots reach nested columns. null: the first column
     that exists of prompt, messages, question, problem, query, input."""
@@ -87,7 +117,7 @@ class HuggingFaceSourceConfig(_Rows):
     """Commit of the dataset on the hub; pin it to train on the same data again."""
 
 
-class ReasoningGymSourceConfig(_Source):
+class ReasoningGymSourceConfig(_Prompts):
     """Distinct questions of a reasoning-gym task, to be scored by the reward `reasoning_gym`."""
 
     kind: Literal["reasoning_gym"]
@@ -134,7 +164,7 @@ class ChainSumSourceConfig(_Source):
                 yield f"min_{name}={low} must be at most max_{name}={high}; lower it or raise max_{name}"
 
 
-class VerifiersSourceConfig(_Source):
+class VerifiersSourceConfig(_Prompts):
     """The dataset of an environment of the `verifiers` library, which must be installed (docs/environments.md)."""
 
     kind: Literal["verifiers"]

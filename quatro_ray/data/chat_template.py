@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import json
 import re
-from collections.abc import Sequence
 from typing import Any, Protocol
 
+from quatro_ray.chats import Message, is_chat, messages_of, template_kwargs_of
+
 _TAG_AT_END = re.compile(r"<[A-Za-z][\w-]*>\s*$")
-_CHAT = '[{"role"'
 _MARK = "\u2402 turn \u2403"
 
 
@@ -51,7 +50,9 @@ def encode_prompt(tokenizer: Encoder, prompt: str) -> list[int]:
         ValueError: the tokenizer has no template, or its template refuses these messages.
     """
     if is_chat(prompt):
-        return list(_apply_template(tokenizer, json.loads(prompt), add_generation_prompt=True, return_dict=False))
+        kwargs = template_kwargs_of(prompt)
+        messages = messages_of(prompt)
+        return list(_apply_template(tokenizer, messages, kwargs, add_generation_prompt=True, return_dict=False))
     before, text, _ = around_text(tokenizer, prompt)
     return text if text[: len(before)] == before else [*before, *text]
 
@@ -74,10 +75,10 @@ def prompt_tail(tokenizer: Encoder, prompt: str) -> str:
     """
     if not is_chat(prompt):
         return _last_tag(prompt)
-    messages = json.loads(prompt)
-    asked = str(_apply_template(tokenizer, messages, add_generation_prompt=True, tokenize=False))
+    messages, kwargs = messages_of(prompt), template_kwargs_of(prompt)
+    asked = str(_apply_template(tokenizer, messages, kwargs, add_generation_prompt=True, tokenize=False))
     try:
-        plain = str(_apply_template(tokenizer, messages, add_generation_prompt=False, tokenize=False))
+        plain = str(_apply_template(tokenizer, messages, kwargs, add_generation_prompt=False, tokenize=False))
     except ValueError:  # a template may refuse to end without the assistant's turn
         return _last_tag(asked)
     return asked.removeprefix(plain) if asked.startswith(plain) else _last_tag(asked)
@@ -92,36 +93,21 @@ def encode_conversation(tokenizer: Encoder, prompt: str, response: str) -> list[
     """Return the tokens of prompt and response as a reward model reads them.
 
     In a chat the response is the assistant's complete turn, by the chat template; else the two texts are concatenated.
+    The chat's own variables for the template are meant for the policy's and are left out.
     """
     if is_chat(prompt):
-        messages = [*json.loads(prompt), {"role": "assistant", "content": response}]
-        return list(_apply_template(tokenizer, messages, add_generation_prompt=False, return_dict=False))
+        messages = [*messages_of(prompt), {"role": "assistant", "content": response}]
+        return list(_apply_template(tokenizer, messages, {}, add_generation_prompt=False, return_dict=False))
     return list(tokenizer.encode(prompt + response))
 
 
-def _apply_template(tokenizer: Encoder, messages: list[dict[str, Any]], **options: Any) -> Any:
+def _apply_template(tokenizer: Encoder, messages: list[Message], kwargs: dict[str, Any], **options: Any) -> Any:
     from jinja2 import TemplateError
 
     try:
-        return tokenizer.apply_chat_template(messages, **options)
+        return tokenizer.apply_chat_template(messages, **kwargs, **options)
     except TemplateError as error:
         raise ValueError(f"the chat template refuses its messages: {error}") from error
-
-
-def is_chat(prompt: str) -> bool:
-    """Return whether the prompt is the JSON text of chat messages."""
-    return prompt.startswith(_CHAT)
-
-
-def chat_prompt(messages: Sequence[dict[str, Any]]) -> str:
-    """Return the messages as JSON text, whose order of keys is what `is_chat` recognises."""
-    return json.dumps([{"role": m["role"], "content": m["content"]} for m in messages], ensure_ascii=False)
-
-
-def as_messages(text: str, system_prompt: str | None) -> list[dict[str, Any]]:
-    """Return one user message, after a system message if there is a system prompt."""
-    system = [] if system_prompt is None else [{"role": "system", "content": system_prompt}]
-    return [*system, {"role": "user", "content": text}]
 
 
 def encode_given(tokenizer: Tokenizer, prompt: str, text: str, role: str, last_token: int | None) -> list[int]:
@@ -142,8 +128,9 @@ def encode_given(tokenizer: Tokenizer, prompt: str, text: str, role: str, last_t
     """
     if not is_chat(prompt):
         return list(tokenizer.encode(text, add_special_tokens=False))
-    messages = [*json.loads(prompt), {"role": "assistant", "content": _MARK}, {"role": role, "content": text}]
-    shown = str(_apply_template(tokenizer, messages, add_generation_prompt=True, tokenize=False))
+    messages = [*messages_of(prompt), {"role": "assistant", "content": _MARK}, {"role": role, "content": text}]
+    kwargs = template_kwargs_of(prompt)
+    shown = str(_apply_template(tokenizer, messages, kwargs, add_generation_prompt=True, tokenize=False))
     _, mark, rest = shown.partition(_MARK)
     if not mark or text.strip() not in rest:
         raise ValueError(f"the chat template shows no message of role {role!r} after the assistant's")

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import json
 from collections import defaultdict
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from quatro_ray.data.chat_template import is_chat
+from quatro_ray.chats import is_chat, messages_of
 from quatro_ray.data.dataset import Rows
 from quatro_ray.types import Query
 
@@ -68,4 +67,4 @@ def _question(rows: Rows, query: Query) -> Question:
     """Return the question; a source that keeps none has prompts without a template."""
     if (known := rows.questions.get(query.query_id)) is not None:
         return known
-    return question_of(json.loads(query.prompt) if is_chat(query.prompt) else query.prompt)
+    return question_of(messages_of(query.prompt) if is_chat(query.prompt) else query.prompt)

@@ -5,8 +5,8 @@ from __future__ import annotations
 import json
 from typing import Any
 
+from quatro_ray.chats import as_messages, chat_prompt
 from quatro_ray.config import ChainSumSourceConfig, ReasoningGymSourceConfig
-from quatro_ray.data.chat_template import as_messages, chat_prompt
 from quatro_ray.data.dataset import Rows
 from quatro_ray.data.held_out import question_of
 from quatro_ray.errors import ConfigError

@@ -21,6 +21,7 @@ from quatro_ray.data.dataset import Dataset, Rows
 from quatro_ray.data.held_out import HeldOut
 from quatro_ray.data.reasoning_gym import chain_sum, reasoning_gym_task
 from quatro_ray.data.rows import read_rows
+from quatro_ray.data.template_kwargs import add_template_kwargs
 from quatro_ray.data.verifiers_library import verifiers_rows
 from quatro_ray.errors import DataError
 from quatro_ray.rewards.base import CheckingReward
@@ -101,6 +102,8 @@ def _read(source: SourceConfig, name: str, label: str, refuse: bool) -> Rows:
         rows = verifiers_rows(source, label)
     else:
         rows = read_rows(source, label, refuse=refuse)
+    if not isinstance(source, ChainSumSourceConfig):
+        add_template_kwargs(rows, source.chat_template_kwargs, label)
     rows.queries = [replace(query, source=name) for query in rows.queries]
     return rows
 

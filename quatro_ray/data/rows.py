@@ -6,7 +6,7 @@ import json
 from collections.abc import Mapping
 from typing import Any
 
-from quatro_ray.data.chat_template import as_messages, chat_prompt, is_chat
+from quatro_ray.chats import as_messages, chat_prompt, is_chat
 from quatro_ray.data.dataset import Rows
 from quatro_ray.data.held_out import Question, question_of
 from quatro_ray.data.readers import BadRow, Row, RowSource, read

@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterator
 from itertools import chain
 
-from quatro_ray.data.chat_template import Tokenizer, around_text, encode_prompt, is_chat
+from quatro_ray.chats import is_chat
+from quatro_ray.data.chat_template import Tokenizer, around_text, encode_prompt
 from quatro_ray.data.dataset import Dataset
 
 

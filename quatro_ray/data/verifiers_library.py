@@ -6,8 +6,8 @@ import json
 from collections.abc import Mapping
 from typing import Any
 
+from quatro_ray.chats import chat_prompt
 from quatro_ray.config import VerifiersSourceConfig
-from quatro_ray.data.chat_template import chat_prompt
 from quatro_ray.data.dataset import Rows
 from quatro_ray.errors import ConfigError
 from quatro_ray.types import Query

@@ -12,6 +12,7 @@ from quatro_ray.data.dataset import Dataset
 from quatro_ray.data.prompt_lengths import fit_prompts
 from quatro_ray.data.registry import make_dataset
 from quatro_ray.data.special_tokens import special_token_notes
+from quatro_ray.data.template_kwargs import check_template_kwargs
 from quatro_ray.engines.engine_args import check_engine_args
 from quatro_ray.engines.forward_measurement import measure_forward
 from quatro_ray.engines.pretrained import (
@@ -95,6 +96,9 @@ def check(config: Config) -> Prepared:
         dataset = make_dataset(config.data, config.rewards)
     with problems.collect():
         tokenizer = tokenizer_of(config)
+    if tokenizer is not None:
+        with problems.collect():
+            check_template_kwargs(config.data, tokenizer)
     if dataset is not None and tokenizer is not None:
         with problems.collect():
             dataset = fit_prompts(dataset, tokenizer, config)

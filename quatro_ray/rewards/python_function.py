@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import asyncio
 import inspect
-import json
 from collections.abc import Callable, Mapping
 from typing import Any
 
+from quatro_ray.chats import is_chat, messages_of
 from quatro_ray.config import PythonRewardConfig
 from quatro_ray.errors import ConfigError
 from quatro_ray.isolation.user_function import UserFunctionError, failure_text, load_function
@@ -16,7 +16,6 @@ from quatro_ray.types import Query, Response
 Arguments = Callable[[Query, Response], tuple[tuple[Any, ...], dict[str, Any]]]
 """Makes the positional and named arguments of a call."""
 _VERL = ("data_source", "solution_str", "ground_truth")
-_CHAT = '[{"role"'
 
 
 class PythonReward:
@@ -99,11 +98,11 @@ def _verl(query: Query, response: Response) -> dict[str, Any]:
 
 def _trl(query: Query, response: Response) -> dict[str, Any]:
     """Return lists of one item, as TRL passes a batch: columns of the row, the prompt and the completion."""
-    is_chat = query.prompt.startswith(_CHAT)
-    completion = [{"role": "assistant", "content": response.text}] if is_chat else response.text
+    chat = is_chat(query.prompt)
+    completion = [{"role": "assistant", "content": response.text}] if chat else response.text
     columns = {name: [value] for name, value in query.metadata.items()}
     return columns | {
-        "prompts": [json.loads(query.prompt) if is_chat else query.prompt],
+        "prompts": [messages_of(query.prompt) if chat else query.prompt],
         "completions": [completion],
         "answer": [query.answer],
     }

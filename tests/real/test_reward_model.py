@@ -13,8 +13,8 @@ import torch
 from transformers import AutoModelForSequenceClassification, AutoTokenizer, Qwen2Config, Qwen2ForSequenceClassification
 
 from quatro_ray.actors.reward_model import RewardModelActor
+from quatro_ray.chats import chat_prompt
 from quatro_ray.config import ModelRewardConfig
-from quatro_ray.data.chat_template import chat_prompt
 from quatro_ray.engines.reward_model import RewardModelEngine
 from quatro_ray.engines.tiny_tokenizer import make_tokenizer
 from quatro_ray.errors import ConfigError

@@ -2,7 +2,8 @@
 
 import pytest
 
-from quatro_ray.data.chat_template import chat_prompt, encode_conversation, encode_given, encode_prompt, prompt_tail
+from quatro_ray.chats import chat_prompt
+from quatro_ray.data.chat_template import encode_conversation, encode_given, encode_prompt, prompt_tail
 from quatro_ray.engines.tiny_tokenizer import make_tokenizer
 
 TEMPLATE = (

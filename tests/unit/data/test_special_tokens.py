@@ -7,7 +7,8 @@ from typing import Any
 import pytest
 from tokenizers.processors import TemplateProcessing
 
-from quatro_ray.data.chat_template import chat_prompt, encode_prompt
+from quatro_ray.chats import chat_prompt
+from quatro_ray.data.chat_template import encode_prompt
 from quatro_ray.data.dataset import Dataset
 from quatro_ray.data.special_tokens import special_token_notes
 from quatro_ray.engines.tiny_tokenizer import make_tokenizer

@@ -10,8 +10,9 @@ from typing import Any
 import pytest
 from pydantic import ValidationError
 
+from quatro_ray.chats import chat_prompt
 from quatro_ray.config import EnvironmentConfig, VerifiersSourceConfig
-from quatro_ray.data.chat_template import chat_prompt, encode_prompt
+from quatro_ray.data.chat_template import encode_prompt
 from quatro_ray.data.verifiers_library import verifiers_rows
 from quatro_ray.engines.tiny_tokenizer import make_tokenizer
 from quatro_ray.environments import verifiers_library
