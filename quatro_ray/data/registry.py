@@ -12,7 +12,6 @@ from quatro_ray.config import (
     DataConfig,
     ReasoningGymSourceConfig,
     RewardConfig,
-    SandboxFusionRewardConfig,
     SourceConfig,
     TrainShareSourceConfig,
     VerifiersSourceConfig,
@@ -24,27 +23,30 @@ from quatro_ray.data.rows import read_rows
 from quatro_ray.data.template_kwargs import add_template_kwargs
 from quatro_ray.data.verifiers_library import verifiers_rows
 from quatro_ray.errors import DataError
-from quatro_ray.rewards.base import CheckingReward
-from quatro_ray.rewards.program_cases import check_cases
-from quatro_ray.rewards.registry import REMOTE, applies, make_reward
+from quatro_ray.rewards.query_checks import QueryChecks
 from quatro_ray.types import Query
 
 _GENERATED = (ChainSumSourceConfig, ReasoningGymSourceConfig, VerifiersSourceConfig)
 _WARMUP_HELD_OUT = 128
 HELD_OUT = "it is held out"
 """The rule by which rows are left out whose prompts are held out."""
-Check = Callable[[Query], str | None]
-"""Returns why responses to a query cannot be scored, or None if they can."""
 
 
-def make_dataset(config: DataConfig, rewards: Mapping[str, RewardConfig]) -> Dataset:
+def make_dataset(
+    config: DataConfig, rewards: Mapping[str, RewardConfig], say: Callable[[str], None] = lambda _: None
+) -> Dataset:
     """Read and generate all queries, and check each query with the rewards that will score its responses.
+
+    Args:
+        config: the sources.
+        rewards: by name.
+        say: shows a line of progress, every few seconds if there are many rows.
 
     Raises:
         DataError: a row cannot be used and data.bad_rows=refuse, or no query of a source is left.
         ConfigError: a generator or a reward cannot be made.
     """
-    checks = _checks(rewards)
+    checks = QueryChecks(rewards, say)
     refuse = config.bad_rows == "refuse"
     train = {name: _read(source, name, f"train.{name}", refuse) for name, source in config.train.items()}
     held_out = {
@@ -55,7 +57,7 @@ def make_dataset(config: DataConfig, rewards: Mapping[str, RewardConfig]) -> Dat
     }
     together = {f"train.{n}": r for n, r in train.items()} | {f"eval.{n}": r for n, r in held_out.items()}
     for label, rows in together.items():
-        _drop_unscorable(rows, label, rewards, checks, refuse)
+        _drop_unscorable(rows, label, checks, refuse)
     reserved = HeldOut(held_out.values())
     for name, rows in train.items():
         generated = isinstance(config.train[name], _GENERATED)
@@ -71,14 +73,6 @@ def make_dataset(config: DataConfig, rewards: Mapping[str, RewardConfig]) -> Dat
         skipped={label: rows.skipped for label, rows in together.items()},
         warmup=warmup,
     )
-
-
-def _checks(rewards: Mapping[str, RewardConfig]) -> dict[str, Check]:
-    """Return the checks of queries, by the name of the reward; some rewards have none."""
-    made = {name: make_reward(config) for name, config in rewards.items() if not isinstance(config, REMOTE)}
-    checks: dict[str, Check] = {name: r.check for name, r in made.items() if isinstance(r, CheckingReward)}
-    remote = [name for name, config in rewards.items() if isinstance(config, SandboxFusionRewardConfig)]
-    return checks | dict.fromkeys(remote, check_cases)
 
 
 def _all(sources: Mapping[str, Rows]) -> list[Query]:
@@ -137,21 +131,10 @@ def _asked(rows: Rows, query: Query) -> str:
     return " ".join(query.prompt.split())
 
 
-def _drop_unscorable(
-    rows: Rows,
-    label: str,
-    rewards: Mapping[str, RewardConfig],
-    checks: Mapping[str, Check],
-    refuse: bool,
-) -> None:
+def _drop_unscorable(rows: Rows, label: str, checks: QueryChecks, refuse: bool) -> None:
     kept = []
-    for query in rows.queries:
-        reasons = (
-            f"rewards.{name} {reason}"
-            for name, check in checks.items()
-            if applies(rewards[name], query) and (reason := check(query))
-        )
-        if (reason := next(reasons, None)) is None:
+    for query, reason in zip(rows.queries, checks.reasons(rows.queries, label), strict=True):
+        if reason is None:
             kept.append(query)
         elif refuse:
             place = rows.places.get(query.query_id, query.query_id)

@@ -46,12 +46,12 @@ def evaluate_model(
         QuatroError: an error that the user can cause, with a message of one line.
     """
     check_environments(config.environments)
-    dataset = make_dataset(config.data, config.rewards)
+    progress = Progress()
+    dataset = make_dataset(config.data, config.rewards, progress.say)
     _make_folder(out)
     model_path = find_model(config, model, checkpoint, out)
     dataset = fit_prompts(dataset, load_tokenizer(model_path), config)
     (out / "config.yaml").write_text(dump_config(config))
-    progress = Progress()
     for line in describe(dataset):
         if line.startswith("data.eval."):
             progress.say(line)

@@ -27,6 +27,7 @@ from quatro_ray.errors import ConfigError, DataError, QuatroError, SandboxError
 from quatro_ray.jobs.fingerprints import fingerprints
 from quatro_ray.jobs.run_directory import check_run_dir
 from quatro_ray.orchestrator.host import check_host
+from quatro_ray.telemetry.console import Progress
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -93,7 +94,7 @@ def check(config: Config) -> Prepared:
     with problems.collect():
         check_environments(config.environments)
     with problems.collect():
-        dataset = make_dataset(config.data, config.rewards)
+        dataset = make_dataset(config.data, config.rewards, Progress().say)
     with problems.collect():
         tokenizer = tokenizer_of(config)
     if tokenizer is not None:
