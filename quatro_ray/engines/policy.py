@@ -146,7 +146,7 @@ def convert_checkpoint(checkpoints: Path, tag: str, source: str | Path, path: Pa
     Args:
         checkpoints: folder of the checkpoints.
         tag: name of the checkpoint in it.
-        source: an export of the same model, for its other files.
+        source: the starting policy or an export of it, for its other files.
         path: folder to write, which is created if it does not exist.
     """
     from deepspeed.utils.zero_to_fp32 import get_fp32_state_dict_from_zero_checkpoint

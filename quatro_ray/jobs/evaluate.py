@@ -11,12 +11,10 @@ from pathlib import Path
 import ray
 from ray.exceptions import RayError
 
-from quatro_ray.config import Config, dump_config, model_path
-from quatro_ray.data.prompt_lengths import fit_prompts
-from quatro_ray.data.registry import describe, make_dataset
-from quatro_ray.engines.pretrained import load_tokenizer
-from quatro_ray.environments.registry import check_environments
+from quatro_ray.config import Config, TinyModelConfig, dump_config, model_path
+from quatro_ray.data.registry import describe
 from quatro_ray.errors import ClusterError, ConfigError, last_line
+from quatro_ray.jobs.preflight import check_evaluation
 from quatro_ray.orchestrator.cluster import spawn_evaluation
 from quatro_ray.orchestrator.connection import connect
 from quatro_ray.telemetry.console import Progress
@@ -35,7 +33,7 @@ def evaluate_model(
     Args:
         config: its held-out sets, rewards, engines and sampling are used.
         model: see `find_model`.
-        checkpoint: see `find_model`.
+        checkpoint: see `find_model`; it is converted into a folder in `out`.
         out: folder of the results; an earlier evaluation in it is replaced.
         verbose: show the output of all actors.
 
@@ -45,12 +43,12 @@ def evaluate_model(
     Raises:
         QuatroError: an error that the user can cause, with a message of one line.
     """
-    check_environments(config.environments)
-    progress = Progress()
-    dataset = make_dataset(config.data, config.rewards, progress.say)
+    model_path = find_model(config, model, checkpoint)
+    dataset = check_evaluation(config, model_path)
     _make_folder(out)
-    model_path = find_model(config, model, checkpoint, out)
-    dataset = fit_prompts(dataset, load_tokenizer(model_path), config)
+    if checkpoint is not None:
+        model_path = _convert(config, checkpoint, out)
+    progress = Progress()
     (out / "config.yaml").write_text(dump_config(config))
     for line in describe(dataset):
         if line.startswith("data.eval."):
@@ -85,14 +83,13 @@ async def _evaluate(
         cluster.shutdown()
 
 
-def find_model(config: Config, model: str | None, checkpoint: str | None, out: Path) -> str:
-    """Return the path of the model to evaluate.
+def find_model(config: Config, model: str | None, checkpoint: str | None) -> str:
+    """Return the path of the model to evaluate; of a checkpoint, which has weights alone, that of the starting policy.
 
     Args:
         config: `run.dir` and the checkpoint folder are used.
         model: a folder or the name of a model on the hub. If neither this nor `checkpoint` is given, the run's export.
-        checkpoint: the tag of one of the run's checkpoints, such as `step_100`; it is converted into a folder in `out`.
-        out: folder of the results.
+        checkpoint: the tag of one of the run's checkpoints, such as `step_100`.
 
     Raises:
         ConfigError: both `model` and `checkpoint` are given, or the model does not exist.
@@ -102,23 +99,27 @@ def find_model(config: Config, model: str | None, checkpoint: str | None, out: P
     if model is not None:
         return model_path(model)
     if checkpoint is not None:
-        return _convert(config, checkpoint, out)
+        return _source_of(config, checkpoint)
     export = config.run.dir / "export"
     if not export.is_dir():
         raise ConfigError(f"{export}: the run has no export yet; give --model or --checkpoint")
     return str(export)
 
 
+def _source_of(config: Config, tag: str) -> str:
+    """Return the path of the policy that the run with this checkpoint started from."""
+    if not (config.checkpoint_dir / tag).is_dir():
+        have = sorted(p.name for p in config.checkpoint_dir.glob("*") if p.is_dir())
+        raise ConfigError(f"--checkpoint {tag}: {config.checkpoint_dir} has {have or 'no checkpoints'}")
+    return str(config.run.dir / "model") if isinstance(config.model, TinyModelConfig) else config.model.path
+
+
 def _convert(config: Config, tag: str, out: Path) -> str:
-    """Convert ZeRO shards to a folder that vLLM loads; tokenizer and configuration files are copied from the export."""
-    checkpoints, export = config.checkpoint_dir, config.run.dir / "export"
-    if not (checkpoints / tag).is_dir():
-        have = sorted(p.name for p in checkpoints.glob("*") if p.is_dir())
-        raise ConfigError(f"--checkpoint {tag}: {checkpoints} has {have or 'no checkpoints'}")
+    """Convert ZeRO shards to a folder that vLLM loads; tokenizer and configuration files are the starting policy's."""
     from quatro_ray.engines.policy import convert_checkpoint
 
     path = out / "model"
-    convert_checkpoint(checkpoints, tag, export, path)
+    convert_checkpoint(config.checkpoint_dir, tag, _source_of(config, tag), path)
     return str(path)
 
 

@@ -1,4 +1,4 @@
-"""Checks everything that can be known before Ray starts; `train` and `validate` both call it."""
+"""Checks everything that can be known before Ray starts, for `train`, `validate` and `eval`."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from quatro_ray.config import Config
+from quatro_ray.config import Config, PretrainedModelConfig
 from quatro_ray.data.dataset import Dataset
 from quatro_ray.data.prompt_lengths import fit_prompts
 from quatro_ray.data.registry import make_dataset
@@ -27,6 +27,7 @@ from quatro_ray.errors import ConfigError, DataError, QuatroError, SandboxError
 from quatro_ray.jobs.fingerprints import fingerprints
 from quatro_ray.jobs.run_directory import check_run_dir
 from quatro_ray.orchestrator.host import check_host
+from quatro_ray.orchestrator.resources import evaluation_bundles
 from quatro_ray.telemetry.console import Progress
 
 if TYPE_CHECKING:
@@ -89,6 +90,45 @@ def check(config: Config) -> Prepared:
         QuatroError: one check failed.
     """
     problems = Problems()
+    dataset, tokenizer = _check_data(config, problems)
+    _check_model(config, problems)
+    with problems.collect():
+        check_host(config)
+    inputs = None if dataset is None else fingerprints(config, dataset)
+    with problems.collect():
+        check_run_dir(config, inputs)
+    problems.refuse()
+    measure_forward(config)
+    assert dataset is not None
+    assert tokenizer is not None
+    assert inputs is not None
+    return Prepared(dataset, tokenizer, inputs, tuple(problems.notes))
+
+
+def check_evaluation(config: Config, model_path: str) -> Dataset:
+    """Check an evaluation without a learner, and return all queries without those whose prompts are too long.
+
+    Args:
+        config: its model is that of the training run, and may not exist.
+        model_path: folder or name of the model to evaluate.
+
+    Raises:
+        ConfigError: several checks failed; the message has a line for each.
+        QuatroError: one check failed.
+    """
+    config = config.model_copy(update={"model": PretrainedModelConfig(kind="pretrained", path=model_path)})
+    problems = Problems()
+    dataset, _ = _check_data(config, problems)
+    _check_model(config, problems)
+    with problems.collect():
+        check_host(config, evaluation_bundles(config))
+    problems.refuse()
+    assert dataset is not None
+    return dataset
+
+
+def _check_data(config: Config, problems: Problems) -> tuple[Dataset | None, PreTrainedTokenizerBase | None]:
+    """Check environments, rewards, data and tokenizer; return what could be loaded."""
     dataset: Dataset | None = None
     tokenizer: PreTrainedTokenizerBase | None = None
     with problems.collect():
@@ -105,18 +145,13 @@ def check(config: Config) -> Prepared:
             dataset = fit_prompts(dataset, tokenizer, config)
             for line in special_token_notes(dataset, tokenizer, bos_token_of(config)):
                 problems.note(line)
+    return dataset, tokenizer
+
+
+def _check_model(config: Config, problems: Problems) -> None:
     for check_one in _CHECKS:
         with problems.collect():
             check_one(config)
-    inputs = None if dataset is None else fingerprints(config, dataset)
-    with problems.collect():
-        check_run_dir(config, inputs)
-    problems.refuse()
-    measure_forward(config)
-    assert dataset is not None
-    assert tokenizer is not None
-    assert inputs is not None
-    return Prepared(dataset, tokenizer, inputs, tuple(problems.notes))
 
 
 _CHECKS: tuple[Callable[[Config], None], ...] = (
@@ -124,6 +159,5 @@ _CHECKS: tuple[Callable[[Config], None], ...] = (
     check_positions,
     check_tensor_parallel,
     check_engine_args,
-    check_host,
 )
 """Checks that need nothing but the configuration; each raises ConfigError."""
