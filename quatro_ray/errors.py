@@ -1,5 +1,8 @@
 """The exceptions that a user can see. Each message names what is wrong, the rule, and what to do."""
 
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+
 
 def last_line(error: BaseException) -> str:
     """Return the last line of an exception's text; that of a remote exception holds a whole traceback."""
@@ -17,6 +20,18 @@ class ConfigError(QuatroError):
 
 class DataError(QuatroError):
     """A data file that cannot be used; names the file and the line."""
+
+
+class SeveralErrors(ConfigError):
+    """Several errors that were found before any process started; the message has a line for each.
+
+    Attributes:
+        errors: each by itself.
+    """
+
+    def __init__(self, errors: Sequence[QuatroError]) -> None:
+        super().__init__("\n  ".join([f"{len(errors)} problems", *map(str, errors)]))
+        self.errors = tuple(errors)
 
 
 class ClusterError(QuatroError):
@@ -53,3 +68,31 @@ class DiskFull(LedgerError):
 
 class SandboxError(QuatroError):
     """The sandbox does not isolate programs; the message says what is missing or leaks, and what to do."""
+
+
+class Problems:
+    """Collects the errors of several checks, so that a user sees all of them at once."""
+
+    def __init__(self) -> None:
+        self._found: list[QuatroError] = []
+
+    @contextmanager
+    def collect(self) -> Iterator[None]:
+        """Run one check; an error that the user can cause is kept for `refuse`."""
+        try:
+            yield
+        except SeveralErrors as several:
+            self._add(several.errors)
+        except (ConfigError, DataError, SandboxError) as error:
+            self._add([error])
+
+    def _add(self, errors: Sequence[QuatroError]) -> None:
+        known = set(map(str, self._found))
+        self._found += [error for error in errors if str(error) not in known]
+
+    def refuse(self) -> None:
+        """Raise the only problem as it is, or SeveralErrors; do nothing if there is none."""
+        if len(self._found) == 1:
+            raise self._found[0]
+        if self._found:
+            raise SeveralErrors(self._found)

@@ -22,7 +22,7 @@ from quatro_ray.data.reasoning_gym import chain_sum, reasoning_gym_task
 from quatro_ray.data.rows import read_rows
 from quatro_ray.data.template_kwargs import add_template_kwargs
 from quatro_ray.data.verifiers_library import verifiers_rows
-from quatro_ray.errors import DataError
+from quatro_ray.errors import DataError, Problems
 from quatro_ray.rewards.query_checks import QueryChecks
 from quatro_ray.types import Query
 
@@ -45,23 +45,23 @@ def make_dataset(
     Raises:
         DataError: a row cannot be used and data.bad_rows=refuse, or no query of a source is left.
         ConfigError: a generator or a reward cannot be made.
+        SeveralErrors: several sources have such a problem.
     """
     checks = QueryChecks(rewards, say)
     refuse = config.bad_rows == "refuse"
-    train = {name: _read(source, name, f"train.{name}", refuse) for name, source in config.train.items()}
-    held_out = {
-        name: _take_share(source, name, train[source.source])
-        if isinstance(source, TrainShareSourceConfig)
-        else _read(source, name, f"eval.{name}", refuse)
-        for name, source in config.eval.items()
-    }
+    train, held_out = _read_all(config, refuse)
     together = {f"train.{n}": r for n, r in train.items()} | {f"eval.{n}": r for n, r in held_out.items()}
+    problems = Problems()
     for label, rows in together.items():
-        _drop_unscorable(rows, label, checks, refuse)
+        with problems.collect():
+            _drop_unscorable(rows, label, checks, refuse)
+    problems.refuse()
     reserved = HeldOut(held_out.values())
     for name, rows in train.items():
         generated = isinstance(config.train[name], _GENERATED)
-        _drop_held_out(rows, f"train.{name}", reserved, refuse and not generated)
+        with problems.collect():
+            _drop_held_out(rows, f"train.{name}", reserved, refuse and not generated)
+    problems.refuse()
     warmup = (_all(train), _all(held_out))
     if config.warmup is not None:
         together["warmup"] = rows = _read_warmup(config.warmup, reserved, refuse)
@@ -73,6 +73,24 @@ def make_dataset(
         skipped={label: rows.skipped for label, rows in together.items()},
         warmup=warmup,
     )
+
+
+def _read_all(config: DataConfig, refuse: bool) -> tuple[dict[str, Rows], dict[str, Rows]]:
+    """Return the rows of data.train and of data.eval, by the name of the source."""
+    train: dict[str, Rows] = {}
+    held_out: dict[str, Rows] = {}
+    problems = Problems()
+    for name, source in config.train.items():
+        with problems.collect():
+            train[name] = _read(source, name, f"train.{name}", refuse)
+    for name, held in config.eval.items():
+        with problems.collect():
+            if not isinstance(held, TrainShareSourceConfig):
+                held_out[name] = _read(held, name, f"eval.{name}", refuse)
+            elif held.source in train:  # else the source's own problem is told
+                held_out[name] = _take_share(held, name, train[held.source])
+    problems.refuse()
+    return train, held_out
 
 
 def _all(sources: Mapping[str, Rows]) -> list[Query]:

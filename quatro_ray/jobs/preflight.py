@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -23,7 +22,7 @@ from quatro_ray.engines.pretrained import (
     tokenizer_of,
 )
 from quatro_ray.environments.registry import check_environments
-from quatro_ray.errors import ConfigError, DataError, QuatroError, SandboxError
+from quatro_ray.errors import Problems
 from quatro_ray.jobs.fingerprints import fingerprints
 from quatro_ray.jobs.run_directory import check_run_dir
 from quatro_ray.orchestrator.host import check_host
@@ -32,8 +31,6 @@ from quatro_ray.telemetry.console import Progress
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
-
-_COLLECTED = (ConfigError, DataError, SandboxError)
 
 
 @dataclass(frozen=True)
@@ -53,44 +50,15 @@ class Prepared:
     notes: tuple[str, ...]
 
 
-class Problems:
-    """Collects the problems of several checks, so that a user sees all of them at once."""
-
-    def __init__(self) -> None:
-        self.notes: list[str] = []
-        self._found: list[QuatroError] = []
-
-    @contextmanager
-    def collect(self) -> Iterator[None]:
-        """Run one check; an error that the user can cause is kept for `refuse`."""
-        try:
-            yield
-        except _COLLECTED as error:
-            if str(error) not in map(str, self._found):
-                self._found.append(error)
-
-    def note(self, line: str) -> None:
-        """Add a finding that does not end the run."""
-        if line not in self.notes:
-            self.notes.append(line)
-
-    def refuse(self) -> None:
-        """Raise the only problem as it is, or ConfigError with a line for each of several."""
-        if len(self._found) == 1:
-            raise self._found[0]
-        if self._found:
-            raise ConfigError("\n  ".join([f"{len(self._found)} problems", *map(str, self._found)]))
-
-
 def check(config: Config) -> Prepared:
     """Check a training run: environments, rewards, data, tokenizer, model, and what they ask of each other.
 
     Raises:
-        ConfigError: several checks failed; the message has a line for each.
+        SeveralErrors: several checks failed.
         QuatroError: one check failed.
     """
     problems = Problems()
-    dataset, tokenizer = _check_data(config, problems)
+    dataset, tokenizer, notes = _check_data(config, problems)
     _check_model(config, problems)
     with problems.collect():
         check_host(config)
@@ -102,7 +70,7 @@ def check(config: Config) -> Prepared:
     assert dataset is not None
     assert tokenizer is not None
     assert inputs is not None
-    return Prepared(dataset, tokenizer, inputs, tuple(problems.notes))
+    return Prepared(dataset, tokenizer, inputs, notes)
 
 
 def check_evaluation(config: Config, model_path: str) -> Dataset:
@@ -113,12 +81,12 @@ def check_evaluation(config: Config, model_path: str) -> Dataset:
         model_path: folder or name of the model to evaluate.
 
     Raises:
-        ConfigError: several checks failed; the message has a line for each.
+        SeveralErrors: several checks failed.
         QuatroError: one check failed.
     """
     config = config.model_copy(update={"model": PretrainedModelConfig(kind="pretrained", path=model_path)})
     problems = Problems()
-    dataset, _ = _check_data(config, problems)
+    dataset, _, _ = _check_data(config, problems)
     _check_model(config, problems)
     with problems.collect():
         check_host(config, evaluation_bundles(config))
@@ -127,10 +95,13 @@ def check_evaluation(config: Config, model_path: str) -> Dataset:
     return dataset
 
 
-def _check_data(config: Config, problems: Problems) -> tuple[Dataset | None, PreTrainedTokenizerBase | None]:
-    """Check environments, rewards, data and tokenizer; return what could be loaded."""
+def _check_data(
+    config: Config, problems: Problems
+) -> tuple[Dataset | None, PreTrainedTokenizerBase | None, tuple[str, ...]]:
+    """Check environments, rewards, data and tokenizer; return what could be loaded, and notes."""
     dataset: Dataset | None = None
     tokenizer: PreTrainedTokenizerBase | None = None
+    notes: tuple[str, ...] = ()
     with problems.collect():
         check_environments(config.environments)
     with problems.collect():
@@ -143,9 +114,8 @@ def _check_data(config: Config, problems: Problems) -> tuple[Dataset | None, Pre
     if dataset is not None and tokenizer is not None:
         with problems.collect():
             dataset = fit_prompts(dataset, tokenizer, config)
-            for line in special_token_notes(dataset, tokenizer, bos_token_of(config)):
-                problems.note(line)
-    return dataset, tokenizer
+            notes = tuple(special_token_notes(dataset, tokenizer, bos_token_of(config)))
+    return dataset, tokenizer, notes
 
 
 def _check_model(config: Config, problems: Problems) -> None:

@@ -17,7 +17,7 @@ from quatro_ray.data.dataset import Dataset, QueryStream
 from quatro_ray.data.prompt_lengths import fit_prompts
 from quatro_ray.data.registry import describe, make_dataset
 from quatro_ray.engines.tiny_tokenizer import make_tokenizer
-from quatro_ray.errors import ConfigError, DataError
+from quatro_ray.errors import ConfigError, DataError, SeveralErrors
 from quatro_ray.orchestrator.group_filters import why_not
 from quatro_ray.rewards.registry import make_reward
 from quatro_ray.types import DropReason, Query, Response
@@ -378,3 +378,18 @@ def test_a_chat_that_the_tokenizer_cannot_show_is_refused(tmp_path: Path) -> Non
     tokenizer.chat_template = "{{ raise_exception('no system messages') }}"
     with pytest.raises(DataError, match="the chat template refuses its messages: no system messages"):
         fit_prompts(dataset, tokenizer, with_limit(50))
+
+
+def test_every_source_that_cannot_be_used_is_told() -> None:
+    missing = {"kind": "jsonl", "path": "/nowhere/a.jsonl"}
+    tree = {
+        "train": {"a": missing, "b": missing | {"path": "/nowhere/b.jsonl"}},
+        "eval": {"c": {"kind": "train_share", "source": "a", "share": 0.5}},
+    }
+    with pytest.raises(SeveralErrors) as caught:
+        make_dataset(DataConfig.model_validate(tree), reward_configs(answer={"kind": "exact"}))
+    assert len(caught.value.errors) == 2
+    assert str(caught.value).splitlines()[0] == "2 problems"
+    assert [
+        f"/nowhere/{name}.jsonl" in line for name, line in zip("ab", str(caught.value).splitlines()[1:], strict=True)
+    ] == [True, True]
