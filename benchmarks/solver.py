@@ -15,7 +15,7 @@ from collections.abc import Callable
 
 import numpy as np
 import torch
-from scipy.optimize import brentq  # type: ignore[import-untyped]  # has no types
+from scipy.optimize import brentq
 from torch import Tensor
 
 from quatro_ray.algorithms.trust_region import solve

@@ -373,8 +373,9 @@ class EvaluationResult:
 
     Attributes:
         pass_at: unbiased pass@k by k. pass_at[1] is avg@n: the share of correct responses.
-        pass_at_1_error: standard error of pass@1 over questions, as a sample of all questions that could be asked.
         majority: maj@n, the share of questions whose most frequent answer is correct.
+        intervals: 95 % confidence intervals, by `pass_at_K` and `majority`, over questions as a sample of all that
+            could be asked (evaluation/metrics.py:interval).
         num_unique_correct: distinct correct answers (text without outer white space), summed over questions.
         truncated_share: share of responses that a limit of tokens or turns ended.
         num_tokens: response tokens that were sampled.
@@ -387,8 +388,8 @@ class EvaluationResult:
     num_queries: int
     samples_per_query: int
     pass_at: dict[int, float]
-    pass_at_1_error: float
     majority: float
+    intervals: dict[str, tuple[float, float]]
     num_unique_correct: int
     mean_reward: float
     truncated_share: float
@@ -397,10 +398,15 @@ class EvaluationResult:
 
     def line(self) -> str:
         """Return the result in one line for people."""
-        error = f" ± {self.pass_at_1_error:.3f}"
-        rates = "  ".join(f"pass@{k} {v:.3f}{error if k == 1 else ''}" for k, v in self.pass_at.items())
-        n = self.samples_per_query
-        return f"{rates}  maj@{n} {self.majority:.3f}  ({self.name}, {self.num_queries} held-out questions)"
+        rates = [f"pass@{k} {rate:.3f}{self._interval(f'pass_at_{k}')}" for k, rate in self.pass_at.items()]
+        rates.append(f"maj@{self.samples_per_query} {self.majority:.3f}{self._interval('majority')}")
+        return f"{'  '.join(rates)}  ({self.name}, {self.num_queries} held-out questions)"
+
+    def _interval(self, name: str) -> str:
+        if name not in self.intervals:  # evaluated before runs had intervals
+            return ""
+        low, high = self.intervals[name]
+        return f" [{low:.2f}, {high:.2f}]"
 
     def to_dict(self) -> dict[str, object]:
         """Return a JSON object without the rollouts, which `from_dict` reads."""
@@ -408,12 +414,16 @@ class EvaluationResult:
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> EvaluationResult:
-        """Restore a result, without its rollouts, from what `to_dict` returned."""
-        return cls(**{**values, "pass_at": {int(k): v for k, v in values["pass_at"].items()}, "rollouts": ()})
+        """Restore a result, without its rollouts, from what `to_dict` returned, also before runs had intervals."""
+        kept = {name: value for name, value in values.items() if name != "pass_at_1_error"}
+        rates = {int(k): v for k, v in values["pass_at"].items()}
+        intervals = {name: (low, high) for name, (low, high) in values.get("intervals", {}).items()}
+        return cls(**{**kept, "pass_at": rates, "intervals": intervals, "rollouts": ()})
 
     def record(self) -> dict[str, object]:
         """Return a flat record for evaluations.jsonl."""
         rates = {f"pass_at_{k}": v for k, v in self.pass_at.items()}
+        bounds = {f"{name}_interval": list(interval) for name, interval in self.intervals.items()}
         return {
             "set": self.name,
             "version": self.version,
@@ -421,8 +431,8 @@ class EvaluationResult:
             "num_queries": self.num_queries,
             "n": self.samples_per_query,
             **rates,
-            "pass_at_1_error": self.pass_at_1_error,
             "majority": self.majority,
+            **bounds,
             "num_unique_correct": self.num_unique_correct,
             "mean_reward": self.mean_reward,
             "truncated_share": self.truncated_share,

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import math
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import replace
@@ -39,7 +38,11 @@ def pass_at_k(num_correct: Sequence[int], num_samples: int, k: int) -> float:
     """
     if not 1 <= k <= num_samples:
         raise ValueError(f"pass@{k} needs at least {k} samples a query, not {num_samples}")
-    return float(np.mean([1.0 - _share_without_success(c, num_samples, k) for c in num_correct]))
+    return float(np.mean(_pass_rates(num_correct, num_samples, k)))
+
+
+def _pass_rates(num_correct: Sequence[int], num_samples: int, k: int) -> list[float]:
+    return [1.0 - _share_without_success(c, num_samples, k) for c in num_correct]
 
 
 def _share_without_success(correct: int, n: int, k: int) -> float:
@@ -57,9 +60,30 @@ def majority_is_right(answers: Sequence[str | None], correct: Sequence[bool]) ->
     return correct[list(answers).index(winner)]
 
 
-def standard_error(rates: Sequence[float]) -> float:
-    """Return the standard error of the mean over questions; 0 for a single one, which has no spread."""
-    return float(np.std(rates, ddof=1) / math.sqrt(len(rates))) if len(rates) > 1 else 0.0
+def interval(rates: Sequence[float], level: float = 0.95) -> tuple[float, float]:
+    """Return a confidence interval for the mean over all questions that could be asked.
+
+    The exact binomial interval of Clopper and Pearson, for the number of coin flips that would have the variance found
+    over questions. It holds for few questions and for rates near 0 and 1, where the mean ± 2 standard errors does not:
+    if all answers are wrong, that has no width at all.
+
+    Source: Korn and Graubard, Survey Methodology 24 (1998) 193; the standard of the US health statistics for shares.
+
+    Args:
+        rates: a share of each question, in [0, 1], such as that of its correct responses.
+        level: probability with which the interval holds.
+    """
+    from scipy.stats import beta, norm, t
+
+    num, mean, tail = len(rates), float(np.mean(rates)), (1 - level) / 2
+    flips = float(num)
+    if num > 1 and (variance := float(np.var(rates, ddof=1)) / num) > 0:
+        # few questions know their variance badly, as the wider tails of Student's t say
+        flips = mean * (1 - mean) / variance * (norm.ppf(tail) / t.ppf(tail, num - 1)) ** 2
+    successes = flips * mean
+    low = float(beta.ppf(tail, successes, flips - successes + 1)) if mean > 0 else 0.0
+    high = float(beta.ppf(1 - tail, successes + 1, flips - successes)) if mean < 1 else 1.0
+    return low, high
 
 
 async def evaluate(
@@ -95,6 +119,8 @@ async def evaluate(
     samples = await asyncio.gather(*(one(i, q) for i, q in enumerate(queries)))
     results = [summary for summary, _ in samples]
     correct = [sum(r.correct) for r in results]
+    rates = {k: _pass_rates(correct, num_samples, k) for k in pass_at}
+    majority = [float(majority_is_right(r.answers, r.correct)) for r in results]
     return EvaluationResult(
         name=name,
         version=version,
@@ -102,8 +128,8 @@ async def evaluate(
         num_queries=len(queries),
         samples_per_query=num_samples,
         pass_at={k: pass_at_k(correct, num_samples, k) for k in pass_at},
-        pass_at_1_error=standard_error([c / num_samples for c in correct]),
-        majority=float(np.mean([majority_is_right(r.answers, r.correct) for r in results])),
+        majority=float(np.mean(majority)),
+        intervals={f"pass_at_{k}": interval(of_k) for k, of_k in rates.items()} | {"majority": interval(majority)},
         num_unique_correct=sum(
             len({a for a, right in zip(r.answers, r.correct, strict=True) if right}) for r in results
         ),

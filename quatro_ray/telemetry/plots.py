@@ -63,7 +63,7 @@ def pass_rates(title: str, evaluations: Sequence[Record]) -> str | None:
     """Plot pass@k of every held-out set over optimiser steps."""
     series: dict[str, list[tuple[int, float]]] = {}
     for e in evaluations:
-        for key in (key for key in e if key.startswith("pass_at_") and key != "pass_at_1_error"):
+        for key in (key for key in e if key.startswith("pass_at_") and not key.endswith("_interval")):
             series.setdefault(f"{e['set']} {key.replace('_at_', '@')}", []).append((e["step"], e[key]))
     return _over_steps(title, series, "", "share", is_named=True)
 

@@ -308,7 +308,7 @@ class FakeEvaluator:
             raise ClusterError("an evaluation engine was lost")
         assert path.is_dir()
         self.seen.append((version, step, begun, self.learner.weights))
-        return [EvaluationResult("set", version, step, 1, 8, {1: 0.5}, 0.0, 0.5, 1, 0.5, 0.0, 8)]
+        return [EvaluationResult("set", version, step, 1, 8, {1: 0.5}, 0.5, {}, 1, 0.5, 0.0, 8)]
 
 
 class World:

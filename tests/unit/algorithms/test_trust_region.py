@@ -7,7 +7,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from scipy.optimize import brentq, minimize, minimize_scalar  # type: ignore[import-untyped]  # has no types
+from scipy.optimize import brentq, minimize, minimize_scalar
 
 from quatro_ray.algorithms import trust_region
 from quatro_ray.algorithms.trust_region import Status, solve

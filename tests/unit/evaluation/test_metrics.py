@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from quatro_ray.evaluation.metrics import evaluate, majority_is_right, pass_at_k, standard_error
+from quatro_ray.evaluation.metrics import evaluate, majority_is_right, pass_at_k
 from quatro_ray.types import GroupSummary, Query, SamplingParams
 
 
@@ -42,11 +42,6 @@ def test_majority() -> None:
     assert majority_is_right([None], [True]) is False
 
 
-def test_standard_error_is_over_questions() -> None:
-    assert standard_error([0.0, 1.0]) == pytest.approx(0.5)  # sd √½, divided by √2
-    assert standard_error([0.3]) == 0.0
-
-
 def test_evaluate_counts_what_is_right_and_gives_each_query_its_seed() -> None:
     seeds = []
 
@@ -76,6 +71,6 @@ def test_evaluate_counts_what_is_right_and_gives_each_query_its_seed() -> None:
     assert (result.mean_reward, result.truncated_share) == (1.0, 0.25)
     assert result.majority == 0.0  # "b", four times, is wrong
     assert result.num_unique_correct == 3 * 3  # a, c and the one that names no answer
-    assert result.pass_at_1_error == 0.0
+    assert result.intervals["pass_at_8"][1] == 1.0 and result.intervals["majority"][0] == 0.0
     assert len(set(seeds)) == 3
     assert result.rollouts == ({"id": "0"}, {"id": "1"})

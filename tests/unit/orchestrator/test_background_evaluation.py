@@ -18,7 +18,7 @@ from quatro_ray.types import EvaluationResult
 
 
 def result(version: int, step: int) -> EvaluationResult:
-    return EvaluationResult("sums", version, step, 4, 8, {1: 0.5}, 0.1, 0.5, 3, 0.5, 0.0, 99)
+    return EvaluationResult("sums", version, step, 4, 8, {1: 0.5}, 0.5, {}, 3, 0.5, 0.0, 99)
 
 
 class Evaluator:

@@ -82,7 +82,7 @@ def write_run(path: Path, num_steps: int = 2, response: str = "7", *, finished: 
     recorder = Recorder(path, num_steps=num_steps, tensorboard=False, progress=Progress())
     for step in (0, num_steps):
         rates = {1: 0.25 + 0.02 * step, 8: 0.5 + 0.02 * step}
-        recorder.evaluation(EvaluationResult("sums", step, step, 4, 8, rates, 0.1, 0.5, 3, 0.4, 0.0, 64))
+        recorder.evaluation(EvaluationResult("sums", step, step, 4, 8, rates, 0.5, {}, 3, 0.4, 0.0, 64))
     for step in range(1, num_steps + 1):
         with recorder.phase("learner", "train"):
             recorder.engine_load(0, EngineLoad(3 + step % 2, 10, 12, is_alive=True))

@@ -60,7 +60,9 @@ def counted() -> Counters:
         metrics = {"step/skipped": skipped, "tokens/trained": 10, "off_policy/staleness_tokens": {0: 6, 2: 4}}
         counters.steps.add(metrics, in_flight)
     counters.outcomes.update({"ok": 7})
-    counters.evaluations.append(EvaluationResult("set", 1, 1, 4, 8, {1: 0.5, 8: 1.0}, 0.1, 0.5, 3, 0.5, 0.0, 9))
+    counters.evaluations.append(
+        EvaluationResult("set", 1, 1, 4, 8, {1: 0.5, 8: 1.0}, 0.5, {"majority": (0.1, 0.9)}, 3, 0.5, 0.0, 9)
+    )
     counters.generated_tokens, counters.steps_lost = 100, 3
     return counters
 
