@@ -42,7 +42,9 @@ def quatro(policy_logprobs: Tensor, advantage: Tensor, log_weight: Tensor, *, tr
     return TokenLoss(-weight * advantage * policy_logprobs, cut)
 
 
-def clipped(log_ratio: Tensor, advantage: Tensor, *, clip_low: float, clip_high: float) -> TokenLoss:
+def clipped(
+    log_ratio: Tensor, advantage: Tensor, *, clip_low: float, clip_high: float, dual_clip: float | None = None
+) -> TokenLoss:
     """Return −min(ρ A, clip(ρ, 1 − clip_low, 1 + clip_high) A), ρ = exp(log_ratio); PPO, arXiv 1707.06347, eq. 7.
 
     With ρ_t = π_θ/β it is the loss of GRPO (arXiv 2402.03300, eq. 3), of Dr. GRPO (arXiv 2503.20783, section 3.1),
@@ -54,11 +56,29 @@ def clipped(log_ratio: Tensor, advantage: Tensor, *, clip_low: float, clip_high:
         advantage: [N], that of the token's rollout.
         clip_low: distance of the lower end of the clip range from 1.
         clip_high: distance of the upper end from 1.
+        dual_clip: see `dual_clipped`; none of these papers has it.
     """
     ratio = log_ratio.clamp(max=50).exp()
     bounded = ratio.clamp(1 - clip_low, 1 + clip_high)
     surrogate, bound = ratio * advantage, bounded * advantage
-    return TokenLoss(-torch.minimum(surrogate, bound), bound < surrogate)
+    return dual_clipped(TokenLoss(-torch.minimum(surrogate, bound), bound < surrogate), advantage, dual_clip)
+
+
+def dual_clipped(token: TokenLoss, advantage: Tensor, dual_clip: float | None) -> TokenLoss:
+    """Return min(loss, −dual_clip·A) for tokens with A < 0; dual-clip PPO, arXiv 1912.09729, eq. 5.
+
+    A clip from below leaves a token with A < 0 and a large ratio unbounded, so that one of them can own the gradient.
+
+    Args:
+        token: a loss that contains −ρ A.
+        advantage: [N], that of the token's rollout.
+        dual_clip: ratio, above 1, beyond which such a token has no gradient. None changes nothing.
+    """
+    if dual_clip is None:
+        return token
+    bound = -dual_clip * advantage
+    beyond = (advantage < 0) & (token.loss > bound)
+    return TokenLoss(torch.where(beyond, bound, token.loss), token.limited | beyond)
 
 
 def gspo(
@@ -98,13 +118,16 @@ def decoupled_ppo(
     clip_low: float,
     clip_high: float,
     weight_cap: float,
+    dual_clip: float | None = None,
 ) -> TokenLoss:
     """Return −(π_prox/β) min(u A, clip(u) A), u = π_θ/π_prox; AReaL, arXiv 2505.24298, eq. 5.
 
     As in AReaL, a token with π_prox/β > weight_cap has loss 0.
     """
     weight, outside = importance.masked(proximal_logprobs - behavior_logprobs, 0.0, weight_cap)
-    inner = clipped(policy_logprobs - proximal_logprobs, advantage, clip_low=clip_low, clip_high=clip_high)
+    inner = clipped(
+        policy_logprobs - proximal_logprobs, advantage, clip_low=clip_low, clip_high=clip_high, dual_clip=dual_clip
+    )
     return TokenLoss(weight * inner.loss, inner.limited | outside)
 
 
@@ -131,6 +154,7 @@ def tis_grpo(
     clip_low: float,
     clip_high: float,
     truncation: float,
+    dual_clip: float | None = None,
 ) -> TokenLoss:
     """Return min(π_prox/β, truncation) times GRPO's loss around π_prox: truncated importance sampling (TIS).
 
@@ -144,9 +168,12 @@ def tis_grpo(
         clip_low: distance of the lower end of the range of π_θ/π_prox from 1.
         clip_high: distance of the upper end from 1.
         truncation: upper bound of the weight.
+        dual_clip: see `dual_clipped`.
     """
     weight, cut = importance.truncated(log_weight.detach(), truncation)
-    inner = clipped(policy_logprobs - proximal_logprobs, advantage, clip_low=clip_low, clip_high=clip_high)
+    inner = clipped(
+        policy_logprobs - proximal_logprobs, advantage, clip_low=clip_low, clip_high=clip_high, dual_clip=dual_clip
+    )
     return TokenLoss(weight * inner.loss, inner.limited | cut)
 
 
@@ -160,6 +187,7 @@ def mis_grpo(
     clip_high: float,
     mask_low: float,
     mask_high: float,
+    dual_clip: float | None = None,
 ) -> TokenLoss:
     """Return π_prox/β, masked to 0 outside [mask_low, mask_high], times GRPO's loss around π_prox.
 
@@ -175,14 +203,22 @@ def mis_grpo(
         clip_high: distance of the upper end from 1.
         mask_low: smallest weight that is kept, below 1.
         mask_high: largest weight that is kept, above 1.
+        dual_clip: see `dual_clipped`.
     """
     weight, outside = importance.masked(log_weight.detach(), mask_low, mask_high)
-    inner = clipped(policy_logprobs - proximal_logprobs, advantage, clip_low=clip_low, clip_high=clip_high)
+    inner = clipped(
+        policy_logprobs - proximal_logprobs, advantage, clip_low=clip_low, clip_high=clip_high, dual_clip=dual_clip
+    )
     return TokenLoss(weight * inner.loss, inner.limited | outside)
 
 
 def m2po(
-    policy_logprobs: Tensor, behavior_logprobs: Tensor, advantage: Tensor, *, log_ratio_threshold: float
+    policy_logprobs: Tensor,
+    behavior_logprobs: Tensor,
+    advantage: Tensor,
+    *,
+    log_ratio_threshold: float,
+    dual_clip: float | None = None,
 ) -> TokenLoss:
     """Return −M_t ρ_t A_i, ρ_t = π_θ/β; M2PO, arXiv 2510.01161, section 4.
 
@@ -194,11 +230,13 @@ def m2po(
         behavior_logprobs: [N], log β(y_t), nats, recorded when the token was sampled.
         advantage: [N], that of the token's rollout.
         log_ratio_threshold: result of `m2_threshold` for the global batch, nats.
+        dual_clip: see `dual_clipped`; the paper has none.
     """
     log_ratio = policy_logprobs - behavior_logprobs
     outward = log_ratio.detach() * advantage > 0
     dropped = outward & (log_ratio.detach().abs() > log_ratio_threshold)
-    return TokenLoss(torch.where(dropped, 0.0, -log_ratio.clamp(max=50).exp() * advantage), dropped)
+    loss = torch.where(dropped, 0.0, -log_ratio.clamp(max=50).exp() * advantage)
+    return dual_clipped(TokenLoss(loss, dropped), advantage, dual_clip)
 
 
 @torch.no_grad()

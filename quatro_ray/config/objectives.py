@@ -51,7 +51,13 @@ class QuatroConfig(Section):
     """Weights π_θ/β of the per-token losses."""
 
 
-class _Clipped(Section):
+class _DualClip(Section):
+    dual_clip: float | None = Field(None, gt=1)
+    """Ratio beyond which a token with a negative advantage has no gradient; without it, one such token can own the
+    whole gradient. verl sets 3. null: none, as in the method's paper."""
+
+
+class _Clipped(_DualClip):
     clip_low: float = Field(0.2, gt=0, lt=1)
     """Distance of the clip range's lower end from 1: ratios below 1 − clip_low are clipped."""
     clip_high: float = Field(0.2, gt=0)
@@ -137,7 +143,7 @@ class MisGrpoConfig(_Clipped):
     """Upper bound of π/β; above 1, so that on-policy samples are kept."""
 
 
-class M2poConfig(Section):
+class M2poConfig(_DualClip):
     """Masks the fewest tokens that bring the second moment of log ρ down to τ. arXiv 2510.01161."""
 
     kind: Literal["m2po"]

@@ -122,7 +122,13 @@ def _clipped(config: c.GrpoConfig | c.DrGrpoConfig | c.DapoConfig) -> Callable[[
     """Return the loss that GRPO, Dr. GRPO and DAPO share."""
 
     def loss(t: TokenBatch, _: float) -> TokenLoss:
-        return losses.clipped(t.log_ratio(), t.advantage, clip_low=config.clip_low, clip_high=config.clip_high)
+        return losses.clipped(
+            t.log_ratio(),
+            t.advantage,
+            clip_low=config.clip_low,
+            clip_high=config.clip_high,
+            dual_clip=config.dual_clip,
+        )
 
     return loss
 
@@ -176,6 +182,7 @@ def decoupled_ppo(config: c.DecoupledPpoConfig) -> Objective:
             clip_low=config.clip_low,
             clip_high=config.clip_high,
             weight_cap=config.weight_cap,
+            dual_clip=config.dual_clip,
         )
 
     return Objective(loss)
@@ -193,6 +200,7 @@ def tis_grpo(config: c.TisGrpoConfig) -> Objective:
             clip_low=config.clip_low,
             clip_high=config.clip_high,
             truncation=config.importance.truncation,
+            dual_clip=config.dual_clip,
         )
 
     return Objective(loss)
@@ -211,6 +219,7 @@ def mis_grpo(config: c.MisGrpoConfig) -> Objective:
             clip_high=config.clip_high,
             mask_low=config.mask_low,
             mask_high=config.mask_high,
+            dual_clip=config.dual_clip,
         )
 
     return Objective(loss)
@@ -226,7 +235,13 @@ def m2po(config: c.M2poConfig) -> Objective:
         return Prepared(advantage, constant=losses.m2_threshold(batch.log_ratio, of_token, config.tau))
 
     def loss(t: TokenBatch, threshold: float) -> TokenLoss:
-        return losses.m2po(t.policy_logprobs, t.behavior_logprobs, t.advantage, log_ratio_threshold=threshold)
+        return losses.m2po(
+            t.policy_logprobs,
+            t.behavior_logprobs,
+            t.advantage,
+            log_ratio_threshold=threshold,
+            dual_clip=config.dual_clip,
+        )
 
     return Objective(loss, prepare=prepare, needs_log_ratio=True)
 

@@ -45,6 +45,34 @@ def test_clip_higher_lets_good_tokens_grow_further() -> None:
     check(got, [-1.5, 1.5, -0.5, 0.8], [False, False, False, True])
 
 
+DUAL_CLIPPED: dict[str, Callable[..., TokenLoss]] = {
+    "clipped": lambda p, a, c: losses.clipped(p, a, clip_low=0.2, clip_high=0.2, dual_clip=c),
+    "decoupled_ppo": lambda p, a, c: losses.decoupled_ppo(
+        p, 0 * p.detach(), 0 * p.detach(), a, clip_low=0.2, clip_high=0.2, weight_cap=5.0, dual_clip=c
+    ),
+    "tis_grpo": lambda p, a, c: losses.tis_grpo(
+        p, 0 * p.detach(), 0 * p, a, clip_low=0.2, clip_high=0.2, truncation=2.0, dual_clip=c
+    ),
+    "mis_grpo": lambda p, a, c: losses.mis_grpo(
+        p, 0 * p.detach(), 0 * p, a, clip_low=0.2, clip_high=0.2, mask_low=0.5, mask_high=2.0, dual_clip=c
+    ),
+    "m2po": lambda p, a, c: losses.m2po(p, 0 * p.detach(), a, log_ratio_threshold=math.inf, dual_clip=c),
+}
+
+
+@pytest.mark.parametrize("name", DUAL_CLIPPED)
+def test_dual_clip(name: str) -> None:
+    """Of a bad token with ratio 1000 beside 99 usual ones: all of the gradient without the dual clip, none with it."""
+    log_ratio = torch.cat([logs(1000.0), torch.zeros(99, dtype=torch.float64)]).requires_grad_()
+    advantage = torch.where(torch.arange(100) % 2 == 0, -1.0, 1.0).double()
+    for dual_clip, share in ((None, 0.999), (3.0, 0.0)):
+        got = DUAL_CLIPPED[name](log_ratio, advantage, dual_clip)
+        (gradient,) = torch.autograd.grad(got.loss.sum(), log_ratio)
+        assert float(gradient[0] ** 2 / gradient.square().sum()) == pytest.approx(share, abs=2e-3)
+        assert bool(got.limited[0]) == (dual_clip is not None)
+    assert got.loss[0] == 3.0
+
+
 def test_gspo() -> None:
     """s_i = 1.5 and 0.5, whatever the token's own log-prob; clipped as a whole."""
     own = torch.tensor([-1.0, -2.0, -3.0, -4.0], dtype=torch.float64)
