@@ -15,17 +15,17 @@ from typing import Any
 
 _DENSE: dict[str, Any] = {
     "vocab_size": 256,
-    "hidden_size": 64,
-    "intermediate_size": 128,
+    "hidden_size": 128,
+    "intermediate_size": 256,
     "num_hidden_layers": 2,
     "num_attention_heads": 4,
     "num_key_value_heads": 2,
     "max_position_embeddings": 512,
 }
-_HEAD = _DENSE | {"head_dim": 16}
+_HEAD = _DENSE | {"head_dim": 32}
 _MULTI_HEAD = _DENSE | {"num_key_value_heads": 4}
 _MOE = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 64}
-_GPT = {"vocab_size": 256, "n_embd": 64, "n_layer": 2, "n_head": 4, "n_positions": 512}
+_GPT = {"vocab_size": 256, "n_embd": 128, "n_layer": 2, "n_head": 4, "n_positions": 512}
 _MAMBA = {"mamba_d_head": 16, "mamba_d_state": 16, "mamba_n_groups": 1, "mamba_chunk_size": 16}
 _LINEAR = {
     "layer_types": ["linear_attention", "full_attention"],
@@ -50,11 +50,11 @@ ARCHITECTURES: dict[str, tuple[str, dict[str, Any]]] = {
     "Mistral": ("MistralConfig", _HEAD),
     "Mixtral": ("MixtralConfig", _DENSE | {"num_local_experts": 4}),
     "Gemma": ("GemmaConfig", _HEAD),
-    "Gemma 2": ("Gemma2Config", _HEAD | {"query_pre_attn_scalar": 16}),
-    "Gemma 3 (text)": ("Gemma3TextConfig", _HEAD | {"query_pre_attn_scalar": 16, "sliding_window": 16}),
+    "Gemma 2": ("Gemma2Config", _HEAD | {"query_pre_attn_scalar": 32}),
+    "Gemma 3 (text)": ("Gemma3TextConfig", _HEAD | {"query_pre_attn_scalar": 32, "sliding_window": 16}),
     "RecurrentGemma": (
         "RecurrentGemmaConfig",
-        _DENSE | {"num_hidden_layers": 3, "num_key_value_heads": 1, "lru_width": 64, "attention_window_size": 32},
+        _DENSE | {"num_hidden_layers": 3, "num_key_value_heads": 1, "lru_width": 128, "attention_window_size": 32},
     ),
     "Phi": ("PhiConfig", _MULTI_HEAD),
     "Phi-3": ("Phi3Config", _DENSE | {"pad_token_id": 0}),
@@ -77,7 +77,7 @@ ARCHITECTURES: dict[str, tuple[str, dict[str, Any]]] = {
         _DENSE
         | _MAMBA
         | {"layer_types": ["mamba", "attention"], "num_local_experts": 0, "shared_intermediate_size": 64}
-        | {"mamba_n_heads": 8},
+        | {"mamba_n_heads": 16},
     ),
     "GLM-4": ("Glm4Config", _HEAD | {"pad_token_id": 0}),
     "SmolLM3": ("SmolLM3Config", _DENSE | {"pad_token_id": 0}),
@@ -89,9 +89,9 @@ ARCHITECTURES: dict[str, tuple[str, dict[str, Any]]] = {
     "Falcon (ALiBi)": ("FalconConfig", _DENSE | {"alibi": True}),
     "Falcon-H1": (
         "FalconH1Config",
-        _DENSE | _MAMBA | {"mamba_d_ssm": 64, "mamba_n_heads": 4, "lm_head_multiplier": 2.0},
+        _DENSE | _MAMBA | {"mamba_d_ssm": 128, "mamba_n_heads": 8, "lm_head_multiplier": 2.0},
     ),
-    "Bamba": ("BambaConfig", _DENSE | _MAMBA | {"attn_layer_indices": [1], "mamba_n_heads": 8}),
+    "Bamba": ("BambaConfig", _DENSE | _MAMBA | {"attn_layer_indices": [1], "mamba_n_heads": 16}),
     "Jamba": (
         "JambaConfig",
         _DENSE
@@ -101,32 +101,32 @@ ARCHITECTURES: dict[str, tuple[str, dict[str, Any]]] = {
     "Nemotron-H": (
         "NemotronHConfig",
         _HEAD
-        | {"hybrid_override_pattern": "M*", "mamba_num_heads": 8, "mamba_head_dim": 16, "ssm_state_size": 16}
+        | {"hybrid_override_pattern": "M*", "mamba_num_heads": 16, "mamba_head_dim": 16, "ssm_state_size": 16}
         | {"n_groups": 1, "chunk_size": 16},
     ),
     "Zamba2": (
         "Zamba2Config",
         _DENSE
         | {"num_hidden_layers": 3, "layers_block_type": ["mamba", "mamba", "hybrid"], "mamba_d_state": 16}
-        | {"n_mamba_heads": 8, "mamba_ngroups": 1, "chunk_size": 16, "num_mem_blocks": 1},
+        | {"n_mamba_heads": 16, "mamba_ngroups": 1, "chunk_size": 16, "num_mem_blocks": 1},
     ),
     "MiniMax": (
         "MiniMaxConfig",
         _HEAD | {"num_local_experts": 2, "layer_types": ["linear_attention", "full_attention"], "block_size": 16},
     ),
-    "Mamba": ("MambaConfig", {"vocab_size": 256, "hidden_size": 64, "num_hidden_layers": 2}),
+    "Mamba": ("MambaConfig", {"vocab_size": 256, "hidden_size": 128, "num_hidden_layers": 2}),
     "Mamba 2": (
         "Mamba2Config",
-        {"vocab_size": 256, "hidden_size": 64, "num_hidden_layers": 2, "num_heads": 8, "head_dim": 16}
+        {"vocab_size": 256, "hidden_size": 128, "num_hidden_layers": 2, "num_heads": 16, "head_dim": 16}
         | {"n_groups": 1, "state_size": 16, "chunk_size": 16},
     ),
-    "RWKV": ("RwkvConfig", {"vocab_size": 256, "hidden_size": 64, "num_hidden_layers": 2, "context_length": 512}),
+    "RWKV": ("RwkvConfig", {"vocab_size": 256, "hidden_size": 128, "num_hidden_layers": 2, "context_length": 512}),
     "GPT-2": ("GPT2Config", _GPT),
-    "GPT-J": ("GPTJConfig", _GPT | {"rotary_dim": 8}),
+    "GPT-J": ("GPTJConfig", _GPT | {"rotary_dim": 16}),
     "GPT-NeoX": ("GPTNeoXConfig", {k: v for k, v in _DENSE.items() if k != "num_key_value_heads"}),
-    "BLOOM": ("BloomConfig", {"vocab_size": 256, "hidden_size": 64, "n_layer": 2, "n_head": 4}),
-    "MPT": ("MptConfig", {"vocab_size": 256, "d_model": 64, "n_layers": 2, "n_heads": 4, "max_seq_len": 512}),
-    "OPT": ("OPTConfig", _MULTI_HEAD | {"ffn_dim": 128, "word_embed_proj_dim": 64}),
+    "BLOOM": ("BloomConfig", {"vocab_size": 256, "hidden_size": 128, "n_layer": 2, "n_head": 4}),
+    "MPT": ("MptConfig", {"vocab_size": 256, "d_model": 128, "n_layers": 2, "n_heads": 4, "max_seq_len": 512}),
+    "OPT": ("OPTConfig", _MULTI_HEAD | {"ffn_dim": 256, "word_embed_proj_dim": 128}),
 }
 """Name, class of its configuration in transformers, and the fields that make a tiny model of it."""
 

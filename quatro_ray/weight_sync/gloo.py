@@ -95,11 +95,12 @@ class GlooWeightTransferEngine(WeightTransferEngine[GlooInitInfo, GlooUpdateInfo
         initialize_layerwise_reload(self.model)
 
     def finish_weight_update(self) -> None:
-        """Finish the reload of all layers, and pack the weights of tied heads again."""
+        """Finish the reload of all layers, and pack the weights again that vLLM packs only when it loads a model."""
         from vllm.model_executor.model_loader.reload import finalize_layerwise_reload
 
         finalize_layerwise_reload(self.model, self.model_config)
         self._repack_tied_heads()
+        self._repack_experts()
 
     def _repack_tied_heads(self) -> None:
         """Pack the weights of tied heads again.
@@ -112,6 +113,20 @@ class GlooWeightTransferEngine(WeightTransferEngine[GlooInitInfo, GlooUpdateInfo
         for layer in self.model.modules():
             if isinstance(layer, ParallelLMHead):
                 layer.quant_method.process_weights_after_loading(layer)
+
+    def _repack_experts(self) -> None:
+        """Pack the weights of experts again.
+
+        vLLM's CPU kernel of mixtures of experts computes with packed weights, and packs them only when it is made
+        (UnquantizedFusedMoEMethod._setup_kernel of vLLM 0.32): after a reload it would read plain weights as packed.
+        """
+        from vllm.model_executor.layers.fused_moe.routed_experts import RoutedExperts
+        from vllm.model_executor.layers.fused_moe.unquantized_fused_moe_method import UnquantizedFusedMoEMethod
+
+        for layer in self.model.modules():
+            method = getattr(layer, "quant_method", None)
+            if isinstance(layer, RoutedExperts) and isinstance(method, UnquantizedFusedMoEMethod) and method.moe_kernel:
+                method.moe_kernel.fused_experts.process_weights_after_loading(layer)
 
     def update_weights(self, update_info: dict[str, Any]) -> None:
         """Receive one update; overrides the base class, which would synchronise an accelerator."""
