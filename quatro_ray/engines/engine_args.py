@@ -1,4 +1,7 @@
-"""Checks `generator.engine_args` with vLLM's own parser, in a process of its own: importing vLLM takes long."""
+"""The arguments of engines: those of an engine on CPU, and a check of `generator.engine_args` by vLLM's own parser.
+
+The check has a process of its own, because importing vLLM takes long.
+"""
 
 from __future__ import annotations
 
@@ -18,6 +21,23 @@ if TYPE_CHECKING:
     from vllm.engine.arg_utils import AsyncEngineArgs
 
 _DEADLINE_S = 180.0
+
+
+def cpu_args(kv_cache_gib: float, tensor_parallel_size: int = 1) -> dict[str, object]:
+    """Return the arguments of an engine that has no accelerator.
+
+    The worker of a single device runs in the engine's own process. For `uni`, vLLM would take `mp`, because it could
+    not bind threads otherwise; threads are bound by the environment here (orchestrator/placement.py). Its own worker
+    process costs 10 CPU-seconds more at the start, and both processes spin while they wait for each other.
+
+    Args:
+        kv_cache_gib: memory for keys and values, GiB.
+        tensor_parallel_size: devices of the engine.
+    """
+    args: dict[str, object] = {"kv_cache_memory_bytes": int(kv_cache_gib * 2**30), "enforce_eager": True}
+    if tensor_parallel_size == 1:
+        args["distributed_executor_backend"] = "vllm.v1.executor.uniproc_executor.UniProcExecutor"
+    return args
 
 
 def check_engine_args(config: Config) -> None:

@@ -13,6 +13,7 @@ import numpy as np
 
 from quatro_ray.config import GeneratorConfig
 from quatro_ray.data.chat_template import encode_prompt, prompt_tail
+from quatro_ray.engines.engine_args import cpu_args
 from quatro_ray.engines.vllm_outputs import joined, sampled_so_far, shown_text, to_rollout
 from quatro_ray.failures import EngineDied
 from quatro_ray.seeding import seed_of
@@ -89,7 +90,7 @@ class GenerationEngine:
             # in a placement group vLLM would look for its own bundles by default; the actor already has the devices
             args["distributed_executor_backend"] = "mp"
         if self._device == "cpu":
-            args |= {"kv_cache_memory_bytes": int(config.kv_cache_gib * 2**30), "enforce_eager": True}
+            args |= cpu_args(config.kv_cache_gib, config.tensor_parallel_size)
         else:
             args["gpu_memory_utilization"] = config.gpu_memory_utilization
         return args | config.engine_args

@@ -11,6 +11,7 @@ from transformers import AutoConfig
 
 from quatro_ray.config import ModelRewardConfig
 from quatro_ray.data.chat_template import encode_conversation
+from quatro_ray.engines.engine_args import cpu_args
 from quatro_ray.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -62,7 +63,7 @@ class RewardModelEngine:
             "disable_log_stats": True,
         }
         if self._device == "cpu":
-            return args | {"kv_cache_memory_bytes": int(config.kv_cache_gib * 2**30), "enforce_eager": True}
+            return args | cpu_args(config.kv_cache_gib)
         return args | {"gpu_memory_utilization": config.gpu_memory_utilization}
 
     async def score(self, prompt: str, response: str) -> float:
