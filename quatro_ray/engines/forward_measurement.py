@@ -54,9 +54,11 @@ def measure_forward(config: Config) -> None:
 def _load(path: str, attn_implementation: str) -> str:
     """Return why the model is refused, or an empty text."""
     import torch
+    from transformers.utils.logging import disable_progress_bar
 
     from quatro_ray.engines.policy import load_policy
 
+    disable_progress_bar()
     torch.set_num_threads(1)
     try:
         load_policy(
