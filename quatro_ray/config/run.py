@@ -108,7 +108,7 @@ class ClusterConfig(Section):
     cpus_per_environment: float = Field(1, ge=0)
     """CPU cores that Ray reserves for each environment actor, whose processes mostly wait for the engines."""
     threads_per_process: int = Field(1, ge=1)
-    """OMP_NUM_THREADS of engines and learner ranks."""
+    """OMP_NUM_THREADS of engines and learner ranks, and of the warm-up of a tiny model."""
     start_deadline_s: float = Field(300, gt=0)
     """Seconds within which Ray must place all actors."""
     stall_deadline_s: float = Field(900, gt=0)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import json
-import os
 import signal
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -90,7 +89,8 @@ def make_model(config: Config, dataset: Dataset, recorder: Recorder) -> str:
     if path.is_dir():  # made before this run was resumed; the folder gets this name only when it is complete
         return str(path)
     recorder.say("making a tiny model and warming it up by supervised training")
-    threads = str(os.cpu_count() or 1)
+    # more threads hardly speed up so small a model, and wait for each other where cores do other work
+    threads = str(config.cluster.threads_per_process)
     task = _warm_up.options(runtime_env={"env_vars": {"OMP_NUM_THREADS": threads, "CUDA_VISIBLE_DEVICES": ""}})
     writing = path.with_name("model.writing")
     for line in task.remote(config, *dataset.warmup, writing):
