@@ -28,6 +28,17 @@ def test_intervals_hold(num: int, samples: int) -> None:
     assert np.mean(share) > EXACT - 0.005
 
 
+def test_two_standard_errors_do_not_hold_for_hard_questions() -> None:
+    """Of 15 questions with a mean rate of 0.024, one sample each."""
+    rng = np.random.default_rng(0)
+    plain = []
+    for _ in range(400):
+        rates = rng.binomial(1, rng.beta(0.05, 2.0, 15)).astype(float)
+        plain.append(abs(rates.mean() - 0.05 / 2.05) <= 2 * rates.std(ddof=1) / np.sqrt(15))
+    assert np.mean(plain) < 0.5
+    assert np.mean([held(rng, 15, 1, 0.05, 2.0) for _ in range(400)]) > EXACT - 0.04
+
+
 def test_all_wrong_is_not_certain() -> None:
     """Of 15 questions: the rule of three says about 3/15; the exact limit is 1 − 0.025^(1/15)."""
     low, high = interval([0.0] * 15)
