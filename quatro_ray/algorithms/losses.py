@@ -9,12 +9,14 @@ Shape letters: N tokens of packed rollouts, M response tokens of the global batc
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 import torch
 from torch import Tensor
 
 from quatro_ray.algorithms import importance
+
+Divergence = Literal["tv", "kl"]
 
 
 class TokenLoss(NamedTuple):
@@ -278,6 +280,79 @@ def sapo(
     ratio = (policy_logprobs - behavior_logprobs).clamp(max=50).exp()
     gate = torch.sigmoid(tau * (ratio - 1)) * 4 / tau
     return TokenLoss(-gate * advantage, torch.zeros_like(ratio, dtype=torch.bool))
+
+
+def dppo(
+    policy_logprobs: Tensor,
+    behavior_logprobs: Tensor,
+    advantage: Tensor,
+    *,
+    divergence: Divergence,
+    threshold: float,
+    upper: float,
+) -> TokenLoss:
+    """Return −M_t sg[min(ρ_t, upper)] A_i log π_θ(y_t), ρ_t = π_θ/β; DPPO, arXiv 2602.04879, eq. 12 and 23.
+
+    The mask M_t is 0 for a token that pushes further outward (A > 0 with ρ > 1, or A < 0 with ρ < 1) if its binary
+    divergence exceeds the threshold. The value differs from that of eq. 12; eq. 23 is the gradient.
+
+    Args:
+        policy_logprobs: [N], log π_θ(y_t), nats, with gradient.
+        behavior_logprobs: [N], log β(y_t), nats, recorded when the token was sampled.
+        advantage: [N], that of the token's rollout.
+        divergence: see `binary_divergence`.
+        threshold: δ, largest divergence of an outward token that is kept: a probability for tv, nats for kl.
+        upper: C, upper bound of ρ; ∞ for none.
+    """
+    policy = policy_logprobs.detach()
+    log_ratio = policy - behavior_logprobs
+    weight, cut = importance.truncated(log_ratio, upper)
+    far = binary_divergence(policy, behavior_logprobs, divergence) > threshold
+    dropped = far & (log_ratio * advantage > 0)
+    return TokenLoss(torch.where(dropped, 0.0, -weight * advantage * policy_logprobs), dropped | cut)
+
+
+@torch.no_grad()
+def binary_divergence(policy_logprobs: Tensor, behavior_logprobs: Tensor, divergence: Divergence) -> Tensor:
+    """Return the divergence between β and π_θ, the sampled token against the rest, [N]; arXiv 2602.04879, section 4.4.
+
+    tv: |β − π_θ| (eq. 13). kl: KL(β ‖ π_θ) of the two Bernoulli distributions, nats (eq. 14). Neither exceeds the
+    divergence over the whole vocabulary.
+
+    Args:
+        policy_logprobs: [N], log π_θ(y_t), nats.
+        behavior_logprobs: [N], log β(y_t), nats.
+        divergence: one of the two above.
+    """
+    if divergence == "tv":
+        return (behavior_logprobs.exp() - policy_logprobs.exp()).abs()
+    # a log-prob that was rounded to 0 would leave the other tokens nothing, and the result would be infinite
+    policy, behavior = policy_logprobs.clamp(max=-1e-8), behavior_logprobs.clamp(max=-1e-8)
+    policy_rest, behavior_rest = -policy.expm1(), -behavior.expm1()
+    return behavior.exp() * (behavior - policy) + behavior_rest * (behavior_rest / policy_rest).log()
+
+
+def drpo(
+    policy_logprobs: Tensor, behavior_logprobs: Tensor, advantage: Tensor, *, threshold: float, upper: float
+) -> TokenLoss:
+    """Return −sg[min(ρ_t, upper) g_t] A_i log π_θ(y_t), g_t = 1 − sign(A_i) (π_θ − β)/δ; DRPO, arXiv 2606.09821.
+
+    Without the bound it has the gradient of ρ A − |A| β (ρ − 1)²/(2δ) (eq. 8), a quadratic regulariser on the shift
+    π_θ − β, although not its value. g_t falls as the shift grows outward, is 0 where the shift is δ, and pulls the
+    token back beyond that. It lies in [1 − 1/δ, 1 + 1/δ]. The bound of ρ is ours. The equations are those of the
+    authors' code and its README (github.com/Tencent-Hunyuan/UniRL); the paper itself was not at hand.
+
+    Args:
+        policy_logprobs: [N], log π_θ(y_t), nats, with gradient.
+        behavior_logprobs: [N], log β(y_t), nats, recorded when the token was sampled.
+        advantage: [N], that of the token's rollout.
+        threshold: δ, a shift of probability.
+        upper: upper bound of ρ; ∞ for none, as in that code.
+    """
+    policy = policy_logprobs.detach()
+    weight, cut = importance.truncated(policy - behavior_logprobs, upper)
+    gate = 1 - advantage.sign() * (policy.exp() - behavior_logprobs.exp()) / threshold
+    return TokenLoss(-weight * gate * advantage * policy_logprobs, cut | (gate < 0))
 
 
 def reinforce(policy_logprobs: Tensor, log_weight: Tensor, advantage: Tensor, *, truncation: float) -> TokenLoss:

@@ -169,6 +169,42 @@ class SapoConfig(Section):
             )
 
 
+class DppoConfig(Section):
+    """Masks outward tokens whose probability moved too far from β. arXiv 2602.04879, eq. 12."""
+
+    kind: Literal["dppo"]
+    divergence: Literal["tv", "kl"] = "tv"
+    """Distance between β and π_θ, the sampled token against all others. tv: |π_θ − β|. kl: KL(β ‖ π_θ), which weighs
+    shifts near 0 and 1 more."""
+    threshold: float | None = Field(None, gt=0)
+    """δ: an outward token whose distance exceeds it has no gradient. Lower it to mask more. null: 0.15 for tv, 0.05 for
+    kl, as in the paper's section 5; its larger runs have 0.2 and 0.05."""
+    weight_upper: float | None = Field(5.0, ge=1)
+    """Upper bound C of ρ; below 1 it would shrink on-policy samples. 5 in the paper's larger runs. null: none, as
+    in its section 5, where truncation at 3 made other methods less stable."""
+
+    def broken_rules(self) -> Iterator[str]:
+        """Yield a line if the threshold cannot be exceeded, because a probability shifts by at most 1."""
+        if self.divergence == "tv" and self.threshold is not None and self.threshold >= 1:
+            yield (
+                f"threshold={self.threshold:g} must be below 1 for divergence: tv, because a probability shifts by at "
+                "most 1 and nothing would be masked; lower it (0.15 in the paper)"
+            )
+
+
+class DrpoConfig(Section):
+    """A quadratic regulariser on the shift of a token's probability replaces DPPO's mask. arXiv 2606.09821, eq. 8."""
+
+    kind: Literal["drpo"]
+    threshold: float = Field(12.5, gt=0)
+    """δ: shift of the token's probability at which an outward gradient is 0; beyond it, it points back. 12.5 is the
+    value of the authors' code, and keeps each gradient within 8 % of its unregularised size. Shifts never exceed 1, so
+    set a value below 1 (0.15, as in dppo) for a bound that acts."""
+    weight_upper: float | None = Field(None, ge=1)
+    """Upper bound of ρ; below 1 it would shrink on-policy samples. Set it (5, as in dppo) if rare tokens own the
+    gradient. null: none, as in the authors' code."""
+
+
 class ReinforceConfig(Section):
     """REINFORCE with the group's mean as baseline and truncated importance weights."""
 
@@ -189,6 +225,8 @@ ObjectiveConfig = Annotated[
     | MisGrpoConfig
     | M2poConfig
     | SapoConfig
+    | DppoConfig
+    | DrpoConfig
     | ReinforceConfig,
     Field(discriminator="kind"),
 ]

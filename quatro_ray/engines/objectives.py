@@ -6,6 +6,7 @@ Each method is one function that builds an `Objective` from its section of the c
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
@@ -261,6 +262,38 @@ def sapo(config: c.SapoConfig) -> Objective:
     return Objective(loss, loss_agg_mode="seq_mean_token_mean")
 
 
+def dppo(config: c.DppoConfig) -> Objective:
+    """Build DPPO (arXiv 2602.04879): advantages and normalisation of Dr. GRPO, and a mask by divergence from β."""
+    threshold = config.threshold or {"tv": 0.15, "kl": 0.05}[config.divergence]
+
+    def loss(t: TokenBatch, _: float) -> TokenLoss:
+        return losses.dppo(
+            t.policy_logprobs,
+            t.behavior_logprobs,
+            t.advantage,
+            divergence=config.divergence,
+            threshold=threshold,
+            upper=config.weight_upper or math.inf,
+        )
+
+    return Objective(loss, prepare=_group_centred, loss_agg_mode="seq_mean_token_sum_norm")
+
+
+def drpo(config: c.DrpoConfig) -> Objective:
+    """Build DRPO (arXiv 2606.09821): advantages and normalisation of Dr. GRPO, and a regulariser in place of a mask."""
+
+    def loss(t: TokenBatch, _: float) -> TokenLoss:
+        return losses.drpo(
+            t.policy_logprobs,
+            t.behavior_logprobs,
+            t.advantage,
+            threshold=config.threshold,
+            upper=config.weight_upper or math.inf,
+        )
+
+    return Objective(loss, prepare=_group_centred, loss_agg_mode="seq_mean_token_sum_norm")
+
+
 def reinforce(config: c.ReinforceConfig) -> Objective:
     """Build REINFORCE (Williams 1992): the group's mean as baseline, and truncated importance weights."""
     importance = config.importance
@@ -284,6 +317,8 @@ OBJECTIVES: dict[str, Callable[[Any], Objective]] = {
     "mis_grpo": mis_grpo,
     "m2po": m2po,
     "sapo": sapo,
+    "dppo": dppo,
+    "drpo": drpo,
     "reinforce": reinforce,
 }
 """One entry per member of the union ObjectiveConfig; the builder of a kind takes the configuration of that kind."""

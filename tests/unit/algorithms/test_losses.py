@@ -143,6 +143,89 @@ def test_sapo() -> None:
     check(got, [-gate(1, 1.5), gate(2, 1.5), -gate(1, 0.5), gate(2, 0.5)], [False] * 4)
 
 
+OUTWARD_RATIOS = {"policy_logprobs": logs(0.75, 0.75, 0.25, 0.25), "behavior_logprobs": logs(0.5, 0.5, 0.5, 0.5)}
+"""Ratios 1.5, 1.5, 0.5 and 0.5; with SIGNS, tokens 1 and 4 push outward. Every shift of probability is 0.25."""
+
+
+@pytest.mark.parametrize(("threshold", "dropped"), [(0.24, True), (0.26, False)])
+def test_dppo(threshold: float, dropped: bool) -> None:
+    """−min(ρ, 1.2) A log π, and 0 for outward tokens whose shift of 0.25 exceeds the threshold."""
+    got = losses.dppo(**OUTWARD_RATIOS, advantage=SIGNS, divergence="tv", threshold=threshold, upper=1.2)
+    kept = 0.0 if dropped else 1.0
+    a, b = 1.2 * math.log(0.75), 0.5 * math.log(0.25)
+    check(got, [-a * kept, a, -b, b * kept], [True, True, False, dropped])
+
+
+@pytest.mark.parametrize("divergence", ["tv", "kl"])
+def test_dppo_masks_by_the_mass_that_moved_and_not_by_the_ratio(divergence: losses.Divergence) -> None:
+    """The paper's example: 1e-4 → 1e-2 has ratio 100 and little mass, 0.99 → 0.80 has ratio 0.81 and much."""
+    policy, behavior = logs(1e-2, 0.80, 0.80, 1e-2).requires_grad_(), logs(1e-4, 0.99, 0.99, 1e-4)
+    advantage = torch.tensor([1.0, -1.0, 1.0, -1.0], dtype=torch.float64)  # the last two push inward
+    got = losses.dppo(policy, behavior, advantage, divergence=divergence, threshold=0.05, upper=math.inf)
+    assert got.limited.tolist() == [False, True, False, False]
+    (gradient,) = torch.autograd.grad(got.loss.sum(), policy)
+    assert gradient.tolist() == pytest.approx([-100, 0, -0.80 / 0.99, 100])
+
+
+def test_binary_divergence() -> None:
+    """KL((0.5, 0.5) ‖ (0.75, 0.25)) = ln(2/√3), and KL((0.9, 0.1) ‖ (0.8, 0.2)) = 0.9 ln(9/8) − 0.1 ln 2."""
+    policy, behavior = logs(0.75, 0.8, 0.3), logs(0.5, 0.9, 0.3)
+    tv, kl = (losses.binary_divergence(policy, behavior, which) for which in ("tv", "kl"))
+    assert tv.tolist() == pytest.approx([0.25, 0.1, 0.0])
+    assert kl.tolist() == pytest.approx([math.log(2 / 3**0.5), 0.9 * math.log(9 / 8) - 0.1 * math.log(2), 0.0])
+
+
+def test_binary_kl_is_finite_and_small_between_probabilities_that_are_almost_one() -> None:
+    certain = torch.tensor([0.0, 0.0, -1e-7, -1e-4])
+    got = losses.binary_divergence(certain, certain.flip(0), "kl")
+    assert torch.isfinite(got).all() and float(got.abs().max()) < 0.002
+
+
+def test_drpo() -> None:
+    """−min(ρ, 1.2) g A log π with g = 1 ∓ 0.25/δ: at δ = 0.2 outward gradients point back, at 0.25 they vanish."""
+    got = losses.drpo(**OUTWARD_RATIOS, advantage=SIGNS, threshold=0.2, upper=1.2)
+    a, b = 1.2 * math.log(0.75), 0.5 * math.log(0.25)
+    check(got, [0.25 * a, 2.25 * a, -2.25 * b, -0.25 * b], [True, True, False, True])
+    at_boundary = losses.drpo(**OUTWARD_RATIOS, advantage=SIGNS, threshold=0.25, upper=math.inf)
+    a, b = 1.5 * math.log(0.75), 0.5 * math.log(0.25)
+    check(at_boundary, [0, 2 * a, -2 * b, 0], [False] * 4)
+
+
+@pytest.mark.parametrize("threshold", [0.15, 12.5])
+def test_drpo_has_the_gradient_of_its_regularised_objective(threshold: float) -> None:
+    """−ρ A + |A| β (ρ − 1)²/(2δ), differentiated by autograd, over random probabilities."""
+    rng = torch.Generator().manual_seed(0)
+    policy, behavior, uniform = torch.rand((3, 1000), generator=rng, dtype=torch.float64)
+    advantage = uniform - 0.5
+    x = policy.log().requires_grad_()
+    ratio = (x - behavior.log()).exp()
+    objective = ratio * advantage - advantage.abs() * behavior * (ratio - 1) ** 2 / (2 * threshold)
+    (expected,) = torch.autograd.grad(-objective.sum(), x)
+    got = losses.drpo(x, behavior.log(), advantage, threshold=threshold, upper=math.inf)
+    (gradient,) = torch.autograd.grad(got.loss.sum(), x)
+    torch.testing.assert_close(gradient, expected)
+    size = (gradient / (-ratio * advantage)).detach()  # relative to no regulariser
+    assert 1 - 1 / threshold <= size.min() < 1 < size.max() <= 1 + 1 / threshold
+    assert torch.equal(got.limited, size < 0)
+
+
+UNBOUNDED: dict[str, Callable[[Tensor, Tensor, Tensor], TokenLoss]] = {
+    "dppo_tv": lambda p, b, a: losses.dppo(p, b, a, divergence="tv", threshold=0.15, upper=math.inf),
+    "dppo_kl": lambda p, b, a: losses.dppo(p, b, a, divergence="kl", threshold=0.05, upper=math.inf),
+    "drpo": lambda p, b, a: losses.drpo(p, b, a, threshold=0.15, upper=math.inf),
+}
+
+
+@pytest.mark.parametrize("name", UNBOUNDED)
+def test_on_policy_the_gradient_is_that_of_the_importance_weighted_policy_gradient(name: str) -> None:
+    """At ρ = 1 neither mask nor regulariser acts: the gradient is that of −ρ A, which is −A."""
+    policy = logs(0.999, 0.5, 0.1, 1e-6).requires_grad_()
+    got = UNBOUNDED[name](policy, policy.detach().clone(), SIGNS)
+    (gradient,) = torch.autograd.grad(got.loss.sum(), policy)
+    torch.testing.assert_close(gradient, -SIGNS)
+    assert not got.limited.any()
+
+
 def test_reinforce() -> None:
     got = losses.reinforce(RATIOS, RATIOS, SIGNS, truncation=1.2)
     a, b = 1.2 * math.log(1.5), 0.5 * math.log(0.5)
@@ -189,6 +272,16 @@ WITH_GRADIENT: dict[str, tuple[Callable[[Tensor], Tensor], Callable[[Tensor], Te
     ),
     "m2po": (lambda x: losses.m2po(x, NONE, ADVANTAGE, log_ratio_threshold=0.3).loss,) * 2,
     "sapo": (lambda x: losses.sapo(x, NONE, ADVANTAGE, tau_positive=1.0, tau_negative=1.05).loss,) * 2,
+    "dppo": (
+        lambda x: losses.dppo(x - 1, NONE - 1, ADVANTAGE, divergence="tv", threshold=0.14, upper=1.2).loss,
+        lambda x: (
+            -START.exp().clamp(max=1.2) * ADVANTAGE * (x - 1) * ~((START.abs() > 0.4) & (START * ADVANTAGE > 0))
+        ),
+    ),
+    "drpo": (
+        lambda x: losses.drpo(x - 1, NONE - 1, ADVANTAGE, threshold=0.1, upper=math.inf).loss,
+        lambda x: -x.exp() * ADVANTAGE + ADVANTAGE.abs() * math.exp(-1) * (x.exp() - 1) ** 2 / 0.2,
+    ),
     "reinforce": (
         lambda x: losses.reinforce(x, x, ADVANTAGE, truncation=1.2).loss,
         lambda x: -START.exp().clamp(max=1.2) * ADVANTAGE * x,
@@ -215,6 +308,8 @@ def test_no_loss_lets_an_exploded_ratio_through_as_infinity() -> None:
         losses.clipped(far, **one, **CLIP),
         losses.m2po(far, zero, **one, log_ratio_threshold=math.inf),
         losses.sapo(far, zero, **one, tau_positive=1.0, tau_negative=1.0),
+        losses.dppo(far, zero, **one, divergence="kl", threshold=1e9, upper=math.inf),
+        losses.drpo(far, zero, **one, threshold=1.0, upper=math.inf),
         losses.quatro(far, torch.ones(1), far, truncation=2.0),
     ):
         assert torch.isfinite(got.loss).all()

@@ -90,6 +90,7 @@ def test_overrides(tmp_path: Path) -> None:
         ("model={kind: tiny, kind: tiny}", "'kind' stands twice in one mapping"),
         ("run.seed=5000000000", "must be an integer in [0, 4294967296)"),
         ("objective={kind: quatro, kl_budget_nats: -1}", "objective.kl_budget_nats=-1: must be a number > 0"),
+        ("objective={kind: dppo, threshold: 2}", "threshold=2 must be below 1 for divergence: tv"),
         ("objective={kind: quatro, max_eta: .inf}", "objective.max_eta=inf: must be a finite number"),
         ("verifier.exhausted_reward=.nan", "must be a finite number"),
         ("generator.top_p=0.9", "generator.top_p=0.9: must be 1: importance ratios"),

@@ -11,7 +11,7 @@ from torch import Tensor
 from quatro_ray.algorithms.aggregation import BatchSize, aggregate
 from quatro_ray.algorithms.kl_budget import headroom
 from quatro_ray.config import ObjectiveConfig
-from quatro_ray.engines.batches import MicroBatchTensors, make_step_batch, make_token_batch
+from quatro_ray.engines.batches import MicroBatchTensors, TokenBatch, make_step_batch, make_token_batch
 from quatro_ray.engines.objectives import OBJECTIVES, make_objective
 from quatro_ray.replay.packing import pack
 from quatro_ray.replay.staleness import Lineage
@@ -50,8 +50,8 @@ def logprobs_of(theta: Tensor, t: MicroBatchTensors) -> Tensor:
     return torch.log_softmax(theta, dim=-1)[t.position_ids, t.target_ids]
 
 
-def gradient(kind: str, batch: LearnerBatch, theta: Tensor, mode: Any) -> Tensor:
-    objective = make_objective(objective_config(kind))
+def gradient(kind: str, batch: LearnerBatch, theta: Tensor, mode: Any, **settings: Any) -> Tensor:
+    objective = make_objective(objective_config(kind, **settings))
     cpu = torch.device("cpu")
     micro = [MicroBatchTensors.copy_from(m, cpu) for rank in batch.micro_batches for m in rank]
     ratios = [(logprobs_of(theta, t).detach() - t.behavior_logprobs).double()[t.is_response] for t in micro]
@@ -73,8 +73,15 @@ def test_every_kind_of_the_configuration_has_its_objective() -> None:
     assert {get_args(one.model_fields["kind"].annotation)[0] for one in union} == set(OBJECTIVES)
 
 
-@pytest.mark.parametrize("kind", sorted(OBJECTIVES))
-def test_one_two_or_eight_micro_batches_give_equal_gradients(kind: str) -> None:
+@pytest.mark.parametrize(
+    ("kind", "settings"),
+    [
+        *((kind, {}) for kind in sorted(OBJECTIVES)),
+        ("dppo", {"divergence": "kl", "weight_upper": None}),
+        ("drpo", {"threshold": 0.15, "weight_upper": 5.0}),
+    ],
+)
+def test_one_two_or_eight_micro_batches_give_equal_gradients(kind: str, settings: dict[str, Any]) -> None:
     groups = make_groups()
     torch.manual_seed(0)
     theta = torch.randn(12, 10, dtype=torch.float64, requires_grad=True)
@@ -82,7 +89,7 @@ def test_one_two_or_eight_micro_batches_give_equal_gradients(kind: str) -> None:
         gradients = {}
         for limit in (500, 100, 26):
             batch = pack(groups, Lineage.unbroken(VERSION), num_ranks=1, tokens_per_micro_batch=limit)
-            gradients[len(batch.micro_batches[0])] = gradient(kind, batch, theta, mode)
+            gradients[len(batch.micro_batches[0])] = gradient(kind, batch, theta, mode, **settings)
         assert sorted(gradients) == [1, 2, 8]
         whole = gradients.pop(1)
         assert whole.abs().max() > 1e-6
@@ -133,6 +140,10 @@ def test_on_policy_every_objective_makes_the_rewarded_rollout_likelier(kind: str
         ("quatro", {"kl_budget_nats": 0}, "kl_budget_nats"),
         ("grpo", {"clip_low": 1.0}, "clip_low"),
         ("m2po", {"tau": 0}, "tau"),
+        ("dppo", {"threshold": 1.0}, "nothing would be masked"),
+        ("dppo", {"weight_upper": 0.9}, "weight_upper"),
+        ("drpo", {"threshold": 0}, "threshold"),
+        ("drpo", {"weight_upper": 0.9}, "weight_upper"),
     ],
 )
 def test_known_traps_are_refused(kind: str, settings: dict[str, Any], expected: str) -> None:
@@ -143,6 +154,30 @@ def test_known_traps_are_refused(kind: str, settings: dict[str, Any], expected: 
 @pytest.mark.parametrize("kind", sorted(OBJECTIVES))
 def test_every_objective_says_where_it_comes_from(kind: str) -> None:
     assert any(word in (type(objective_config(kind)).__doc__ or "") for word in ("arXiv", "et al.", "REINFORCE"))
+
+
+@pytest.mark.parametrize(
+    ("settings", "limited"),
+    [
+        ({}, [False, True, True, False, True]),
+        ({"divergence": "kl"}, [False, False, True, False, True]),
+        ({"threshold": 0.1, "weight_upper": None}, [True, True, True, False, False]),
+    ],
+)
+def test_dppo_has_the_default_threshold_of_its_divergence(settings: dict[str, Any], limited: list[bool]) -> None:
+    """Three outward tokens shift by 0.14, 0.154, 0.18 (KL 0.041, 0.0498, 0.069); the inward ratios are 4.9 and 5.1."""
+    policy = torch.tensor([0.64, 0.654, 0.68, 0.049, 0.051]).log()
+    tokens = TokenBatch(
+        policy_logprobs=policy,
+        behavior_logprobs=torch.tensor([0.5, 0.5, 0.5, 0.01, 0.01]).log(),
+        advantage=torch.tensor([1.0, 1.0, 1.0, -1.0, -1.0]),
+        is_response=torch.ones(5, dtype=torch.bool),
+        rollout_index=torch.arange(5),
+        staleness=torch.zeros(5, dtype=torch.int64),
+        num_cells=5,
+    )
+    got = make_objective(objective_config("dppo", **settings)).token_loss(tokens, 0.0)
+    assert got.limited.tolist() == limited
 
 
 def test_quatro_reports_per_query() -> None:
