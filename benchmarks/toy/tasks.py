@@ -11,6 +11,7 @@ import reasoning_gym
 import torch
 from torch import Tensor
 
+from benchmarks.toy import chain
 from quatro_ray.config import ChainSumSourceConfig
 from quatro_ray.data.reasoning_gym import chain_sum
 
@@ -18,8 +19,25 @@ NUM_HELD_OUT = 128
 _PALINDROME = 6
 """Number of letters: three pairs, so that up to six answers are correct."""
 _EOS = "$"
+_WRONG_ANSWER_SHARE = 0.3
+_CHAINS = {"chain_60": 60, "chain_250": 250}
+"""Number of states by task."""
 
 Rewards = Callable[[Tensor, Tensor], Tensor]
+Demonstrate = Callable[["Task", Tensor, torch.Generator], Tensor]
+
+
+@dataclass(frozen=True)
+class WarmUp:
+    """The training of a task's starting policy on demonstrations."""
+
+    demonstrate: Demonstrate
+    """Map rows int64 [n] of the task's prompts to responses [n, T], some of them wrong."""
+    num_demonstrations: int
+    """Number of demonstrations in each step."""
+    num_steps: int
+    target: float | None = None
+    """Stop at this share of correct samples; if None, train for all steps, with a learning rate that falls to zero."""
 
 
 @dataclass(frozen=True)
@@ -33,7 +51,11 @@ class Task:
     vocabulary: int
     eos: int
     rewards: Rewards
-    """Map responses [Q, G, T] and answers [Q, T] to float64 [Q, G]; 1 exactly if the library's scorer gives 1."""
+    """Map responses [Q, G, T] and answers [Q, T] to float64 [Q, G].
+
+    The reward is 1 exactly if the library's scorer gives 1, or the last state of a chain is right.
+    """
+    warm_up: WarmUp
 
     @property
     def max_response_tokens(self) -> int:
@@ -53,9 +75,38 @@ def is_palindrome_of_letters(responses: Tensor, answers: Tensor) -> Tensor:
     return (same_letters & ends & (letters == letters.flip(-1)).all(-1)).double()
 
 
+def answer_or_another(task: Task, rows: Tensor, generator: torch.Generator) -> Tensor:
+    """Return the answer [n, T] of each row or, for a share of them, that of a random row."""
+    others = torch.randint(len(task.prompts), rows.shape, generator=generator)
+    wrong = torch.rand(rows.shape, generator=generator) < _WRONG_ANSWER_SHARE
+    return task.answers[torch.where(wrong, others, rows)]
+
+
 @cache
 def make_task(name: str) -> Task:
-    """Return a task of reasoning-gym: `addition` of two two-digit terms, or `palindrome` from given letters."""
+    """Return a task by its name.
+
+    `addition` of two two-digit terms and `palindrome` from given letters are tasks of reasoning-gym. `chain_60` and
+    `chain_250` are chains of thought of that many states.
+    """
+    return _make_chain(_CHAINS[name]) if name in _CHAINS else _make_library_task(name)
+
+
+def _make_chain(num_states: int) -> Task:
+    prompts = chain.all_prompts()
+    prompts = prompts[torch.randperm(len(prompts), generator=torch.Generator().manual_seed(0))]
+    answers = chain.chains(prompts, num_states)
+
+    def demonstrate(task: Task, rows: Tensor, generator: torch.Generator) -> Tensor:
+        return chain.demonstrations(task.prompts[rows], num_states, generator)
+
+    warm_up = WarmUp(demonstrate, num_demonstrations=3000 // num_states, num_steps=5000)
+    n = NUM_HELD_OUT
+    vocabulary = chain.NUM_SYMBOLS + 1
+    return Task(prompts[n:], answers[n:], prompts[:n], answers[:n], vocabulary, chain.EOS, chain.ends_right, warm_up)
+
+
+def _make_library_task(name: str) -> Task:
     pairs, scorer = {"addition": (_addition, is_answer), "palindrome": (_palindrome, is_palindrome_of_letters)}[name]
     rows = pairs()
     random.Random(0).shuffle(rows)
@@ -69,7 +120,8 @@ def make_task(name: str) -> Task:
     prompts = encode([prompt for prompt, _ in rows])
     answers = encode([answer.ljust(answer_length, _EOS) for _, answer in rows])
     n = NUM_HELD_OUT
-    return Task(prompts[n:], answers[n:], prompts[:n], answers[:n], len(symbols), index[_EOS], scorer)
+    warm_up = WarmUp(answer_or_another, num_demonstrations=128, num_steps=6000, target=0.25)
+    return Task(prompts[n:], answers[n:], prompts[:n], answers[:n], len(symbols), index[_EOS], scorer, warm_up)
 
 
 def _addition() -> list[tuple[str, str]]:

@@ -1,4 +1,4 @@
-"""The starting policy: trained on partly wrong demonstrations until a share of its samples is correct."""
+"""The starting policy, trained on partly wrong demonstrations as its task says."""
 
 from __future__ import annotations
 
@@ -11,12 +11,8 @@ from torch import Tensor
 from benchmarks.toy.model import ToyModel
 from benchmarks.toy.tasks import Task, make_task
 
-_TARGET = 0.25
-_WRONG_ANSWER_SHARE = 0.3
-_BATCH = 128
 _LEARNING_RATE = 4e-3
 _CHECK_EVERY = 25
-_MAX_STEPS = 6000
 
 
 def start_policy(task_name: str, seed: int, folder: Path) -> ToyModel:
@@ -37,27 +33,31 @@ def start_policy(task_name: str, seed: int, folder: Path) -> ToyModel:
 
 
 def _warm_up(model: ToyModel, task: Task, seed: int) -> None:
+    recipe = task.warm_up
     generator = torch.Generator().manual_seed(seed)
     optimizer = torch.optim.AdamW(model.parameters(), lr=_LEARNING_RATE, weight_decay=0.01)
-    for step in range(1, _MAX_STEPS + 1):
+    for step in range(1, recipe.num_steps + 1):
+        if recipe.target is None:
+            # constant in the first half, then linear to zero
+            optimizer.param_groups[0]["lr"] = _LEARNING_RATE * min(1.0, 2 * (1 - step / recipe.num_steps))
         loss = _loss(model, task, generator)
         optimizer.zero_grad()
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
-        if step % _CHECK_EVERY == 0 and _pass_rate(model, task, generator) >= _TARGET:
+        if recipe.target is None or step % _CHECK_EVERY:
+            continue
+        if _pass_rate(model, task, generator) >= recipe.target:
             return
 
 
 def _loss(model: ToyModel, task: Task, generator: torch.Generator) -> Tensor:
-    rows = torch.randint(len(task.prompts), (_BATCH,), generator=generator)
-    others = torch.randint(len(task.prompts), (_BATCH,), generator=generator)
-    wrong = torch.rand(_BATCH, generator=generator) < _WRONG_ANSWER_SHARE
-    answers = task.answers[torch.where(wrong, others, rows)]
-    logprobs = model.score(task.prompts[rows], answers[:, None])[:, 0]
+    rows = torch.randint(len(task.prompts), (task.warm_up.num_demonstrations,), generator=generator)
+    demonstrations = task.warm_up.demonstrate(task, rows, generator)
+    logprobs = model.score(task.prompts[rows], demonstrations[:, None])[:, 0]
     # the first eos is part of the answer, later ones are padding
-    counted = (answers == task.eos).cumsum(1) <= 1
-    return F.nll_loss(logprobs[counted], answers[counted])
+    counted = (demonstrations == task.eos).cumsum(1) <= 1
+    return F.nll_loss(logprobs[counted], demonstrations[counted])
 
 
 def _pass_rate(model: ToyModel, task: Task, generator: torch.Generator) -> float:
