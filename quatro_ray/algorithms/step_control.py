@@ -2,9 +2,9 @@
 
 Adaptive optimisers erase the scale of the loss, so no loss bounds the step by itself. After the step, the realised
 KL(π_k ‖ π_k+1) per token of each query q is compared with its budget min(ε_max, ε_window/(1 + s_q)): an old sample
-says less about where the policy may go, and drift adds up while samples wait. KL is quadratic in a small step, so the
-step fits its budget after moving back to the fraction α = (KL/budget)^(−1/2). Measuring starts at the fraction that
-the step before kept, so one measurement is mostly enough.
+says less about where the policy may go, and drift adds up while samples wait. Step control searches for the longest
+fraction α of the step that fits the budget. Measuring starts at the fraction that the step before kept, so one
+measurement is mostly enough.
 
 Source: quatro_ray, docs/algorithm.md; moving back along a step to meet a KL bound is the line search of TRPO
 (arXiv 1502.05477, appendix C). Shape letters: N tokens, B rollouts, Q queries.
@@ -23,11 +23,15 @@ from quatro_ray.algorithms.importance import sequence_sums, truncated
 from quatro_ray.errors import TrainingDiverged
 
 _WEIGHT_TRUNCATION = 2.0
-_MAX_PASSES = 3
+_MAX_PASSES = 8
 _ENOUGH = (0.8, 1.05)
 """Range of KL over budget within which a step that was moved back stays as it is."""
-_TRUSTED = (0.5, 2.0)
-"""Range of the factor of a move within which the quadratic law is trusted; outside it, KL is measured again."""
+_TRUSTED_SHARE = 2.0
+"""KL over budget up to which moving back by its root is not measured: the KL is convex in α and 0 at 0, so it falls at
+least in proportion, and ends at most √2 above its budget."""
+_LARGEST_DECREASE = 0.01
+_SMALLEST_KEPT = 1e-4
+_LARGEST_POWER = 8.0
 
 
 @torch.no_grad()
@@ -106,9 +110,9 @@ class StepReport:
     Attributes:
         kl_nats: float64 [Q], KL of the part of the step that was kept, nats per token.
         budget_nats: float64 [Q], nats per token.
-        share_of_budget: KL over budget of the whole step that the optimiser made, by the quadratic law.
+        share_of_budget: KL over budget of the part of the step that was kept.
         kept: fraction α of the step; 1 if control did not act.
-        num_passes: measurements made.
+        num_passes: measurements made after the step.
     """
 
     kl_nats: Tensor
@@ -129,6 +133,47 @@ class StepReport:
         }
 
 
+@dataclass(frozen=True)
+class _Measured:
+    """The KL at a fraction of the step, and its share of the budget."""
+
+    kept: float
+    share: float
+    probe: ProbeKl
+
+
+class _Bracket:
+    """Measurements of one step: the longest fraction that fits its budget, and the shortest that does not."""
+
+    def __init__(self) -> None:
+        self.fits: _Measured | None = None
+        self._exceeds: _Measured | None = None
+
+    def add(self, measured: _Measured) -> None:
+        if measured.share <= _ENOUGH[1]:
+            self.fits = measured
+            if self._exceeds and self._exceeds.kept <= measured.kept:
+                self._exceeds = None
+        else:
+            self._exceeds = measured
+            if self.fits and self.fits.kept >= measured.kept:
+                self.fits = None
+
+    def next(self, last: _Measured) -> float:
+        """Return the fraction at which a power law through the measurements uses up the budget, in (0, 1].
+
+        With one measurement the law is quadratic, as it is for small steps.
+        """
+        if self.fits and self._exceeds:
+            # between two measurements the fraction stays inside, so that every pass narrows the bracket
+            rise = math.log(self._exceeds.share / max(self.fits.share, 1e-12))
+            low, width = self.fits.kept, math.log(self._exceeds.kept / self.fits.kept)
+            power = min(max(rise / width, 1.0), _LARGEST_POWER)
+            guess = -math.log(max(self.fits.share, 1e-12)) / power
+            return low * math.exp(min(max(guess, 0.1 * width), 0.9 * width))
+        return min(1.0, last.kept / math.sqrt(max(last.share, 1e-12)))
+
+
 class StepControl:
     """The controller of a run's steps.
 
@@ -143,37 +188,61 @@ class StepControl:
     def control(self, measure: Callable[[], ProbeKl], move_to: Callable[[float], None]) -> StepReport:
         """Move the weights back as far as the budget demands; call it after the optimiser's step.
 
+        The step ends at a measured fraction, or a little below one: never at a longer one that was not measured.
+
         Args:
             measure: returns the KL between the weights before the step and the present ones, the same on every rank.
             move_to: sets the weights to start + α·(stepped − start), given α.
 
         Raises:
-            TrainingDiverged: the KL is not finite, so no fraction of the step is known to be safe.
+            TrainingDiverged: the KL is not finite, or no part of the step that is worth taking fits the budget.
         """
         kept = self.kept
         if kept < 1:
             move_to(kept)
+        bracket = _Bracket()
         num_passes = 0
         while num_passes < _MAX_PASSES:
-            probe, measured_at = measure(), kept
             num_passes += 1
-            share = probe.share_of_budget(self._limits)
-            if not math.isfinite(share):
-                raise TrainingDiverged(
-                    f"the policy after the optimiser's step has a KL of {share} times its budget: lower "
-                    "learner.learning_rate"
-                )
-            if share <= _ENOUGH[1] and (kept == 1 or share >= _ENOUGH[0]):
+            last = self._measured(kept, measure())
+            bracket.add(last)
+            if last.share <= _ENOUGH[1] and (kept == 1 or last.share >= _ENOUGH[0]):
                 break
-            kept = min(1.0, kept * max(share, 1e-12) ** -0.5)
+            if last.kept <= _SMALLEST_KEPT:
+                raise _frozen(last)
+            kept = max(bracket.next(last), _LARGEST_DECREASE * last.kept, _SMALLEST_KEPT)
             move_to(kept)
-            if _TRUSTED[0] <= kept / measured_at <= _TRUSTED[1]:
+            if 1 < last.share <= _TRUSTED_SHARE and kept <= last.kept * last.share**-0.5:
                 break
+        else:
+            if bracket.fits is None:
+                raise _frozen(last)
+            last = bracket.fits
+            kept = last.kept
+            move_to(kept)
         self.kept = kept
+        by_law = (kept / last.kept) ** 2  # 1 unless the last move was not measured
         return StepReport(
-            kl_nats=probe.kl_nats * (kept / measured_at) ** 2,
-            budget_nats=self._limits.budget(probe.staleness),
-            share_of_budget=share / measured_at**2,
+            kl_nats=last.probe.kl_nats * by_law,
+            budget_nats=self._limits.budget(last.probe.staleness),
+            share_of_budget=last.share * by_law,
             kept=kept,
             num_passes=num_passes,
         )
+
+    def _measured(self, kept: float, probe: ProbeKl) -> _Measured:
+        share = probe.share_of_budget(self._limits)
+        if not math.isfinite(share):
+            raise TrainingDiverged(
+                f"the policy after the optimiser's step has a KL of {share} times its budget: lower "
+                "learner.learning_rate"
+            )
+        return _Measured(kept, share, probe)
+
+
+def _frozen(last: _Measured) -> TrainingDiverged:
+    return TrainingDiverged(
+        f"{last.kept:.2g} of the optimiser's step still has a KL of {last.share:.3g} times its budget, so training "
+        "would stand still: lower learner.learning_rate; if that does not help, forward passes of the same weights "
+        "differ by more than the budget, so raise learner.step_control.max_kl_nats_per_token"
+    )
