@@ -15,10 +15,9 @@ from torch import Tensor
 
 from benchmarks.toy.model import ToyModel
 from benchmarks.toy.tasks import Task
-from quatro_ray.algorithms.aggregation import BatchSize, aggregate
+from benchmarks.whole_batch import loss_of
 from quatro_ray.algorithms.step_control import ProbeKl, StepControl, StepLimits, StepReport, rollout_kl
 from quatro_ray.config import LearnerConfig, ObjectiveConfig
-from quatro_ray.engines.batches import StepBatch, TokenBatch
 from quatro_ray.engines.objectives import make_objective
 from quatro_ray.evaluation.metrics import pass_at_k
 
@@ -79,14 +78,19 @@ class ToyTrainer:
         batch = self._waiting.popleft()
         start = [p.detach().clone() for p in self.model.parameters()]
         policy_logprobs, entropy = self._score(batch)
-        loss = self._loss(batch, policy_logprobs)
-        self._optimizer.zero_grad()
-        loss.backward()
-        torch.nn.utils.clip_grad_norm_(self.model.parameters(), self._learner.max_grad_norm)
-        warm = min(1.0, (self.version + 1) / _LR_WARMUP_STEPS)
-        self._optimizer.param_groups[0]["lr"] = self._learner.learning_rate * warm
-        self._optimizer.step()
-        report = self._control(batch, policy_logprobs.detach(), start)
+        loss, prepared = loss_of(
+            self._objective,
+            policy_logprobs=policy_logprobs,
+            behavior_logprobs=batch.logprobs,
+            counted=batch.counted,
+            rewards=batch.rewards,
+            staleness=self.version - batch.version,
+            mode=self._learner.loss_agg_mode,
+        )
+        report = None
+        if prepared.is_informative:
+            self._optimizer_step(loss)
+            report = self._control(batch, policy_logprobs.detach(), start)
         self.version += 1
         return {
             "reward": float(batch.rewards.mean()),
@@ -95,6 +99,14 @@ class ToyTrainer:
             "share_of_budget": report.share_of_budget if report else 0.0,
         }
 
+    def _optimizer_step(self, loss: Tensor) -> None:
+        self._optimizer.zero_grad()
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(self.model.parameters(), self._learner.max_grad_norm)
+        warm = min(1.0, (self.version + 1) / _LR_WARMUP_STEPS)
+        self._optimizer.param_groups[0]["lr"] = self._learner.learning_rate * warm
+        self._optimizer.step()
+
     def _score(self, batch: Samples) -> tuple[Tensor, float]:
         """Return log-probs [Q, G, T] of the responses, 0 if not counted, and the mean entropy in nats per token."""
         distribution = self.model.score(batch.prompts, batch.responses)
@@ -102,29 +114,6 @@ class ToyTrainer:
         with torch.no_grad():
             entropy = -(distribution.exp() * distribution).sum(-1)[batch.counted].mean()
         return torch.where(batch.counted, chosen, 0.0), float(entropy)
-
-    def _loss(self, batch: Samples, policy_logprobs: Tensor) -> Tensor:
-        counted, flat = batch.counted.flatten(), policy_logprobs.flatten()
-        index = torch.arange(batch.rewards.numel()).repeat_interleave(batch.counted.shape[-1])
-        behavior = batch.logprobs.flatten()
-        staleness = torch.full_like(index, self.version - batch.version)
-        valid = torch.ones_like(batch.rewards, dtype=torch.bool)
-        log_ratio = (flat.detach() - behavior).double()[counted]
-        step_batch = StepBatch(batch.rewards, valid, index[counted], staleness[counted], log_ratio)
-        prepared = self._objective.prepare(step_batch)
-        tokens = TokenBatch(
-            policy_logprobs=flat,
-            behavior_logprobs=behavior,
-            advantage=prepared.advantage.flatten()[index].float(),
-            is_response=counted,
-            rollout_index=torch.where(counted, index, -1),
-            staleness=staleness,
-            num_cells=batch.rewards.numel(),
-        )
-        per_token, _ = self._objective.token_loss(tokens, prepared.constant)
-        size = BatchSize(int(counted.sum()), batch.rewards.numel(), batch.rewards.numel(), batch.counted.shape[-1])
-        mode = self._learner.loss_agg_mode or self._objective.loss_agg_mode
-        return aggregate(per_token, counted, tokens.rollout_index, mode, size)
 
     @torch.no_grad()
     def _control(self, batch: Samples, start_logprobs: Tensor, start: list[Tensor]) -> StepReport | None:

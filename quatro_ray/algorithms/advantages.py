@@ -7,12 +7,15 @@ hold part of one; losses only look them up. Shape letters: Q queries, G rollouts
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal
 
 import torch
 from torch import Tensor
 
 from quatro_ray.algorithms import trust_region
+
+_MAX_GAP_NATS = 20.0
+"""Cap on η in units of 1/(max r − min r): the largest gap between two targets of a group. It binds only if the best
+rewards of a group are nearly equal, where the solution would go to infinity."""
 
 
 @dataclass(frozen=True)
@@ -21,12 +24,12 @@ class QuatroAdvantages:
 
     Attributes:
         advantage: float64 [Q, G], nats; 0 where invalid.
-        realised_kl_nats: float64 [Q], see `realised_kl`.
+        stabilizer: float64 [Q], in [0, 1], weight of −log ρ_t in the advantage of a token.
         solution: the trust region's solution, from which the targets were taken.
     """
 
     advantage: Tensor
-    realised_kl_nats: Tensor
+    stabilizer: Tensor
     solution: trust_region.Solution
 
 
@@ -54,60 +57,29 @@ def realised_kl(sequence_log_ratio: Tensor, valid: Tensor) -> Tensor:
 
 @torch.no_grad()
 def quatro(
-    rewards: Tensor,
-    valid: Tensor,
-    sequence_log_ratio: Tensor,
-    *,
-    kl_budget_nats: Tensor | float,
-    max_eta: Tensor | float,
-    stabilizer: Literal["active", "always"],
+    rewards: Tensor, valid: Tensor, *, tilt_budget_nats: Tensor, drift_nats: Tensor, drift_radius_nats: Tensor
 ) -> QuatroAdvantages:
-    """Return the residuals A_i = (t_i − mean t) − log ρ_i of QUATRO (arXiv 2602.04620): the gradient of KL(π_θ ‖ π*).
+    """Return the centred targets t_i − mean t of QUATRO (arXiv 2602.04620), and the weights of its stabiliser.
 
+    The advantage of a token is t_i − mean t − c_q log ρ_t: what the group says, less what the policy has moved already.
     The targets t_i of a group sum to less than zero, which would push against everything sampled; centring removes
-    that. The term −log ρ_i is the stabiliser.
+    that. c_q = min(1, drift/radius) is the gradient of the penalty drift²/(2 · radius) until the radius is reached; at
+    1 the advantage is the residual of the exact solution, which vanishes at π*.
 
     Args:
         rewards: [Q, G].
         valid: bool [Q, G].
-        sequence_log_ratio: [Q, G], log ρ_i = log π_θ(y_i) − log β(y_i), nats.
-        kl_budget_nats: [Q] or one number, > 0, nats per response.
-        max_eta: [Q] or one number, > 0, cap on η = 1/λ, in 1/reward.
-        stabilizer: "always" applies −log ρ_i to every query; "active" only to queries whose realised KL exceeds
-            their budget (complementary slackness), so that zero-variance groups within it get no push.
+        tilt_budget_nats: [Q], ε_q, the KL of the targets, nats per response; any value where all rewards are equal.
+        drift_nats: [Q], KL(β ‖ π_θ) since sampling, nats per response.
+        drift_radius_nats: [Q], > 0, drift at which the stabiliser has its full weight, nats per response.
     """
-    solution = trust_region.solve(rewards, valid, kl_budget_nats, max_eta)
+    span = torch.where(valid, rewards, -torch.inf).amax(1) - torch.where(valid, rewards, torch.inf).amin(1)
+    differs = span > 0
+    cap = torch.where(differs, _MAX_GAP_NATS / span.double(), 1.0)
+    solution = trust_region.solve(rewards, valid, torch.where(differs, tilt_budget_nats, 1.0), cap)
     target = solution.target_log_ratio
-    centred = target - group_mean(target, valid)[:, None]
-    log_ratio = sequence_log_ratio.to(torch.float64)
-    divergence = realised_kl(log_ratio, valid)
-    acts = torch.ones_like(divergence) if stabilizer == "always" else (divergence > kl_budget_nats).to(torch.float64)
-    advantage = torch.where(valid, centred - acts[:, None] * log_ratio, 0.0)
-    return QuatroAdvantages(advantage, divergence, solution)
-
-
-@torch.no_grad()
-def first_order_eta(rewards: Tensor, valid: Tensor, kl_budget_nats: Tensor | float, max_eta: float) -> Tensor:
-    """Return η = min(√(2ε)/std, max_eta), at which the KL to second order, η² std²/2, equals the budget ε.
-
-    η·(r_i − mean r) is then √(2ε) times GRPO's normalised advantage. If failures are rare, the true KL of the sample
-    grows more slowly than its second order, or never reaches ε, and the exact η grows without bound: nearly solved
-    queries would get the largest push, on the evidence of very few failures.
-
-    Source: second-order expansion of the KL in docs/algorithm.md; GRPO, arXiv 2402.03300, section 4.1.2.
-
-    Args:
-        rewards: [Q, G].
-        valid: bool [Q, G].
-        kl_budget_nats: [Q] or one number, > 0, ε in nats per response.
-        max_eta: cap on η, in 1/reward.
-
-    Returns:
-        float64 [Q], 1/reward.
-    """
-    std = group_mean(group_centred(rewards.double(), valid).square(), valid).sqrt()
-    budget = torch.as_tensor(kl_budget_nats, dtype=torch.float64, device=rewards.device)
-    return ((2 * budget).sqrt() / std).clamp(max=max_eta)  # if all rewards are equal, ∞ becomes max_eta
+    centred = torch.where(valid, target - group_mean(target, valid)[:, None], 0.0)
+    return QuatroAdvantages(centred, (drift_nats / drift_radius_nats).clamp(max=1), solution)
 
 
 @torch.no_grad()

@@ -1,6 +1,7 @@
 """The only normalisation: reduces per-token losses to one number over the global batch.
 
-Shape letters: N tokens of packed rollouts (each is whole), B rollouts of the global batch.
+Shape letters: N tokens of packed rollouts (each is whole), B rollouts and Q queries of the global batch, G rollouts of
+a query.
 """
 
 from __future__ import annotations
@@ -12,7 +13,9 @@ from torch import Tensor
 
 from quatro_ray.algorithms.importance import sequence_sums
 
-AggregationMode = Literal["token_mean", "seq_mean_token_sum", "seq_mean_token_mean", "seq_mean_token_sum_norm"]
+AggregationMode = Literal[
+    "token_mean", "prompt_mean", "seq_mean_token_sum", "seq_mean_token_mean", "seq_mean_token_sum_norm"
+]
 
 
 @dataclass(frozen=True)
@@ -20,13 +23,13 @@ class BatchSize:
     """Size of the global batch; dividing by it makes the loss independent of the split into micro-batches and ranks.
 
     Attributes:
-        num_tokens: response tokens.
+        tokens_per_query: [Q], response tokens of each query's rollouts.
         num_rollouts: B.
         num_cells: Q·G, the number of values that `rollout_index` may take.
         max_response_tokens: length of the longest possible response, in tokens.
     """
 
-    num_tokens: int
+    tokens_per_query: Tensor
     num_rollouts: int
     num_cells: int
     max_response_tokens: int
@@ -37,7 +40,9 @@ def aggregate(
 ) -> Tensor:
     """Return this micro-batch's share of the global loss; shares add up over micro-batches and ranks.
 
-    Modes, with Σ over response tokens: token_mean is Σ/num_tokens (DAPO, arXiv 2503.14476, eq. 8);
+    Modes, with Σ over response tokens: token_mean is Σ divided by all response tokens (DAPO, arXiv 2503.14476, eq. 8);
+    prompt_mean divides by the response tokens of the query and by Q, so that queries weigh the same at any length
+    (ScaleRL, arXiv 2510.13786, section 3.2);
     seq_mean_token_mean is (1/B) Σ_i (1/|y_i|) Σ_t (GRPO, arXiv 2402.03300, eq. 3); seq_mean_token_sum is Σ/B
     (REINFORCE, Williams 1992); seq_mean_token_sum_norm is Σ/(B · max_response_tokens) (Dr. GRPO, arXiv 2503.20783,
     section 3.1).
@@ -46,12 +51,17 @@ def aggregate(
         per_token: [N], losses.
         is_response: bool [N].
         rollout_index: int64 [N], −1 for padding.
-        mode: one of the four above.
+        mode: one of the five above.
         size: that of the global batch.
     """
     values = per_token * is_response
     if mode == "token_mean":
-        return values.sum() / size.num_tokens
+        return values.sum() / size.tokens_per_query.sum().to(values.dtype)
+    if mode == "prompt_mean":
+        num_queries = len(size.tokens_per_query)
+        query = rollout_index.clamp(min=0) // (size.num_cells // num_queries)
+        per_query = size.tokens_per_query.to(values.dtype).clamp(min=1)
+        return (values / per_query[query]).sum() / num_queries
     if mode == "seq_mean_token_mean":
         lengths = sequence_sums(is_response.to(values.dtype), rollout_index, size.num_cells)
         values = values / lengths.clamp(min=1)[rollout_index.clamp(min=0)]

@@ -1,79 +1,67 @@
-"""ε_q, the radius of a query's trust region, in nats per response.
+"""The two radii of a query: how far one group may tilt the policy, and how far the policy may drift from its samples.
 
-Shape letters: Q queries, G rollouts of a query.
+They have different units. What a group of G samples can say is bounded by log G whatever the length of a response.
+Drift adds up over tokens and over optimiser steps. Shape letters: Q queries, G rollouts of a query, M response tokens.
 """
 
 from __future__ import annotations
-
-from typing import Literal
 
 import torch
 from torch import Tensor
 
 from quatro_ray.algorithms.advantages import group_mean
-from quatro_ray.algorithms.importance import effective_sample_share
 
 
 @torch.no_grad()
-def kl_budget(
-    base_nats: float,
-    *,
-    unit: Literal["response", "token"],
-    staleness_exponent: float,
-    shrink_by_ess: bool,
-    headroom_exponent: float,
-    rewards: Tensor,
-    lengths: Tensor,
-    staleness: Tensor,
-    sequence_log_ratio: Tensor,
-    valid: Tensor,
-) -> Tensor:
-    """Return ε_q = base · (mean length, if per token) · (1 + s_q)^a · max(1, 2 h_q)^b · (ESS_q/G, if asked).
+def tilt_budget(rewards: Tensor, valid: Tensor, share: float) -> Tensor:
+    """Return ε_q = share · log(G/k), k being the number of rollouts that have the best reward of their group.
 
-    The policy drifts with every step after sampling, and drift uses up the region even if a query has nothing left
-    to teach; the staleness factor gives old samples room for it. The effective sample size takes room away if few of
-    the samples still represent π_θ.
+    log(G/k) is the largest KL(w ‖ uniform) that any η reaches: all weight is on the best rollouts. So every group whose
+    rewards differ has an η at which the budget is met exactly, at any length of the responses.
 
-    Source: quatro_ray, docs/algorithm.md; a = b = 0 without the ESS is the fixed ε of QUATRO (arXiv 2602.04620).
+    Source: quatro_ray, docs/algorithm.md.
 
     Args:
-        base_nats: nats per response, or per token if `unit` is "token".
-        unit: "token" multiplies the budget by the mean length of the query's responses.
-        staleness_exponent: a.
-        shrink_by_ess: whether to multiply by ESS_q/G, the effective sample size as a share of the group.
-        headroom_exponent: b; 0 ignores the rewards.
         rewards: [Q, G].
-        lengths: [Q, G], response tokens.
-        staleness: [Q], s_q, mean over the query's response tokens, optimiser steps.
-        sequence_log_ratio: [Q, G], log π_θ(y_i) − log β(y_i), nats.
         valid: bool [Q, G].
+        share: κ, in (0, 1).
 
     Returns:
-        float64 [Q], nats per response.
+        float64 [Q], nats per response; 0 if all rewards of a group are equal.
     """
-    budget = base_nats * (1 + staleness.double()) ** staleness_exponent
-    budget = budget * (2 * headroom(rewards, valid)).clamp(min=1) ** headroom_exponent
-    if unit == "token":
-        budget = budget * group_mean(lengths.double(), valid)
-    if shrink_by_ess:
-        # a common factor of the weights cancels, so the largest is divided out before exp, which then cannot overflow
-        top = torch.where(valid, sequence_log_ratio.double(), -torch.inf).amax(1, keepdim=True)
-        budget = budget * effective_sample_share((sequence_log_ratio.double() - top).exp(), valid)
-    return budget
+    best = torch.where(valid, rewards.double(), -torch.inf).amax(1, keepdim=True)
+    is_best = (rewards == best) & valid
+    return -share * group_mean(is_best.double(), valid).log()
 
 
-def headroom(rewards: Tensor, valid: Tensor) -> Tensor:
-    """Return h_q = (max r − mean r)/(max r − min r) of each group, [Q] in [0, 1): for binary rewards, the failure rate.
+@torch.no_grad()
+def drift_radius(nats_per_token: float, staleness_exponent: float, lengths: Tensor, staleness: Tensor) -> Tensor:
+    """Return ε_0 · (mean length) · (1 + s_q)^a, the room for drift since sampling, float64 [Q], nats per response.
 
-    It is 0 if all rewards of a group are equal, because such a group prefers nothing. Source: quatro_ray,
-    docs/algorithm.md.
+    The policy drifts with every token and every step after sampling, even if a query has nothing left to teach.
+
+    Source: quatro_ray, docs/algorithm.md.
 
     Args:
-        rewards: [Q, G].
-        valid: bool [Q, G].
+        nats_per_token: ε_0.
+        staleness_exponent: a.
+        lengths: [Q], mean response tokens of the query's rollouts.
+        staleness: [Q], s_q, mean over the query's response tokens, optimiser steps.
     """
-    rewards = rewards.double()
-    best = torch.where(valid, rewards, -torch.inf).amax(1)
-    worst = torch.where(valid, rewards, torch.inf).amin(1)
-    missing = (best - group_mean(rewards, valid)) / (best - worst)
-    return torch.where(best > worst, missing, 0.0)
+    return nats_per_token * lengths.double() * (1 + staleness.double()) ** staleness_exponent
+
+
+@torch.no_grad()
+def token_drift(log_ratio: Tensor) -> Tensor:
+    """Estimate KL(β ‖ π) of each token: ρ − 1 − log ρ, or ½ log² ρ if the token has become likelier; float64 [M].
+
+    The two agree to second order. The second one grows slowly, so one token whose ratio is far off cannot decide what
+    the drift of its query is.
+
+    Source: the estimators k3 and k2 of Schulman 2020, "Approximating KL divergence" (joschu.net/blog/kl-approx.html).
+
+    Args:
+        log_ratio: [M], log ρ_t = log π(y_t)/β(y_t), nats.
+    """
+    x = log_ratio.double()
+    return torch.where(x > 0, x.square() / 2, torch.expm1(x) - x)

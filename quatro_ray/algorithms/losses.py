@@ -31,17 +31,31 @@ class TokenLoss(NamedTuple):
     limited: Tensor
 
 
-def quatro(policy_logprobs: Tensor, advantage: Tensor, log_weight: Tensor, *, truncation: float) -> TokenLoss:
-    """Return −w_t A_i log π_θ(y_t), with w_t = min(π_θ/β, truncation) and A_i detached; QUATRO, arXiv 2602.04620.
+def quatro(
+    policy_logprobs: Tensor,
+    behavior_logprobs: Tensor,
+    advantage: Tensor,
+    stabilizer: Tensor,
+    log_weight: Tensor,
+    *,
+    truncation: float,
+) -> TokenLoss:
+    """Return −w_t (A_i − c_q log ρ_t) log π_θ(y_t), with w_t = min(π_θ/β, truncation); QUATRO, arXiv 2602.04620.
+
+    Everything but the last factor is detached. The log-ratio is that of the token alone: the sum over a response of
+    thousands of tokens has a variance that drowns the advantage (docs/algorithm.md).
 
     Args:
         policy_logprobs: [N], log π_θ(y_t), nats, with gradient.
-        advantage: [N], residual of the token's rollout (algorithms/advantages.py).
+        behavior_logprobs: [N], log β(y_t), nats, recorded when the token was sampled.
+        advantage: [N], centred target of the token's rollout, nats (algorithms/advantages.py).
+        stabilizer: [N], c_q of the token's query, in [0, 1].
         log_weight: [N], log π_θ/β in nats, at the configured level (algorithms/importance.py:leveled).
         truncation: upper bound of w_t.
     """
     weight, cut = importance.truncated(log_weight.detach(), truncation)
-    return TokenLoss(-weight * advantage * policy_logprobs, cut)
+    log_ratio = policy_logprobs.detach() - behavior_logprobs
+    return TokenLoss(-weight * (advantage - stabilizer * log_ratio) * policy_logprobs, cut)
 
 
 def clipped(

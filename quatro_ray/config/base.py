@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Self
+from typing import Annotated, ClassVar, Self
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, model_validator
 
@@ -20,6 +20,9 @@ class BrokenRules(ValueError):
 
 class Section(BaseModel):
     """One section of the configuration; a component receives its own section, never the whole."""
+
+    removed: ClassVar[Mapping[str, str]] = {}
+    """Fields of earlier releases, with what takes their place."""
 
     model_config = ConfigDict(
         extra="forbid", frozen=True, use_attribute_docstrings=True, protected_namespaces=(), allow_inf_nan=False

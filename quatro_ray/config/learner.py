@@ -8,7 +8,9 @@ from pydantic import Field
 
 from quatro_ray.config.base import Section
 
-AggregationMode = Literal["token_mean", "seq_mean_token_sum", "seq_mean_token_mean", "seq_mean_token_sum_norm"]
+AggregationMode = Literal[
+    "token_mean", "prompt_mean", "seq_mean_token_sum", "seq_mean_token_mean", "seq_mean_token_sum_norm"
+]
 
 
 class StepControlConfig(Section):
@@ -50,9 +52,9 @@ class LearnerConfig(Section):
     logprob_chunk_tokens: int = Field(1024, ge=1)
     """Tokens whose logits exist at the same time. Lower it if the vocabulary is large and memory runs out."""
     loss_agg_mode: AggregationMode | None = None
-    """How the per-token losses of the global batch become one number: token_mean; seq_mean_token_sum;
-    seq_mean_token_mean; or seq_mean_token_sum_norm (divides by the longest response allowed). null: as in the
-    objective's paper."""
+    """How the per-token losses of the global batch become one number: token_mean; prompt_mean (queries weigh the same
+    at any length); seq_mean_token_sum; seq_mean_token_mean; or seq_mean_token_sum_norm (divides by the longest response
+    allowed). null: that of the objective's paper."""
     step_control: StepControlConfig = StepControlConfig()
     """Limit on how far one step may move the policy."""
     reference_kl_coef: float = Field(0.0, ge=0)

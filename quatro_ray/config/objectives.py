@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import Annotated, Literal
+from typing import Annotated, ClassVar, Literal
 
 from pydantic import Field
 
@@ -22,31 +22,32 @@ class ImportanceConfig(Section):
     """Upper bound of a weight; a bound below 1 would shrink on-policy samples. Lower it if gradients are noisy."""
 
 
+_SPLIT = "set tilt_share for how far one group may tilt the policy, drift_nats_per_token for how far it may drift"
+
+
 class QuatroConfig(Section):
     """Exact per-query trust region around the policy that sampled. arXiv 2602.04620; docs/algorithm.md."""
 
+    removed: ClassVar = {
+        "kl_budget_nats": _SPLIT,
+        "kl_budget_unit": _SPLIT,
+        "headroom_exponent": "tilt_share gives hard queries more room by itself",
+        "shrink_by_ess": "drift_nats_per_token limits drift, which is what lowered the effective sample size",
+        "max_eta": "tilt_share bounds every target, on any scale of rewards",
+        "eta_cap": "tilt_share bounds every target, on any scale of rewards",
+        "stabilizer": "the stabiliser grows with drift; set drift_nats_per_token",
+    }
+
     kind: Literal["quatro"]
-    kl_budget_nats: float = Field(0.006, gt=0)
-    """ε_0: radius of a query's trust region on fresh samples, in nats per kl_budget_unit. Raise it for faster, riskier
-    steps."""
-    kl_budget_unit: Literal["response", "token"] = "token"
-    """Unit of the budget. token: it is multiplied by the mean length of the query's responses, as drift is."""
+    tilt_share: float = Field(0.3, gt=0, lt=1)
+    """κ: the targets of a query have a KL of κ log(G/k) nats a response, k of its G rollouts having the best reward.
+    log(G/k) is the most that a group allows. Lower it to keep more entropy."""
+    drift_nats_per_token: float = Field(0.006, gt=0)
+    """ε_0: KL since sampling at which the stabiliser has its full weight, on fresh samples, in nats per token. Lower it
+    to hold the policy closer to its samples."""
     staleness_exponent: float = Field(1.0, ge=0, le=2)
-    """Exponent a in ε_q = ε_0 (1 + staleness)^a. 1: room for as many steps as the samples are old. 0: no dependence on
-    versions."""
-    headroom_exponent: float = Field(2.0, ge=0, le=4)
-    """Exponent b: ε_q is multiplied by max(1, 2h)^b, h being the query's failure rate, so hard queries get more room.
-    0: the same room for all."""
-    shrink_by_ess: bool = False
-    """Multiply ε_q by ESS/G, the effective share of the query's samples."""
-    max_eta: float = Field(8.0, gt=0)
-    """Cap on η = 1/λ, in 1/reward; it keeps targets finite if the trust region does not bind."""
-    eta_cap: Literal["first_order", "fixed"] = "first_order"
-    """Further cap on η. first_order: at most √(2ε)/std, so that rare failures are not pushed hardest. fixed: max_eta
-    alone."""
-    stabilizer: Literal["active", "always"] = "always"
-    """Queries whose residuals contain −log ρ_i. always: all. active: only those beyond their budget (complementary
-    slackness)."""
+    """Exponent a: the room for drift is ε_0 (1 + staleness)^a. 1: room for as many steps as the samples are old. 0: no
+    dependence on versions."""
     importance: ImportanceConfig = ImportanceConfig()
     """Weights π_θ/β of the per-token losses."""
 

@@ -144,12 +144,12 @@ class Config(Section):
 
     def _normalisation_suits_the_objective(self) -> Iterator[str]:
         mode = self.learner.loss_agg_mode
-        if self.objective.kind == "dr_grpo" and mode in ("token_mean", "seq_mean_token_mean"):
+        if self.objective.kind == "dr_grpo" and mode in ("token_mean", "prompt_mean", "seq_mean_token_mean"):
             yield (
                 f"learner.loss_agg_mode={mode} divides by response lengths, the bias that dr_grpo removes: "
                 "use seq_mean_token_sum_norm (or leave it out), or objective.kind grpo"
             )
-        if self.objective.kind == "gspo" and mode in ("token_mean", "seq_mean_token_sum", "seq_mean_token_sum_norm"):
+        if self.objective.kind == "gspo" and mode not in (None, "seq_mean_token_mean"):
             yield (
                 f"learner.loss_agg_mode={mode} weights responses by their length, which gspo's loss over whole "
                 "responses does not: use seq_mean_token_mean (or leave it out)"

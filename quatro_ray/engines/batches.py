@@ -6,14 +6,15 @@ Shape letters: Q queries, G rollouts of a query, N tokens of a micro-batch, M re
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from quatro_ray.algorithms import importance
-from quatro_ray.types import LearnerBatch, MicroBatch
+from quatro_ray.algorithms.aggregation import BatchSize
+from quatro_ray.types import LearnerBatch, MicroBatch, StepMetrics
 
 
 @dataclass(frozen=True)
@@ -83,10 +84,32 @@ class StepBatch:
         """Return the mean staleness of each query's response tokens: float64 [Q], optimiser steps."""
         return self.per_rollout(self.staleness).sum(1) / self.lengths().sum(1).clamp(min=1)
 
-    def sequence_log_ratio(self) -> Tensor:
-        """Return log π_k(y_i)/β(y_i): float64 [Q, G], nats; only if the objective needs log-ratios."""
-        assert self.log_ratio is not None
-        return self.per_rollout(self.log_ratio)
+    def size(self, max_response_tokens: int) -> BatchSize:
+        """Return what the loss is divided by; `max_response_tokens` is the length of the longest possible response."""
+        tokens = self.lengths().sum(1)
+        return BatchSize(tokens, int(self.valid.sum()), self.valid.numel(), max_response_tokens)
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """Result of an objective's computation once per step, before any gradient.
+
+    Attributes:
+        advantage: float64 [Q, G].
+        stabilizer: float64 [Q], weight of −log ρ_t in the advantage of a token; 0 if None. Only QUATRO uses it.
+        constant: one number that the token loss needs; only M2PO uses it.
+        diagnostics: metrics of the step, mostly one value per query.
+    """
+
+    advantage: Tensor
+    stabilizer: Tensor | None = None
+    constant: float = 0.0
+    diagnostics: StepMetrics = field(default_factory=dict)
+
+    @property
+    def is_informative(self) -> bool:
+        """Whether the batch prefers any rollout to another. If not, a step would follow noise alone."""
+        return bool(self.advantage.any())
 
 
 @dataclass(frozen=True)
@@ -97,6 +120,7 @@ class TokenBatch:
         policy_logprobs: float32, log π_θ of the targets with gradient; 0 where not `is_response`.
         behavior_logprobs: float32, log β of the targets; 0 where not `is_response`.
         advantage: float32, that of the token's rollout.
+        stabilizer: float32, that of the token's query; see `Prepared`.
         is_response: bool.
         rollout_index: int64, −1 in padding.
         staleness: int64, optimiser steps; 0 where not `is_response`.
@@ -106,6 +130,7 @@ class TokenBatch:
     policy_logprobs: Tensor
     behavior_logprobs: Tensor
     advantage: Tensor
+    stabilizer: Tensor
     is_response: Tensor
     rollout_index: Tensor
     staleness: Tensor
@@ -142,18 +167,22 @@ def make_step_batch(batch: LearnerBatch, log_ratio: Tensor | None, device: torch
     )
 
 
-def make_token_batch(micro: MicroBatchTensors, policy_logprobs: Tensor, advantage: Tensor) -> TokenBatch:
+def make_token_batch(micro: MicroBatchTensors, policy_logprobs: Tensor, prepared: Prepared) -> TokenBatch:
     """Look up the advantage of each token and mask what is no response.
 
     Args:
         micro: N tokens, padding included.
         policy_logprobs: float32 [N], nats, with gradient.
-        advantage: float64 [Q, G].
+        prepared: what the objective computed for the global batch.
     """
+    advantage = prepared.advantage
+    stabilizer = torch.zeros_like(advantage[:, 0]) if prepared.stabilizer is None else prepared.stabilizer
+    cell = micro.rollout_index.clamp(min=0)
     return TokenBatch(
         policy_logprobs=torch.where(micro.is_response, policy_logprobs, 0.0),
         behavior_logprobs=micro.behavior_logprobs,
-        advantage=advantage.flatten()[micro.rollout_index.clamp(min=0)].to(policy_logprobs.dtype),
+        advantage=advantage.flatten()[cell].to(policy_logprobs.dtype),
+        stabilizer=stabilizer[cell // advantage.shape[1]].to(policy_logprobs.dtype),
         is_response=micro.is_response,
         rollout_index=micro.rollout_index,
         staleness=micro.staleness,

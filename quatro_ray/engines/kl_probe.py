@@ -1,68 +1,73 @@
 """KL(π_k ‖ π_k+1) measured on part of the step's batch, with few forward passes and one all-reduce.
 
-Shape letters: N tokens of a packed row, Q queries, G rollouts of a query.
+The same rows are scored before the step and after it, because the kernels of a GPU depend on the shape of their input:
+against log-probs from other rows, the KL of a step of length 0 would not be 0.
+
+Shape letters: N tokens of a row, Q queries, G rollouts of a query.
 """
 
 from __future__ import annotations
 
-import math
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator
 
+import numpy as np
 import torch
 import torch.distributed as dist
+from numpy.typing import NDArray
 from torch import Tensor
 
 from quatro_ray.algorithms.importance import sequence_sums
 from quatro_ray.algorithms.step_control import ProbeKl, rollout_kl
 from quatro_ray.engines.batches import MicroBatchTensors
-
-
-@dataclass(frozen=True)
-class _Row:
-    """Packed rollouts and `start_logprobs`: float32 [N], log π_k of the targets, nats, 0 outside responses."""
-
-    micro: MicroBatchTensors
-    start_logprobs: Tensor
+from quatro_ray.types import LearnerBatch, MicroBatch, RowLayout
 
 
 class Probe:
     """Some rollouts of every query: whole queries, but fewer of them, could miss all those that still change.
 
-    Every rank has the same number of micro-batches, and so takes part in the same number of passes.
+    Every rank has the same number of rows, and so takes part in the same number of passes.
 
     Args:
-        micro_batches: those of this rank.
-        start_logprobs: float32 [N] for each micro-batch: log π_k of the targets, nats, 0 outside responses.
+        batch: the batch of the step, with the micro-batches of every rank.
+        rank: this rank.
         share: fraction of each query's rollouts to measure on, in (0, 1].
-        valid: bool [Q, G].
+        limit: largest number of tokens in a row, padding included.
+        layout: how the model reads a row.
+        device: where the rows are put.
+        logprobs: maps a row to the log-probs of its targets under the present weights, float32 [N], nats, 0 outside
+            responses; a collective. Called here for the log-probs before the step.
     """
 
     def __init__(
-        self, micro_batches: Sequence[MicroBatchTensors], start_logprobs: Sequence[Tensor], share: float, valid: Tensor
+        self,
+        batch: LearnerBatch,
+        rank: int,
+        *,
+        share: float,
+        limit: int,
+        layout: RowLayout,
+        device: torch.device,
+        logprobs: Callable[[MicroBatchTensors], Tensor],
     ) -> None:
-        self._shape = valid.shape
-        per_query = max(1, round(share * self._shape[1]))
-        rows = [_Row(micro, start) for micro, start in zip(micro_batches, start_logprobs, strict=True)]
-        chosen = [_only(row, per_query, self._shape[1]) for row in rows]
-        size = math.ceil(len(rows) / math.ceil(share * len(rows)))
-        self._rows = [_joined(chosen[i : i + size]) for i in range(0, len(rows), size)]
+        self._shape, self._logprobs, self._device = batch.valid.shape, logprobs, device
+        per_query = max(1, round(share * batch.valid.shape[1]))
+        rows = [list(_rows(of_rank, per_query, self._shape[1], limit, layout)) for of_rank in batch.micro_batches]
+        num_rows = max(map(len, rows))
+        own = rows[rank] + [_counting_nothing(batch.micro_batches[rank])] * (num_rows - len(rows[rank]))
+        self._rows = [MicroBatchTensors.copy_from(row, device) for row in own]
+        self._start = [logprobs(row) for row in self._rows]
 
-    def measure(self, logprobs: Callable[[MicroBatchTensors], Tensor], query_staleness: Tensor) -> ProbeKl:
+    def measure(self, query_staleness: Tensor) -> ProbeKl:
         """Compare the present weights with those at the start of the step; a collective.
 
         Args:
-            logprobs: maps a row to log π_k+1 of its targets, float32 [N], nats, 0 outside responses.
             query_staleness: float64 [Q], optimiser steps.
         """
-        num_cells = self._shape.numel()
-        totals = torch.zeros(2, num_cells, dtype=torch.float64, device=query_staleness.device)
-        for row in self._rows:
-            micro = row.micro
-            index, response = micro.rollout_index, micro.is_response
-            totals[0] += rollout_kl(
-                logprobs(micro), row.start_logprobs, micro.behavior_logprobs, response, index, num_cells
-            )
+        num_cells = self._shape[0] * self._shape[1]
+        totals = torch.zeros(2, num_cells, dtype=torch.float64, device=self._device)
+        for row, start in zip(self._rows, self._start, strict=True):
+            index, response = row.rollout_index, row.is_response
+            totals[0] += rollout_kl(self._logprobs(row), start, row.behavior_logprobs, response, index, num_cells)
             totals[1] += sequence_sums(response.double(), index, num_cells)
         dist.all_reduce(totals)
         kl, tokens = totals.view(2, *self._shape).sum(2)
@@ -70,15 +75,41 @@ class Probe:
         return ProbeKl(kl[probed] / tokens[probed], query_staleness[probed])
 
 
-def _only(row: _Row, per_query: int, group_size: int) -> _Row:
-    """Return the first `per_query` rollouts of each query, or the row's first sequence if it has none of them."""
-    index = row.micro.rollout_index
-    kept = (index >= 0) & (index % group_size < per_query)
-    if not kept.any():
-        kept = (row.micro.position_ids == 0).cumsum(0) == 1
-    return _Row(row.micro.select(kept), row.start_logprobs[kept])
+def _rows(
+    micro_batches: tuple[MicroBatch, ...], per_query: int, group_size: int, limit: int, layout: RowLayout
+) -> Iterator[MicroBatch]:
+    """Yield rows of the first `per_query` rollouts of each query, as full as the limit allows."""
+    waiting: list[MicroBatch] = []
+    for sequence in _sequences(micro_batches):
+        if sequence.rollout_index[0] % group_size >= per_query:
+            continue
+        lengths = [len(s.token_ids) for s in (*waiting, sequence)]
+        if (sum(lengths) if layout == "packed" else len(lengths) * max(lengths)) > limit:
+            yield _joined(waiting)
+            waiting = []
+        waiting.append(sequence)
+    if waiting:
+        yield _joined(waiting)
 
 
-def _joined(rows: Sequence[_Row]) -> _Row:
-    joined = MicroBatchTensors.concatenate([row.micro for row in rows])
-    return _Row(joined, torch.cat([row.start_logprobs for row in rows]))
+def _sequences(micro_batches: tuple[MicroBatch, ...]) -> Iterator[MicroBatch]:
+    """Yield each rollout of the rows, without the padding."""
+    for micro in micro_batches:
+        starts = np.flatnonzero(micro.position_ids == 0)
+        for start, end in zip(starts, [*starts[1:], len(micro.position_ids)], strict=True):
+            if micro.rollout_index[start] >= 0:
+                yield MicroBatch(**{name: values[start:end] for name, values in vars(micro).items()})
+
+
+def _joined(sequences: list[MicroBatch]) -> MicroBatch:
+    columns: dict[str, NDArray] = {
+        name: np.concatenate([getattr(s, name) for s in sequences]) for name in vars(sequences[0])
+    }
+    return MicroBatch(**columns)
+
+
+def _counting_nothing(micro_batches: tuple[MicroBatch, ...]) -> MicroBatch:
+    """Return a token that counts nowhere, for a rank that has fewer rows than another."""
+    token = {name: values[:1].copy() for name, values in vars(micro_batches[0]).items()}
+    token |= {"is_response": np.zeros(1, dtype=np.bool_), "rollout_index": np.full(1, -1)}
+    return MicroBatch(**token)

@@ -26,11 +26,11 @@ from quatro_ray.algorithms.aggregation import BatchSize, aggregate
 from quatro_ray.algorithms.step_control import StepControl, StepLimits
 from quatro_ray.config import StepControlConfig
 from quatro_ray.engines import step_metrics, zero_checkpoint
-from quatro_ray.engines.batches import MicroBatchTensors, StepBatch, make_step_batch, make_token_batch
+from quatro_ray.engines.batches import MicroBatchTensors, Prepared, StepBatch, make_step_batch, make_token_batch
 from quatro_ray.engines.kl_probe import Probe
 from quatro_ray.engines.learner_spec import LearnerSpec
 from quatro_ray.engines.model_files import write_model
-from quatro_ray.engines.objectives import Prepared, make_objective
+from quatro_ray.engines.objectives import make_objective
 from quatro_ray.engines.policy import PolicyModel, as_on_disk, load_policy, persistent_buffers
 from quatro_ray.engines.zero_engine import ZeroEngine
 from quatro_ray.engines.zero_step import ZeroStep
@@ -52,6 +52,16 @@ class _Loaded:
     policy: PolicyModel
     engine: ZeroEngine
     reference: ZeroEngine | None
+
+
+@dataclass(frozen=True)
+class _Step:
+    """The parts of a step that all its micro-batches share."""
+
+    whole: StepBatch
+    prepared: Prepared
+    size: BatchSize
+    collector: step_metrics.Collector
 
 
 class LearningEngine:
@@ -185,8 +195,9 @@ class LearningEngine:
     def train_step(self, batch: LearnerBatch, learner_version: int) -> StepMetrics:
         """Attempt one optimiser step and return its metrics, the same on every rank.
 
-        If a loss or gradient is not finite on any rank, all ranks skip the update and `step/skipped` is 1; the
-        version counts the attempt all the same, so that no number ever means two policies.
+        If no query of the batch prefers anything, the weights stay as they are and `step/uninformative` is 1. If a
+        loss or gradient is not finite on any rank, all ranks skip the update and `step/skipped` is 1. The version
+        counts the attempt in both cases, so that no number ever means two policies.
 
         Raises:
             RuntimeError: the batch was made for another version, and training on it would let the ranks drift apart.
@@ -195,53 +206,80 @@ class LearningEngine:
         if learner_version != self.version:
             raise RuntimeError(f"rank {self._rank} is at version {self.version}, asked to train from {learner_version}")
         micro_batches = self._own_rows(batch)
-        step_batch = self._step_batch(batch, micro_batches)
-        prepared = self._objective.prepare(step_batch)
-        collector = step_metrics.Collector(step_batch.valid.numel(), self._device)
-        start_logprobs = []
+        whole = self._step_batch(batch, micro_batches)
+        step = _Step(
+            whole,
+            self._objective.prepare(whole),
+            whole.size(self._spec.max_response_tokens),
+            step_metrics.Collector(whole.valid.numel(), self._device),
+        )
+        update: StepMetrics = {"step/skipped": 0.0, "step/grad_norm": 0.0}
+        learning_rate = engine.optimizer.param_groups[0]["lr"]  # step() sets that of the next step
+        if step.prepared.is_informative:
+            update = self._update(step, batch, micro_batches)
+        else:
+            # a step would come from the optimiser's momentum, or from noise that the optimiser scales up
+            with torch.no_grad():
+                for micro in micro_batches:
+                    self._micro_loss(micro, step)
+        self.version += 1
+        return {
+            **step.collector.reduce(whole.rewards, whole.valid),
+            **step.prepared.diagnostics,
+            **update,
+            "step/uninformative": float(not step.prepared.is_informative),
+            "step/learning_rate": learning_rate,
+            "step/micro_batches_per_rank": float(len(micro_batches)),
+        }
+
+    def _update(self, step: _Step, batch: LearnerBatch, micro_batches: Sequence[MicroBatchTensors]) -> StepMetrics:
+        """Take the optimiser's step, under step control; return the metrics of the update."""
+        engine = self._loaded.engine
+        probe = self._probe(batch) if self._step_control else None
         for number, micro in enumerate(micro_batches, start=1):
             engine.set_gradient_accumulation_boundary(number == len(micro_batches))
-            loss, policy_logprobs = self._micro_loss(micro, prepared, batch, collector)
-            start_logprobs.append(policy_logprobs)
+            loss = self._micro_loss(micro, step)
             # NaN here makes every gradient NaN, and then ZeRO-3 skips the step on all ranks together
             poison = torch.where(torch.isfinite(loss.detach()), 1.0, torch.nan)
             engine.backward(loss * poison * self._config.num_ranks)
-        before = ZeroStep(engine.optimizer) if self._step_control else None
-        learning_rate = engine.optimizer.param_groups[0]["lr"]  # step() sets that of the next step
+        before = ZeroStep(engine.optimizer) if probe else None
         engine.step()
         applied = engine.was_step_applied()
-        metrics = collector.reduce(step_batch.rewards, step_batch.valid) | prepared.diagnostics
-        if self._step_control and before and applied:
-            probe = Probe(micro_batches, start_logprobs, self._config.step_control.probe_share, step_batch.valid)
-            staleness = step_batch.query_staleness()
-            report = self._step_control.control(lambda: probe.measure(self._logprobs, staleness), before.move_to)
-            metrics |= report.metrics()
-        self.version += 1
-        metrics["step/skipped"] = float(not applied)
-        metrics["step/grad_norm"] = float(engine.get_global_grad_norm() or 0.0)
-        metrics["step/learning_rate"] = learning_rate
-        metrics["step/micro_batches_per_rank"] = float(len(micro_batches))
+        metrics: StepMetrics = {
+            "step/skipped": float(not applied),
+            "step/grad_norm": float(engine.get_global_grad_norm() or 0.0),
+        }
+        if self._step_control and probe and before and applied:
+            staleness = step.whole.query_staleness()
+            metrics |= self._step_control.control(lambda: probe.measure(staleness), before.move_to).metrics()
         return metrics
 
-    def _micro_loss(
-        self, micro: MicroBatchTensors, prepared: Prepared, batch: LearnerBatch, collector: step_metrics.Collector
-    ) -> tuple[Tensor, Tensor]:
-        """Return this micro-batch's share of the loss, and the log-probs [N] of its targets without gradient."""
+    def _probe(self, batch: LearnerBatch) -> Probe:
+        return Probe(
+            batch,
+            self._rank,
+            share=self._config.step_control.probe_share,
+            limit=self._config.tokens_per_micro_batch,
+            layout=self.row_layout,
+            device=self._device,
+            logprobs=self._logprobs,
+        )
+
+    def _micro_loss(self, micro: MicroBatchTensors, step: _Step) -> Tensor:
+        """Return this micro-batch's share of the loss."""
         inputs = (micro.token_ids, micro.position_ids, micro.target_ids)
         policy_logprobs, entropy = self._loaded.engine(*inputs)
-        tokens = make_token_batch(micro, policy_logprobs, prepared.advantage)
-        per_token, limited = self._objective.token_loss(tokens, prepared.constant)
+        tokens = make_token_batch(micro, policy_logprobs, step.prepared)
+        per_token, limited = self._objective.token_loss(tokens, step.prepared.constant)
         if (reference := self._loaded.reference) is not None:
             with torch.no_grad():
                 reference_logprobs, _ = reference(*inputs)
             reference_kl = losses.reference_kl(policy_logprobs, reference_logprobs)
             per_token = per_token + self._config.reference_kl_coef * reference_kl
-            collector.add_reference_kl(reference_kl.detach(), tokens.is_response)
-        collector.add(tokens, entropy, per_token.detach(), limited)
+            step.collector.add_reference_kl(reference_kl.detach(), tokens.is_response)
+        step.collector.add(tokens, entropy, per_token.detach(), limited)
         mode = self._config.loss_agg_mode or self._objective.loss_agg_mode
-        size = BatchSize(batch.num_tokens, batch.num_rollouts, tokens.num_cells, self._spec.max_response_tokens)
-        loss = aggregate(per_token, tokens.is_response, tokens.rollout_index, mode, size)
-        return loss, tokens.policy_logprobs.detach()
+        return aggregate(per_token, tokens.is_response, tokens.rollout_index, mode, step.size)
 
     def _step_batch(self, batch: LearnerBatch, micro_batches: Sequence[MicroBatchTensors]) -> StepBatch:
         """Join the global batch, which every rank has whole; only log-ratios take a forward pass, if needed at all."""

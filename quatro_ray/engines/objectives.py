@@ -8,34 +8,21 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 from torch import Tensor
 
 from quatro_ray import config as c
 from quatro_ray.algorithms import advantages, losses
+from quatro_ray.algorithms.advantages import group_mean
 from quatro_ray.algorithms.aggregation import AggregationMode
-from quatro_ray.algorithms.kl_budget import kl_budget
+from quatro_ray.algorithms.kl_budget import drift_radius, tilt_budget, token_drift
 from quatro_ray.algorithms.losses import TokenLoss
-from quatro_ray.algorithms.trust_region import Status
-from quatro_ray.engines.batches import StepBatch, TokenBatch
+from quatro_ray.algorithms.trust_region import Solution, Status
+from quatro_ray.engines.batches import Prepared, StepBatch, TokenBatch
 from quatro_ray.types import StepMetrics
-
-
-@dataclass(frozen=True)
-class Prepared:
-    """Result of an objective's computation once per step, before any gradient.
-
-    Attributes:
-        advantage: float64 [Q, G].
-        constant: one number that the token loss needs; only M2PO uses it.
-        diagnostics: metrics of the step, mostly one value per query.
-    """
-
-    advantage: Tensor
-    constant: float = 0.0
-    diagnostics: StepMetrics = field(default_factory=dict)
 
 
 def _group_normalised(batch: StepBatch) -> Prepared:
@@ -64,54 +51,50 @@ class Objective:
 
 
 def quatro(config: c.QuatroConfig) -> Objective:
-    """Build QUATRO (arXiv 2602.04620): residuals of each query's trust region, and truncated importance weights."""
+    """Build QUATRO (arXiv 2602.04620): targets of each query's trust region, a stabiliser, and truncated weights."""
 
     def loss(t: TokenBatch, _: float) -> TokenLoss:
-        log_weight = t.log_ratio(config.importance.level).detach()
-        return losses.quatro(t.policy_logprobs, t.advantage, log_weight, truncation=config.importance.truncation)
+        return losses.quatro(
+            t.policy_logprobs,
+            t.behavior_logprobs,
+            t.advantage,
+            t.stabilizer,
+            t.log_ratio(config.importance.level),
+            truncation=config.importance.truncation,
+        )
 
-    return Objective(loss, prepare=lambda batch: _quatro_advantages(config, batch), needs_log_ratio=True)
+    prepare = partial(_quatro_advantages, config)
+    return Objective(loss, prepare, needs_log_ratio=True, loss_agg_mode="prompt_mean")
 
 
 def _quatro_advantages(config: c.QuatroConfig, batch: StepBatch) -> Prepared:
-    log_ratio = batch.sequence_log_ratio()
-    budget = kl_budget(
-        config.kl_budget_nats,
-        unit=config.kl_budget_unit,
-        staleness_exponent=config.staleness_exponent,
-        shrink_by_ess=config.shrink_by_ess,
-        headroom_exponent=config.headroom_exponent,
-        rewards=batch.rewards,
-        lengths=batch.lengths(),
-        staleness=batch.query_staleness(),
-        sequence_log_ratio=log_ratio,
-        valid=batch.valid,
+    assert batch.log_ratio is not None
+    budget = tilt_budget(batch.rewards, batch.valid, config.tilt_share)
+    drift = group_mean(batch.per_rollout(token_drift(batch.log_ratio)), batch.valid)
+    lengths = group_mean(batch.lengths(), batch.valid)
+    radius = drift_radius(
+        config.drift_nats_per_token, config.staleness_exponent, lengths.clamp(min=1), batch.query_staleness()
     )
-    max_eta: Tensor | float = config.max_eta
-    if config.eta_cap == "first_order":
-        max_eta = advantages.first_order_eta(batch.rewards, batch.valid, budget, config.max_eta)
     result = advantages.quatro(
-        batch.rewards,
-        batch.valid,
-        log_ratio,
-        kl_budget_nats=budget,
-        max_eta=max_eta,
-        stabilizer=config.stabilizer,
+        batch.rewards, batch.valid, tilt_budget_nats=budget, drift_nats=drift, drift_radius_nats=radius
     )
-    return Prepared(result.advantage, diagnostics=_trust_region_metrics(result, batch.valid, budget))
+    diagnostics = _trust_region_metrics(result.solution, batch.valid) | {
+        "trust_region/drift_nats": drift.tolist(),
+        "trust_region/drift_radius_nats": radius.tolist(),
+        "trust_region/stabilizer": result.stabilizer.tolist(),
+        "trust_region/frac_beyond_radius": float((drift > radius).double().mean()),
+    }
+    return Prepared(result.advantage, result.stabilizer, diagnostics=diagnostics)
 
 
-def _trust_region_metrics(result: advantages.QuatroAdvantages, valid: Tensor, budget: Tensor) -> StepMetrics:
-    """Args: valid: bool [Q, G]; budget: float64 [Q], nats per response."""
-    solution = result.solution
+def _trust_region_metrics(solution: Solution, valid: Tensor) -> StepMetrics:
+    """Args: valid: bool [Q, G]."""
     informative = solution.status != int(Status.VOID)
     metrics: StepMetrics = {
-        "trust_region/kl_budget_nats": budget.tolist(),
         "trust_region/eta": solution.eta[informative].tolist(),
         "trust_region/lambda": (1 / solution.eta)[informative].tolist(),
-        "trust_region/target_kl_nats": solution.kl_nats.tolist(),
+        "trust_region/target_kl_nats": solution.kl_nats[informative].tolist(),
         "trust_region/target_log_ratio": solution.target_log_ratio[valid & informative[:, None]].tolist(),
-        "trust_region/residual": result.advantage[valid].tolist(),
     }
     for status in Status:
         share = (solution.status == int(status)).double().mean()

@@ -6,7 +6,8 @@ import pytest
 import torch
 
 from quatro_ray.algorithms import advantages, importance
-from quatro_ray.algorithms.kl_budget import headroom, kl_budget
+from quatro_ray.algorithms.kl_budget import drift_radius, tilt_budget, token_drift
+from quatro_ray.algorithms.trust_region import Status
 
 
 def test_group_normalised_golden() -> None:
@@ -22,96 +23,92 @@ def test_group_centred_golden_in_a_ragged_group() -> None:
     assert out[0].tolist() == [0.5, -0.5, 0.0, 0.0]
 
 
-def quatro(rewards: torch.Tensor, log_ratio: torch.Tensor, stabilizer: str) -> advantages.QuatroAdvantages:
+def quatro(
+    rewards: torch.Tensor, drift: float = 0.0, radius: float = 1.0, share: float = 0.3
+) -> advantages.QuatroAdvantages:
     valid = torch.ones(rewards.shape, dtype=torch.bool)
-    return advantages.quatro(rewards, valid, log_ratio, kl_budget_nats=0.1, max_eta=2.0, stabilizer=stabilizer)  # type: ignore[arg-type]
+    queries = torch.ones(len(rewards), dtype=torch.float64)
+    return advantages.quatro(
+        rewards,
+        valid,
+        tilt_budget_nats=tilt_budget(rewards, valid, share),
+        drift_nats=drift * queries,
+        drift_radius_nats=radius * queries,
+    )
 
 
-def test_on_policy_residuals_are_centred_targets() -> None:
-    rewards = torch.tensor([[1.0, 0.0, 0.0, 0.0]])
-    result = quatro(rewards, torch.zeros(1, 4), "always")
+def binary(successes: int, group_size: int = 16) -> torch.Tensor:
+    return (torch.arange(group_size) < successes).double()[None]
+
+
+def test_advantages_are_centred_targets_that_meet_their_budget() -> None:
+    result = quatro(torch.tensor([[1.0, 0.0, 0.0, 0.0]]))
     target = result.solution.target_log_ratio
     torch.testing.assert_close(result.advantage, target - target.mean())
-    assert float(result.advantage.sum()) == pytest.approx(0, abs=1e-12)
+    assert float(result.solution.kl_nats) == pytest.approx(0.3 * math.log(4), rel=1e-8)
 
 
-def test_stabiliser_turns_the_push_once_a_sample_is_past_its_target() -> None:
-    rewards = torch.tensor([[1.0, 0.0]])
-    assert quatro(rewards, torch.zeros(1, 2), "always").advantage[0, 0] > 0
-    assert quatro(rewards, torch.tensor([[3.0, 0.0]]), "always").advantage[0, 0] < 0
+def test_the_stabiliser_grows_with_drift_up_to_its_full_weight() -> None:
+    weights = [float(quatro(binary(4), drift=drift, radius=2.0).stabilizer) for drift in (0.0, 0.5, 2.0, 9.0)]
+    assert weights == [0.0, 0.25, 1.0, 1.0]
 
 
-def test_active_stabiliser_acts_only_beyond_the_budget() -> None:
-    rewards = torch.tensor([[1.0, 0.0], [1.0, 0.0]])
-    log_ratio = torch.tensor([[0.1, -0.1], [2.0, -2.0]])
-    result = quatro(rewards, log_ratio, "active")
-    centred = quatro(rewards, torch.zeros(2, 2), "active").advantage
-    assert result.realised_kl_nats[0] < 0.1 < result.realised_kl_nats[1]
-    torch.testing.assert_close(result.advantage[0], centred[0])
-    torch.testing.assert_close(result.advantage[1], centred[1] - log_ratio[1].double())
+def test_every_informative_query_is_active() -> None:
+    """Lengths and staleness are not even arguments; no reward scale or success rate makes the cap bind."""
+    for successes in range(1, 16):
+        for scale in (1e-3, 1.0, 1e6):
+            assert quatro(scale * binary(successes)).solution.status.tolist() == [Status.ACTIVE]
+    assert quatro(binary(16)).solution.status.tolist() == [Status.VOID]
+    graded = torch.rand(50, 16, generator=torch.Generator().manual_seed(0))
+    assert set(quatro(graded).solution.status.tolist()) == {Status.ACTIVE}
+
+
+def test_scale_and_shift_of_rewards_change_nothing() -> None:
+    rewards = torch.rand(20, 16, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    expected = quatro(rewards).advantage
+    for scale, shift in ((1e-3, 0.0), (1e6, 0.0), (1.0, 5.0), (7.0, -3.0)):
+        torch.testing.assert_close(quatro(scale * rewards + shift).advantage, expected, rtol=1e-6, atol=1e-9)
+
+
+def test_nearly_equal_best_rewards_meet_the_cap() -> None:
+    """With κ = 0.9 nearly all weight must go to one of two rewards that differ by 1e-9."""
+    rewards = torch.tensor([[1.0, 1.0 - 1e-9, 0.0, 0.0]], dtype=torch.float64)
+    result = quatro(rewards, share=0.9)
+    assert result.solution.status.tolist() == [Status.SLACK]
+    assert float(result.advantage.max() - result.advantage.min()) == pytest.approx(20.0)
+
+
+def test_hard_queries_are_pushed_harder_than_easy_ones() -> None:
+    """1 right of 16 is the mirror image of 15 right of 16: GRPO weighs them the same."""
+    hard, even, easy = (float(quatro(binary(k)).advantage.square().mean().sqrt()) for k in (1, 8, 15))
+    assert 0.2 * even < 2 * easy < hard < 1.1 * even
+
+
+def test_tilt_budget_is_a_share_of_what_the_group_allows() -> None:
+    rewards = torch.tensor([[1.0, 0, 0, 0], [1, 1, 0, 0], [0.2, 0.9, 0.9, 5.0], [2, 2, 2, 2]])
+    valid = torch.tensor([[True] * 4, [True] * 4, [True, True, True, False], [True] * 4])
+    expected = [0.5 * math.log(4), 0.5 * math.log(2), 0.5 * math.log(3 / 2), 0.0]
+    assert tilt_budget(rewards, valid, 0.5).tolist() == pytest.approx(expected)
+
+
+def test_drift_radius_golden() -> None:
+    lengths, staleness = torch.tensor([3.0, 6.0]), torch.tensor([0.0, 3.0])
+    assert drift_radius(0.5, 0.5, lengths, staleness).tolist() == [1.5, 6.0]  # (1 + 3)^½ = 2
+
+
+def test_token_drift_estimates_a_kl_and_no_single_token_decides_it() -> None:
+    torch.manual_seed(0)
+    behavior, policy = torch.log_softmax(torch.randn(2, 5, dtype=torch.float64) * 0.2, dim=-1)
+    tokens = torch.multinomial(behavior.exp(), 200_000, replacement=True)
+    exact = float((behavior.exp() * (behavior - policy)).sum())
+    assert float(token_drift((policy - behavior)[tokens]).mean()) == pytest.approx(exact, rel=0.1)
+    assert token_drift(torch.tensor([12.0, -12.0, 0.0])).tolist() == pytest.approx([72.0, 11.0, 0.0], rel=1e-5)
 
 
 def test_realised_kl_golden() -> None:
     """mean(ρ − 1 − log ρ) of ρ = e and ρ = 1."""
     got = advantages.realised_kl(torch.tensor([[1.0, 0.0]]), torch.ones(1, 2, dtype=torch.bool))
     assert float(got[0]) == pytest.approx((math.e - 2) / 2, rel=1e-6)
-
-
-def test_first_order_eta_golden() -> None:
-    """√(2·0.5) = 1 over std ½, over std 0 and over std 0.05; capped at 8."""
-    rewards = torch.tensor([[1.0, 0.0, 0.5], [1.0, 1.0, 0.5], [0.6, 0.5, 9.0]])
-    valid = torch.tensor([[True, True, False]] * 3)
-    assert advantages.first_order_eta(rewards, valid, 0.5, 8.0).tolist() == pytest.approx([2.0, 8.0, 8.0])
-    assert advantages.first_order_eta(rewards, valid, 0.5, 99.0).tolist() == pytest.approx([2.0, 99.0, 20.0], rel=1e-5)
-
-
-def test_rare_failures_are_pushed_no_harder_than_rare_successes() -> None:
-    """Exactly solved they would be: one failure in 16 has a KL of at most log(16/15) = 0.065."""
-    rewards = torch.zeros(2, 16)
-    rewards[0, 0], rewards[1, 1:] = 1, 1
-    valid = torch.ones(2, 16, dtype=torch.bool)
-    arguments = {"kl_budget_nats": 0.14, "stabilizer": "always"}
-    bound = advantages.first_order_eta(rewards, valid, 0.14, 8.0)
-    exact = advantages.quatro(rewards, valid, torch.zeros(2, 16), max_eta=8.0, **arguments)  # type: ignore[arg-type]
-    capped = advantages.quatro(rewards, valid, torch.zeros(2, 16), max_eta=bound, **arguments)  # type: ignore[arg-type]
-    assert exact.solution.eta[1] > 4 * exact.solution.eta[0]
-    assert capped.solution.eta[0] == exact.solution.eta[0]
-    assert capped.solution.eta[1] == bound[1] < 2 * exact.solution.eta[0]
-
-
-def budget(**changes: object) -> list[float]:
-    arguments = {
-        "unit": "response",
-        "staleness_exponent": 0.0,
-        "shrink_by_ess": False,
-        "headroom_exponent": 0.0,
-        "rewards": torch.tensor([[1.0, 0.0], [1.0, 0.0]]),
-        "lengths": torch.tensor([[2, 4], [6, 0]]),
-        "staleness": torch.tensor([0.0, 3.0]),
-        "sequence_log_ratio": torch.tensor([[0.0, math.log(3)], [500.0, 0.0]]),
-        "valid": torch.tensor([[True, True], [True, False]]),
-    }
-    return kl_budget(0.5, **(arguments | changes)).tolist()  # type: ignore[arg-type]
-
-
-def test_kl_budget_golden() -> None:
-    assert budget() == [0.5, 0.5]
-    assert budget(unit="token") == [1.5, 3.0]  # mean lengths 3 and 6
-    assert budget(staleness_exponent=0.5) == [0.5, 1.0]  # (1 + 3)^½ = 2
-    # weights 1 and 3: 16/(2·10) = 0.8; a group of one has all of its sample, however large its weight
-    assert budget(shrink_by_ess=True) == pytest.approx([0.4, 0.5])
-
-
-def test_headroom_gives_hard_queries_room_and_takes_none_from_easy_ones() -> None:
-    rewards = torch.zeros(4, 8)
-    rewards[0, 0], rewards[1, :6], rewards[2] = 1, 1, 0.3  # one right of 8, six of 8, all alike
-    rewards[3, :3] = torch.tensor([2.0, -2.0, 1.0])  # graded; 3 rollouts
-    valid = torch.ones(4, 8, dtype=torch.bool)
-    valid[3, 3:] = False
-    assert headroom(rewards, valid).tolist() == pytest.approx([7 / 8, 2 / 8, 0, (2 - 1 / 3) / 4])
-    shapes = {"lengths": torch.ones(4, 8), "staleness": torch.zeros(4), "sequence_log_ratio": torch.zeros(4, 8)}
-    got = budget(headroom_exponent=2.0, rewards=rewards, valid=valid, **shapes)
-    assert got == pytest.approx([0.5 * 1.75**2, 0.5, 0.5, 0.5])
 
 
 def test_importance_levels() -> None:

@@ -28,10 +28,22 @@ def check(got: TokenLoss, loss: list[float], limited: list[bool]) -> None:
 
 
 def test_quatro() -> None:
-    """−w A log π with w = min(ρ, 1.2) = 1.2, 1.2, 0.5, 0.5."""
-    got = losses.quatro(RATIOS, SIGNS, RATIOS, truncation=1.2)
-    a, b = 1.2 * math.log(1.5), 0.5 * math.log(0.5)
-    check(got, [-a, a, -b, b], [True, True, False, False])
+    """−w (A − c log ρ) log π with w = min(ρ, 1.2) = 1.2, 1.2, 0.5, 0.5."""
+    zero = torch.zeros_like(RATIOS)
+    got = losses.quatro(RATIOS, zero, SIGNS, zero, RATIOS, truncation=1.2)
+    up, down = math.log(1.5), math.log(0.5)
+    check(got, [-1.2 * up, 1.2 * up, -0.5 * down, 0.5 * down], [True, True, False, False])
+    got = losses.quatro(RATIOS, zero, SIGNS, zero + 0.5, RATIOS, truncation=1.2)
+    expected = [-1.2 * (1 - up / 2) * up, 1.2 * (1 + up / 2) * up, -0.5 * (1 - down / 2) * down]
+    check(got, [*expected, 0.5 * (1 + down / 2) * down], [True, True, False, False])
+
+
+def test_the_stabiliser_of_quatro_turns_the_push_once_a_token_is_past_its_target() -> None:
+    policy = torch.tensor([0.5, 1.5], requires_grad=True)
+    zero, one = torch.zeros(2), torch.ones(2)
+    loss = losses.quatro(policy, zero, one, one, zero, truncation=2.0).loss
+    (got,) = torch.autograd.grad(loss.sum(), policy)
+    assert got.tolist() == pytest.approx([-0.5, 0.5])
 
 
 def test_clipped() -> None:
@@ -247,8 +259,8 @@ NONE = torch.zeros_like(START)
 # For losses whose weights are detached, the gradient by numbers must hold the weights still: they are taken at START.
 WITH_GRADIENT: dict[str, tuple[Callable[[Tensor], Tensor], Callable[[Tensor], Tensor]]] = {
     "quatro": (
-        lambda x: losses.quatro(x, ADVANTAGE, x, truncation=1.2).loss,
-        lambda x: -START.exp().clamp(max=1.2) * ADVANTAGE * x,
+        lambda x: losses.quatro(x, NONE, ADVANTAGE, NONE + 0.5, x, truncation=1.2).loss,
+        lambda x: -START.exp().clamp(max=1.2) * (ADVANTAGE - 0.5 * START) * x,
     ),
     "clipped": (lambda x: losses.clipped(x, ADVANTAGE, **CLIP).loss,) * 2,
     "gspo": (
@@ -310,6 +322,6 @@ def test_no_loss_lets_an_exploded_ratio_through_as_infinity() -> None:
         losses.sapo(far, zero, **one, tau_positive=1.0, tau_negative=1.0),
         losses.dppo(far, zero, **one, divergence="kl", threshold=1e9, upper=math.inf),
         losses.drpo(far, zero, **one, threshold=1.0, upper=math.inf),
-        losses.quatro(far, torch.ones(1), far, truncation=2.0),
+        losses.quatro(far, zero, torch.ones(1), zero, far, truncation=2.0),
     ):
         assert torch.isfinite(got.loss).all()

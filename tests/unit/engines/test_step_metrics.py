@@ -21,6 +21,7 @@ TOKENS = TokenBatch(
     policy_logprobs=torch.tensor([-1.0, -2.0, -1.5, -0.5, -1.0, 0.0, 0.0]),
     behavior_logprobs=torch.tensor([-1.0, -2.5, -1.0, -0.5, -1.0, 0.0, 0.0]),
     advantage=torch.zeros(7),
+    stabilizer=torch.zeros(7),
     is_response=torch.tensor([True, True, True, True, True, False, False]),
     rollout_index=torch.tensor([0, 0, 1, 2, 3, 3, -1]),
     staleness=torch.tensor([0, 0, 2, 1, 300, 0, 0]),
