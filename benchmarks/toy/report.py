@@ -8,11 +8,12 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
-from benchmarks.toy.grid import ABLATION, CORNERS, MULTIPLES, NUM_STEPS, SEEDS, STALENESS, TASKS, WHOLE_GRID, all_specs
+from benchmarks.toy.grid import EARLIER, METHODS, MULTIPLES, SEEDS, STALENESS, TASKS, all_specs
 from benchmarks.toy.summary import Cell, Figures, Run, Table, claims, tabulate
 
 _BEGIN, _END = "<!-- study: begin -->", "<!-- study: end -->"
-_COLOURS = dict(zip(WHOLE_GRID, ("#d62728", "#1f77b4", "#2ca02c", "#9467bd", "#ff7f0e"), strict=True))
+_ALL = (*METHODS, EARLIER)
+_COLOURS = {method: f"C{i}" for i, method in enumerate(_ALL)}
 
 
 def write_report(runs: Sequence[Run], docs: Path) -> dict[str, Any]:
@@ -43,7 +44,7 @@ def _sections(runs: Sequence[Run], table: Table, found: dict[str, Any]) -> Itera
     commits = ", ".join(f"`{c}`" for c in sorted({run["commit"] for run in runs}))
     hours = sum(run["seconds"] for run in runs) / 3600
     yield (
-        f"{len(runs)} of {len(all_specs())} runs are done, of {NUM_STEPS} steps each; seeds of a cell: up to "
+        f"{sum(run['method'] in METHODS for run in runs)} of {len(all_specs())} runs are done; seeds of a cell: up to "
         f"{found['num_seeds']} of {len(SEEDS)}. Commit {commits}, {platform.machine()}, {os.cpu_count()} cores, "
         f"{hours:.1f} core-hours.\n"
     )
@@ -57,12 +58,10 @@ def _sections(runs: Sequence[Run], table: Table, found: dict[str, Any]) -> Itera
     for task in TASKS:
         yield f"![final pass@1 by staleness](plots/study_{task}.svg)\n"
     yield "![entropy against pass@1](plots/study_entropy.svg)\n"
-    yield _totals(table)
     for task in TASKS:
         for control in (True, False):
             yield _grid(table, task, control)
-    yield _ablation(table)
-    yield _corners(table)
+    yield ""
 
 
 def _lead(exception: str) -> float:
@@ -77,74 +76,20 @@ def _show(f: Figures | None) -> str:
 
 
 def _grid(table: Table, task: str, control: bool) -> str:
+    cells = [c for c, row in table.items() if c.task == task and any((m, control) in row for m in _ALL)]
+    if not cells:
+        return ""
     what = "with step control" if control else "without step control, as published"
     lines = [
         f"\n**{task}, {what}**: final pass@1 / pass@16 / entropy in nats a token, means over seeds; †n: n runs "
         "ended below their start.\n",
-        "| s | lr | " + " | ".join(WHOLE_GRID) + " |",
-        "|---|---|" + "---|" * len(WHOLE_GRID),
+        "| | " + " | ".join(f"s = {c.staleness}, {c.multiple}×" for c in cells) + " |",
+        "|---|" + "---|" * len(cells),
     ]
-    for cell, row in table.items():
-        if cell.task == task and any((m, control) in row for m in WHOLE_GRID):
-            shown = [_show(row.get((m, control))) for m in WHOLE_GRID]
-            lines.append(f"| {cell.staleness} | {cell.multiple}× | " + " | ".join(shown) + " |")
+    for method in _ALL:
+        shown = [_show(table[c].get((method, control))) for c in cells]
+        lines.append(f"| {method} | " + " | ".join(shown) + " |")
     return "\n".join(lines)
-
-
-def _totals(table: Table) -> str:
-    """Average over the cells that every method of the grid has, so that the means are comparable."""
-    common = [row for row in table.values() if all((m, c) in row for m in WHOLE_GRID for c in (True, False))]
-    lines = [
-        f"**All {len(common)} cells that every method has**: means.\n",
-        "| method | step control | final pass@1 | best | area under the curve | pass@16 | distinct right answers "
-        "| entropy | collapsed runs |",
-        "|---|---|---|---|---|---|---|---|---|",
-    ]
-    for method in WHOLE_GRID:
-        for control in (True, False):
-            of = [row[method, control] for row in common]
-            if not of:
-                continue
-            numbers = [sum(getattr(f, n) for f in of) / len(of) for n in ("final", "best", "area", "pass_at_16")]
-            unique, entropy = (sum(getattr(f, n) for f in of) / len(of) for n in ("unique", "entropy"))
-            collapsed = f"{sum(f.collapsed for f in of)} of {sum(f.num_runs for f in of)}"
-            lines.append(
-                f"| {method} | {'on' if control else 'off'} | "
-                + " | ".join(f"{n:.3f}" for n in numbers)
-                + f" | {unique:.0f} | {entropy:.2f} | {collapsed} |"
-            )
-    return "\n".join(lines)
-
-
-def _ablation(table: Table) -> str:
-    lines = [
-        "\n**Does a version-aware budget help?** ε_q by staleness (the default) against the same ε at every staleness: "
-        "the default's at s = 64, and its at s = 0. The last columns have that budget, but η not bound by the first "
-        "order (`eta_cap: fixed`), or no more room for hard queries (`headroom_exponent: 0`). Learning rate "
-        "1×, step control on.\n",
-        "| task | s | ε_0 (1 + s) | fixed at 65 ε_0 | fixed at ε_0 | exact η | hard queries alike |",
-        "|---|---|---|---|---|---|---|",
-    ]
-    for cell, row in table.items():
-        if cell.multiple == 1 and any((m, True) in row for m in ABLATION):
-            shown = [_show(row.get((m, True))) for m in ("quatro", *ABLATION)]
-            lines.append(f"| {cell.task} | {cell.staleness} | " + " | ".join(shown) + " |")
-    return "\n".join(lines)
-
-
-def _corners(table: Table) -> str:
-    lines = ["\n**The other baselines at the corners of the grid**\n"]
-    corners = [c for c in table if c.staleness in (STALENESS[0], STALENESS[-1]) and c.multiple in (1, MULTIPLES[-1])]
-    lines += [
-        "| method | control | " + " | ".join(f"{c.task}, s {c.staleness}, {c.multiple}×" for c in corners) + " |",
-        "|---|---|" + "---|" * len(corners),
-    ]
-    for method in ("quatro", *CORNERS):
-        for control in (True, False):
-            if any((method, control) in table[c] for c in corners):
-                shown = [_show(table[c].get((method, control))) for c in corners]
-                lines.append(f"| {method} | {'on' if control else 'off'} | " + " | ".join(shown) + " |")
-    return "\n".join(lines) + "\n"
 
 
 def _figure(columns: int) -> tuple[Any, list[Any]]:
@@ -162,7 +107,7 @@ def _plot_staleness(table: Table, task: str, path: Path) -> None:
     figure, panels = _figure(len(MULTIPLES))
     for axes, multiple in zip(panels, MULTIPLES, strict=True):
         axes.set(title=f"{task}, learning rate {multiple}×", xlabel="staleness, steps", ylabel="final pass@1")
-        for method in WHOLE_GRID:
+        for method in _ALL:
             for control, style in ((True, "-o"), (False, ":s")):
                 cells = [Cell(task, s, multiple) for s in STALENESS]
                 points = [
@@ -184,7 +129,7 @@ def _plot_frontier(table: Table, path: Path) -> None:
     figure, panels = _figure(len(TASKS))
     for axes, task in zip(panels, TASKS, strict=True):
         axes.set(title=f"{task}, step control on: every cell", xlabel="final pass@1", ylabel="entropy, nats a token")
-        for method in WHOLE_GRID:
+        for method in _ALL:
             of = [row[method, True] for cell, row in table.items() if cell.task == task and (method, True) in row]
             axes.scatter([f.final for f in of], [f.entropy for f in of], s=18, color=_COLOURS[method], label=method)
         axes.grid(alpha=0.3)
