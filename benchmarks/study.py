@@ -22,7 +22,7 @@ from typing import Annotated, Any
 
 import typer
 
-from benchmarks.toy.grid import NUM_STEPS, SEEDS, TASKS, Spec, all_specs
+from benchmarks.toy.grid import NUM_STEPS, Spec, all_specs
 
 FIGURES = Path(__file__).parent / "figures" / "study.jsonl"
 START_POLICIES = Path("runs") / "study"
@@ -45,15 +45,6 @@ def run_one(spec: Spec, commit: str) -> dict[str, Any]:
 def _commit() -> str:
     command = ["git", "describe", "--always", "--dirty", "--exclude=*"]
     return subprocess.run(command, capture_output=True, text=True, check=False).stdout.strip()
-
-
-def _make_start_policy(task: str, seed: int) -> None:
-    import torch
-
-    torch.set_num_threads(1)
-    from benchmarks.toy.warmup import start_policy
-
-    start_policy(task, seed, START_POLICIES)
 
 
 def finished(path: Path) -> dict[str, dict[str, Any]]:
@@ -81,8 +72,6 @@ def run_all(
     done = finished(out)
     missing = iter([spec for spec in all_specs() if spec.key not in done])
     with ProcessPoolExecutor(workers, mp_context=get_context("spawn")) as pool, out.open("a") as file:
-        for future in [pool.submit(_make_start_policy, task, seed) for seed in SEEDS for task in TASKS]:
-            future.result()
         count = len(done)
         for record in _in_turn(pool, missing, workers, deadline):
             file.write(json.dumps(record) + "\n")
