@@ -11,7 +11,7 @@ from pydantic import TypeAdapter
 
 from quatro_ray.config import LearnerConfig, ObjectiveConfig, StepControlConfig
 
-NUM_STEPS = {"addition": 400, "chain_60": 200, "chain_250": 120}
+NUM_STEPS = {"addition": 400, "chain_60": 120, "chain_250": 80}
 """Steps of a run, by task. Responses have about 6, 60 and 250 tokens."""
 TASKS = tuple(NUM_STEPS)
 SEEDS = (0, 1, 2)

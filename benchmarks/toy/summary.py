@@ -13,8 +13,8 @@ from benchmarks.toy.grid import EARLIER, METHODS
 
 Run = Mapping[str, Any]
 MARGIN = 0.02
-_FINAL_STEPS = 100
-"""Final figures are means over the evaluations in this many last steps, which are three, to reduce noise."""
+_FINAL_PART = 1 / 4
+"""Final figures are means over the evaluations in this last part of a run, which are three, to reduce noise."""
 
 
 @dataclass(frozen=True, order=True)
@@ -62,6 +62,7 @@ def _grouped(runs: Iterable[Run]) -> Grouped:
 
 def _figures(runs: Sequence[Run]) -> Figures:
     curves = [[e["pass_at_1"] for e in run["evaluations"]] for run in runs]
+    areas = [_area([(e["step"], e["pass_at_1"]) for e in run["evaluations"]]) for run in runs]
     last = [_final(run) for run in runs]
     finals = [e["pass_at_1"] for e in last]
     return Figures(
@@ -69,7 +70,7 @@ def _figures(runs: Sequence[Run]) -> Figures:
         lowest=min(finals),
         highest=max(finals),
         best=mean(max(curve) for curve in curves),
-        area=mean(mean((a + b) / 2 for a, b in pairwise(curve)) for curve in curves),
+        area=mean(areas),
         pass_at_16=mean(e["pass_at_16"] for e in last),
         unique=mean(e["unique_correct"] for e in last),
         entropy=mean(e["entropy"] for e in last),
@@ -78,9 +79,15 @@ def _figures(runs: Sequence[Run]) -> Figures:
     )
 
 
+def _area(curve: Sequence[tuple[int, float]]) -> float:
+    """Return the mean height of a curve of (step, value)."""
+    total = sum((b[1] + a[1]) / 2 * (b[0] - a[0]) for a, b in pairwise(curve))
+    return total / (curve[-1][0] - curve[0][0])
+
+
 def _final(run: Run) -> dict[str, float]:
     points = run["evaluations"]
-    last = [p for p in points[1:] if p["step"] >= points[-1]["step"] - _FINAL_STEPS]
+    last = [p for p in points[1:] if p["step"] >= (1 - _FINAL_PART) * points[-1]["step"]]
     return {name: mean(p[name] for p in last) for name in last[0]}
 
 

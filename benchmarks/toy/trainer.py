@@ -23,7 +23,8 @@ from quatro_ray.evaluation.metrics import pass_at_k
 
 NUM_QUERIES, GROUP_SIZE = 12, 16
 EVALUATION_SAMPLES = 16
-_EVALUATE_EVERY = 50
+_EVALUATED = (1 / 4, 1 / 2, 3 / 4, 7 / 8, 1)
+"""Parts of a run after which the policy is evaluated."""
 _LR_WARMUP_STEPS = 10
 
 
@@ -167,13 +168,14 @@ def evaluate(model: ToyModel, task: Task, seed: int) -> dict[str, float]:
 
 
 def run(trainer: ToyTrainer, num_steps: int, evaluation_seed: int) -> dict[str, Any]:
-    """Train; return evaluations at the start, every 50 steps and at the end, figures of step control, and seconds."""
+    """Train; return evaluations at the start and during the run, figures of step control, and seconds."""
+    evaluated = {round(part * num_steps) for part in _EVALUATED}
     begun = time.monotonic()
     evaluations = [{"step": 0} | evaluate(trainer.model, trainer.task, evaluation_seed)]
     steps = []
     for step in range(1, num_steps + 1):
         steps.append(trainer.step())
-        if step % _EVALUATE_EVERY == 0 or step == num_steps:
+        if step in evaluated:
             evaluations.append({"step": step} | evaluate(trainer.model, trainer.task, evaluation_seed))
     return {
         "evaluations": evaluations,

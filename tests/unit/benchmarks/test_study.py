@@ -104,7 +104,7 @@ def test_a_cell_is_the_mean_over_seeds() -> None:
     assert (figures.num_runs, figures.collapsed) == (2, 1)
 
 
-def test_final_is_the_mean_over_the_last_hundred_steps() -> None:
+def test_final_is_the_mean_over_the_last_quarter() -> None:
     run = make_run("quatro", [0.2, 0.3, 0.4, 0.8])
     for point, step in zip(run["evaluations"], (0, 299, 300, 400), strict=True):
         point["step"] = step
