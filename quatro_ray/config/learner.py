@@ -57,6 +57,11 @@ class LearnerConfig(Section):
     allowed). null: that of the objective's paper."""
     step_control: StepControlConfig = StepControlConfig()
     """Limit on how far one step may move the policy."""
+    entropy_target_nats: float | None = Field(None, gt=0)
+    """Entropy per token that an adaptive bonus holds, nats. The demo's policy ends at 0.1 to 0.2; a model that reasons
+    starts near 0.3. null: no bonus."""
+    entropy_coef_step: float = Field(0.005, gt=0)
+    """Change of the bonus's coefficient after each step: up below the target, down to 0 above it."""
     reference_kl_coef: float = Field(0.0, ge=0)
     """Weight of KL(π_θ ‖ π_ref) in the loss, π_ref being the starting policy. 0: no reference model is loaded."""
     attn_implementation: Literal["sdpa", "eager", "flash_attention_2"] = "sdpa"

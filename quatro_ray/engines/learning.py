@@ -23,8 +23,9 @@ from torch import Tensor
 
 from quatro_ray.algorithms import losses
 from quatro_ray.algorithms.aggregation import BatchSize, aggregate
+from quatro_ray.algorithms.entropy_control import EntropyControl
 from quatro_ray.algorithms.step_control import StepControl, StepLimits
-from quatro_ray.config import StepControlConfig
+from quatro_ray.config import LearnerConfig, StepControlConfig
 from quatro_ray.engines import step_metrics, zero_checkpoint
 from quatro_ray.engines.batches import MicroBatchTensors, Prepared, StepBatch, make_step_batch, make_token_batch
 from quatro_ray.engines.kl_probe import Probe
@@ -78,6 +79,7 @@ class LearningEngine:
         self._objective = make_objective(spec.objective)
         self._device = torch.device("cuda", 0) if spec.device == "cuda" else torch.device("cpu")
         self._step_control = _step_control(spec.config.step_control)
+        self._entropy_control = _entropy_control(spec.config)
         self._started: _Loaded | None = None
         self.version = 0
 
@@ -223,8 +225,12 @@ class LearningEngine:
                 for micro in micro_batches:
                     self._micro_loss(micro, step)
         self.version += 1
+        measured = step.collector.reduce(whole.rewards, whole.valid)
+        if self._entropy_control:
+            update["policy/entropy_coef"] = self._entropy_control.coef
+            self._entropy_control.observe(step.collector.entropy)
         return {
-            **step.collector.reduce(whole.rewards, whole.valid),
+            **measured,
             **step.prepared.diagnostics,
             **update,
             "step/uninformative": float(not step.prepared.is_informative),
@@ -277,7 +283,9 @@ class LearningEngine:
             reference_kl = losses.reference_kl(policy_logprobs, reference_logprobs)
             per_token = per_token + self._config.reference_kl_coef * reference_kl
             step.collector.add_reference_kl(reference_kl.detach(), tokens.is_response)
-        step.collector.add(tokens, entropy, per_token.detach(), limited)
+        if self._entropy_control and self._entropy_control.coef > 0:
+            per_token = per_token - self._entropy_control.coef * entropy
+        step.collector.add(tokens, entropy.detach(), per_token.detach(), limited)
         mode = self._config.loss_agg_mode or self._objective.loss_agg_mode
         return aggregate(per_token, tokens.is_response, tokens.rollout_index, mode, step.size)
 
@@ -346,6 +354,7 @@ class LearningEngine:
         state = zero_checkpoint.ClientState(
             version=self.version,
             step_control_kept=self._step_control.kept if self._step_control else 1.0,
+            entropy_coef=self._entropy_control.coef if self._entropy_control else 0.0,
             random_states=zero_checkpoint.random_states(self._device),
         )
         engine = self._loaded.engine
@@ -369,6 +378,8 @@ class LearningEngine:
         self.version = state["version"] if version is None else version
         if self._step_control:
             self._step_control.kept = state["step_control_kept"]
+        if self._entropy_control:
+            self._entropy_control.coef = state.get("entropy_coef", 0.0)
         zero_checkpoint.restore_random_states(state["random_states"], self._device)
 
     def export(self, path: Path) -> None:
@@ -402,6 +413,12 @@ def _step_control(config: StepControlConfig) -> StepControl | None:
     if config.window_kl_nats_per_token is None:
         return None
     return StepControl(StepLimits(config.window_kl_nats_per_token, config.max_kl_nats_per_token))
+
+
+def _entropy_control(config: LearnerConfig) -> EntropyControl | None:
+    if config.entropy_target_nats is None:
+        return None
+    return EntropyControl(config.entropy_target_nats, config.entropy_coef_step)
 
 
 def _seed_everything(seed: int) -> None:

@@ -44,7 +44,11 @@ def logit_transform(config: Any) -> LogitTransform:
 
 
 class _ChunkedLogprobs(torch.autograd.Function):
-    """The backward pass recomputes the logits z: d logp/d z = (onehot(target) − softmax)/temperature."""
+    """The backward pass recomputes the logits z.
+
+    With p = softmax(z/temperature): d logp/d z = (onehot(target) − p)/temperature, and for the entropy H, which is
+    computed only if the loss contains it, d H/d z = −p (log p + H)/temperature.
+    """
 
     @staticmethod
     def forward(
@@ -64,24 +68,30 @@ class _ChunkedLogprobs(torch.autograd.Function):
             log_p = torch.log_softmax(transform(_logits(hidden[rows], weight, bias)) / temperature, dim=-1)
             logprobs[rows] = log_p.gather(1, targets[rows, None]).squeeze(1)
             entropy[rows] = -(log_p.exp() * log_p).sum(1)
-        ctx.save_for_backward(hidden, weight, bias, targets)
+        ctx.save_for_backward(hidden, weight, bias, targets, entropy)
         ctx.transform, ctx.temperature, ctx.chunk_tokens = transform, temperature, chunk_tokens
-        ctx.mark_non_differentiable(entropy)
+        ctx.set_materialize_grads(False)
         return logprobs, entropy
 
     @staticmethod
     def backward(ctx: Any, *grads: Any) -> tuple[Tensor | None, ...]:
-        hidden, weight, bias, targets = ctx.saved_tensors
-        grad = grads[0]
+        hidden, weight, bias, targets, entropy = ctx.saved_tensors
+        grad, grad_entropy = grads
+        grad = torch.zeros_like(entropy) if grad is None else grad
         grad_hidden = torch.empty_like(hidden)
         grad_weight = torch.zeros(weight.shape, dtype=torch.float32, device=weight.device)
         grad_bias = None if bias is None else torch.zeros(bias.shape, dtype=torch.float32, device=bias.device)
         for start in range(0, len(hidden), ctx.chunk_tokens):
             rows = slice(start, start + ctx.chunk_tokens)
             logits = ctx.transform(_logits(hidden[rows], weight, bias))
+            scale = ctx.transform.derivative(logits) / ctx.temperature
             d_logits = -torch.softmax(logits / ctx.temperature, dim=-1)
             d_logits.scatter_add_(1, targets[rows, None], torch.ones_like(d_logits[:, :1]))
-            d_logits *= grad[rows, None] / ctx.temperature * ctx.transform.derivative(logits)
+            d_logits *= grad[rows, None] * scale
+            if grad_entropy is not None:
+                log_p = torch.log_softmax(logits / ctx.temperature, dim=-1)
+                d_entropy = log_p.exp() * (log_p + entropy[rows, None])
+                d_logits -= d_entropy.mul_(grad_entropy[rows, None] * scale)
             grad_hidden[rows] = d_logits.to(weight.dtype) @ weight
             grad_weight += d_logits.T @ hidden[rows].float()
             if grad_bias is not None:
@@ -119,7 +129,7 @@ def chunked_logprobs(
         transform: what the model does with logits after the matrix product.
 
     Returns:
-        Log-probs, float32 [N], nats, with gradient; entropies, float32 [N], nats, without.
+        Log-probs and entropies, float32 [N], nats, with gradient.
     """
     apply: Callable[..., tuple[Tensor, Tensor]] = _ChunkedLogprobs.apply
     return apply(hidden, weight, bias, targets, transform, temperature, chunk_tokens)

@@ -26,7 +26,12 @@ class Collector:
 
     Args:
         num_cells: Q·G.
+
+    Attributes:
+        entropy: nats per token of the global batch, once `reduce` was called.
     """
+
+    entropy: float
 
     def __init__(self, num_cells: int, device: torch.device) -> None:
         self._sums = torch.zeros(len(_SUMS), dtype=torch.float64, device=device)
@@ -81,6 +86,7 @@ class Collector:
         log_ratio = self._log_ratio.view_as(rewards)
         weights = log_ratio.clamp(max=30).exp()
         histogram = {s: int(n) for s, n in enumerate(self._staleness.tolist()) if n}
+        self.entropy = total["entropy"] / tokens
         reward = group_mean(rewards, valid)
         zero_std = torch.where(valid, rewards, rewards[:, :1]).std(1, correction=0) == 0
         return {
@@ -88,7 +94,7 @@ class Collector:
             "reward/frac_zero_std": float(zero_std.double().mean()),
             "policy_gradient/loss": total["loss"] / tokens,  # does not measure progress
             "policy_gradient/limited_share": total["limited"] / tokens,
-            "policy/entropy": total["entropy"] / tokens,
+            "policy/entropy": self.entropy,
             "policy/realised_kl_nats": realised_kl(log_ratio, valid).tolist(),
             **({"policy/reference_kl": total["reference_kl"] / tokens} if self._has_reference else {}),
             "rollout_corr/eff_sample_size": float(effective_sample_share(weights[valid], valid[valid])),

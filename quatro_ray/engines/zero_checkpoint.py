@@ -38,6 +38,7 @@ class ClientState(TypedDict):
 
     version: int
     step_control_kept: float
+    entropy_coef: NotRequired[float]  # missing in checkpoints that were saved before there was a target
     random_states: RandomStates
 
 

@@ -158,6 +158,17 @@ def test_a_step_within_its_budget_is_untouched(local_ray: None, model_path: str)
     assert change(*results).tolist() == [0.0] * len(change(*results))  # measuring leaves no trace, to the bit
 
 
+def test_the_entropy_bonus_acts_below_its_target(local_ray: None, model_path: str) -> None:
+    """No policy reaches the target, so the coefficient rises with each step, and the loss falls by it."""
+    fields = {"entropy_target_nats": 99.0, "entropy_coef_step": 5.0, "learning_rate": 1e-4}
+    with learners(model_path, "grpo", **fields) as ranks:
+        groups = on_policy(ranks, random_groups())
+        first, second, third = (ranks.train(groups, version) for version in range(3))
+    assert [m["policy/entropy_coef"] for m in (first, second, third)] == [0.0, 5.0, 10.0]
+    bonus = [m["policy_gradient/loss"] - first["policy_gradient/loss"] for m in (second, third)]
+    assert bonus == pytest.approx([-5 * second["policy/entropy"], -10 * third["policy/entropy"]], rel=0.05)
+
+
 def test_a_batch_without_preference_changes_no_weight(local_ray: None, model_path: str) -> None:
     """The optimiser has momentum and weight decay by then, and the engine's log-probs differ from the learner's."""
     with learners(model_path, learning_rate=1e-3, weight_decay=0.1) as ranks:

@@ -26,6 +26,25 @@ def test_equal_to_a_plain_log_softmax(chunk: int, temperature: float) -> None:
     torch.testing.assert_close(grads, expected_grads)
 
 
+@pytest.mark.parametrize("chunk", [1, 3, 100])
+def test_the_entropy_has_its_gradient(chunk: int) -> None:
+    g = torch.Generator().manual_seed(0)
+    hidden, weight, bias = (torch.randn(*size, generator=g, requires_grad=True) for size in ((7, 5), (11, 5), (11,)))
+    targets = torch.randint(0, 11, (7,), generator=g)
+    first, second = torch.randn(2, 7, generator=g)
+    transform = LogitTransform(scale=0.5, cap=2.0)
+    plain = torch.log_softmax(2 * torch.tanh((hidden @ weight.T + bias) * 0.5 / 2) / 0.7, -1)
+    logprobs, entropy = plain.gather(1, targets[:, None]).squeeze(1), -(plain.exp() * plain).sum(-1)
+    got = chunked_logprobs(hidden, weight, targets, 0.7, chunk, bias=bias, transform=transform)
+    inputs = (hidden, weight, bias)
+    for of_logprobs in (first, torch.zeros(7)):
+        expected = torch.autograd.grad((logprobs * of_logprobs + entropy * second).sum(), inputs, retain_graph=True)
+        found = torch.autograd.grad((got[0] * of_logprobs + got[1] * second).sum(), inputs, retain_graph=True)
+        torch.testing.assert_close(found, expected)
+    alone = torch.autograd.grad((entropy * second).sum(), inputs)
+    torch.testing.assert_close(torch.autograd.grad((got[1] * second).sum(), inputs), alone)
+
+
 def test_bias_scale_and_cap_have_their_gradients() -> None:
     g = torch.Generator().manual_seed(0)
     hidden, weight, bias = (torch.randn(*size, generator=g, requires_grad=True) for size in ((7, 5), (11, 5), (11,)))
