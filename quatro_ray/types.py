@@ -5,7 +5,7 @@ Shape letters: G rollouts of a query, P prompt tokens, T response tokens.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from enum import StrEnum
 from typing import Any, Literal
@@ -353,6 +353,7 @@ class LearnerBatch:
         valid: bool [Q, G], False for the missing rollouts of a group smaller than G.
         num_tokens: response tokens over all ranks.
         num_rollouts: rollouts over all ranks.
+        rows_per_minibatch: micro-batches of a rank that each optimiser step takes, in order.
     """
 
     micro_batches: tuple[tuple[MicroBatch, ...], ...]
@@ -360,6 +361,14 @@ class LearnerBatch:
     valid: NDArray[np.bool_]
     num_tokens: int
     num_rollouts: int
+    rows_per_minibatch: tuple[int, ...]
+
+    def minibatches(self) -> Iterator[slice]:
+        """Yield the micro-batches, of every rank, that each optimiser step takes."""
+        start = 0
+        for num_rows in self.rows_per_minibatch:
+            yield slice(start, start + num_rows)
+            start += num_rows
 
 
 StepMetrics = dict[str, float | list[float] | dict[int, int] | None]

@@ -89,7 +89,7 @@ class ToyTrainer:
             mode=self._learner.loss_agg_mode,
         )
         report = None
-        if prepared.is_informative:
+        if prepared.is_informative():
             self._optimizer_step(loss)
             report = self._control(batch, policy_logprobs.detach(), start)
         self.version += 1

@@ -73,6 +73,7 @@ class LearnerActor(HostMixin):
             num_ranks=self._config.num_ranks,
             tokens_per_micro_batch=tokens,
             row_layout=self._engine.row_layout,
+            num_minibatches=self._config.num_minibatches,
         )
 
     def open_weight_transfer(

@@ -20,16 +20,18 @@ AggregationMode = Literal[
 
 @dataclass(frozen=True)
 class BatchSize:
-    """Size of the global batch; dividing by it makes the loss independent of the split into micro-batches and ranks.
+    """Size of what one optimiser step takes; dividing by it makes the loss independent of micro-batches and ranks.
 
     Attributes:
-        tokens_per_query: [Q], response tokens of each query's rollouts.
+        tokens_per_query: [Q], response tokens of each query's rollouts; 0 for queries of other steps.
+        num_queries: number of queries of the step.
         num_rollouts: B.
         num_cells: Q·G, the number of values that `rollout_index` may take.
         max_response_tokens: length of the longest possible response, in tokens.
     """
 
     tokens_per_query: Tensor
+    num_queries: int
     num_rollouts: int
     num_cells: int
     max_response_tokens: int
@@ -58,10 +60,9 @@ def aggregate(
     if mode == "token_mean":
         return values.sum() / size.tokens_per_query.sum().to(values.dtype)
     if mode == "prompt_mean":
-        num_queries = len(size.tokens_per_query)
-        query = rollout_index.clamp(min=0) // (size.num_cells // num_queries)
+        query = rollout_index.clamp(min=0) // (size.num_cells // len(size.tokens_per_query))
         per_query = size.tokens_per_query.to(values.dtype).clamp(min=1)
-        return (values / per_query[query]).sum() / num_queries
+        return (values / per_query[query]).sum() / size.num_queries
     if mode == "seq_mean_token_mean":
         lengths = sequence_sums(is_response.to(values.dtype), rollout_index, size.num_cells)
         values = values / lengths.clamp(min=1)[rollout_index.clamp(min=0)]

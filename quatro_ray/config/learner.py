@@ -35,6 +35,10 @@ class LearnerConfig(Section):
     """Peak learning rate of AdamW."""
     schedule: Literal["constant", "linear", "cosine"] = "constant"
     """Course of the learning rate after the warm-up: constant, or decaying to 0 at run.num_steps."""
+    num_minibatches: int = Field(1, ge=1)
+    """Optimiser steps per batch: its groups are split into so many minibatches. The policy at the start of the batch
+    stays the proximal one, around which decoupled_ppo, tis_grpo and mis_grpo clip. More than 1 learns more from each
+    sample and makes the later steps stale."""
     num_warmup_steps: int = Field(0, ge=0)
     """Optimiser steps over which the learning rate rises linearly from 0."""
     weight_decay: float = Field(0.0, ge=0)

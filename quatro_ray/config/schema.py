@@ -135,11 +135,18 @@ class Config(Section):
                 f"learner.tokens_per_micro_batch={self.learner.tokens_per_micro_batch} must hold the longest rollout "
                 f"(generator.max_prompt_tokens + max_response_tokens = {longest}): raise it or shorten the responses"
             )
-        rollouts = self.replay.groups_per_step * self.replay.group_size
+        if self.learner.num_minibatches > self.replay.groups_per_step:
+            yield (
+                f"learner.num_minibatches={self.learner.num_minibatches} must be at most replay.groups_per_step="
+                f"{self.replay.groups_per_step}, because each takes whole groups: lower it"
+            )
+            return
+        rollouts = self.replay.groups_per_step // self.learner.num_minibatches * self.replay.group_size
         if rollouts < self.learner.num_ranks:
             yield (
                 f"learner.num_ranks={self.learner.num_ranks} must be at most the rollouts of a step "
-                f"(replay.groups_per_step * group_size = {rollouts}), because every rank needs one: lower it"
+                f"(replay.groups_per_step // learner.num_minibatches * group_size = {rollouts}), because every rank "
+                "needs one: lower it"
             )
 
     def _normalisation_suits_the_objective(self) -> Iterator[str]:

@@ -84,10 +84,17 @@ class StepBatch:
         """Return the mean staleness of each query's response tokens: float64 [Q], optimiser steps."""
         return self.per_rollout(self.staleness).sum(1) / self.lengths().sum(1).clamp(min=1)
 
-    def size(self, max_response_tokens: int) -> BatchSize:
-        """Return what the loss is divided by; `max_response_tokens` is the length of the longest possible response."""
-        tokens = self.lengths().sum(1)
-        return BatchSize(tokens, int(self.valid.sum()), self.valid.numel(), max_response_tokens)
+    def size(self, max_response_tokens: int, queries: Tensor | None = None) -> BatchSize:
+        """Return what the loss of one optimiser step is divided by.
+
+        Args:
+            max_response_tokens: length of the longest possible response.
+            queries: bool [Q], those that the step takes; all if None.
+        """
+        chosen = torch.ones_like(self.valid[:, 0]) if queries is None else queries
+        tokens = torch.where(chosen, self.lengths().sum(1), 0.0)
+        num_rollouts = int(self.valid[chosen].sum())
+        return BatchSize(tokens, int(chosen.sum()), num_rollouts, self.valid.numel(), max_response_tokens)
 
 
 @dataclass(frozen=True)
@@ -106,10 +113,9 @@ class Prepared:
     constant: float = 0.0
     diagnostics: StepMetrics = field(default_factory=dict)
 
-    @property
-    def is_informative(self) -> bool:
-        """Whether the batch prefers any rollout to another. If not, a step would follow noise alone."""
-        return bool(self.advantage.any())
+    def is_informative(self, queries: Tensor | None = None) -> bool:
+        """Return whether these queries, bool [Q], or any, prefer a rollout. If not, a step would follow noise alone."""
+        return bool((self.advantage if queries is None else self.advantage[queries]).any())
 
 
 @dataclass(frozen=True)
@@ -125,6 +131,8 @@ class TokenBatch:
         rollout_index: int64, −1 in padding.
         staleness: int64, optimiser steps; 0 where not `is_response`.
         num_cells: Q·G, the number of values that `rollout_index` may take.
+        start_logprobs: float32, log-probs under the policy before the first optimiser step of the batch; None if this
+            is the first, because they are then `policy_logprobs`.
     """
 
     policy_logprobs: Tensor
@@ -135,11 +143,12 @@ class TokenBatch:
     rollout_index: Tensor
     staleness: Tensor
     num_cells: int
+    start_logprobs: Tensor | None = None
 
     @property
     def proximal_logprobs(self) -> Tensor:
-        """Log-probs of the policy at the start of the step: with one optimiser step per batch, π_θ detached."""
-        return self.policy_logprobs.detach()
+        """Log-probs of the policy before the first optimiser step of the batch, without gradient."""
+        return self.policy_logprobs.detach() if self.start_logprobs is None else self.start_logprobs
 
     def log_ratio(self, level: importance.Level = "token") -> Tensor:
         """Return log π_θ − log β at a level, [N], nats, with gradient."""
@@ -167,13 +176,16 @@ def make_step_batch(batch: LearnerBatch, log_ratio: Tensor | None, device: torch
     )
 
 
-def make_token_batch(micro: MicroBatchTensors, policy_logprobs: Tensor, prepared: Prepared) -> TokenBatch:
+def make_token_batch(
+    micro: MicroBatchTensors, policy_logprobs: Tensor, prepared: Prepared, start_logprobs: Tensor | None = None
+) -> TokenBatch:
     """Look up the advantage of each token and mask what is no response.
 
     Args:
         micro: N tokens, padding included.
         policy_logprobs: float32 [N], nats, with gradient.
         prepared: what the objective computed for the global batch.
+        start_logprobs: float32 [N], nats; see `TokenBatch`.
     """
     advantage = prepared.advantage
     stabilizer = torch.zeros_like(advantage[:, 0]) if prepared.stabilizer is None else prepared.stabilizer
@@ -187,4 +199,5 @@ def make_token_batch(micro: MicroBatchTensors, policy_logprobs: Tensor, prepared
         rollout_index=micro.rollout_index,
         staleness=micro.staleness,
         num_cells=advantage.numel(),
+        start_logprobs=start_logprobs,
     )

@@ -19,7 +19,7 @@ from torch import Tensor
 from quatro_ray.algorithms.importance import sequence_sums
 from quatro_ray.algorithms.step_control import ProbeKl, rollout_kl
 from quatro_ray.engines.batches import MicroBatchTensors
-from quatro_ray.types import LearnerBatch, MicroBatch, RowLayout
+from quatro_ray.types import MicroBatch, RowLayout
 
 
 class Probe:
@@ -28,7 +28,8 @@ class Probe:
     Every rank has the same number of rows, and so takes part in the same number of passes.
 
     Args:
-        batch: the batch of the step, with the micro-batches of every rank.
+        micro_batches: those of the step, of every rank.
+        shape: (Q, G).
         rank: this rank.
         share: fraction of each query's rollouts to measure on, in (0, 1].
         limit: largest number of tokens in a row, padding included.
@@ -40,7 +41,8 @@ class Probe:
 
     def __init__(
         self,
-        batch: LearnerBatch,
+        micro_batches: tuple[tuple[MicroBatch, ...], ...],
+        shape: tuple[int, int],
         rank: int,
         *,
         share: float,
@@ -49,11 +51,11 @@ class Probe:
         device: torch.device,
         logprobs: Callable[[MicroBatchTensors], Tensor],
     ) -> None:
-        self._shape, self._logprobs, self._device = batch.valid.shape, logprobs, device
-        per_query = max(1, round(share * batch.valid.shape[1]))
-        rows = [list(_rows(of_rank, per_query, self._shape[1], limit, layout)) for of_rank in batch.micro_batches]
+        self._shape, self._logprobs, self._device = shape, logprobs, device
+        per_query = max(1, round(share * shape[1]))
+        rows = [list(_rows(of_rank, per_query, shape[1], limit, layout)) for of_rank in micro_batches]
         num_rows = max(map(len, rows))
-        own = rows[rank] + [_counting_nothing(batch.micro_batches[rank])] * (num_rows - len(rows[rank]))
+        own = rows[rank] + [_counting_nothing(micro_batches[rank])] * (num_rows - len(rows[rank]))
         self._rows = [MicroBatchTensors.copy_from(row, device) for row in own]
         self._start = [logprobs(row) for row in self._rows]
 

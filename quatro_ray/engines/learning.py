@@ -8,7 +8,6 @@ from __future__ import annotations
 import logging
 import os
 import random
-from collections.abc import Sequence
 from dataclasses import dataclass
 from datetime import timedelta
 from functools import cached_property, partial
@@ -19,22 +18,13 @@ import numpy as np
 import torch
 import torch.distributed as dist
 from numpy.typing import NDArray
-from torch import Tensor
 
-from quatro_ray.algorithms import losses
-from quatro_ray.algorithms.aggregation import BatchSize, aggregate
-from quatro_ray.algorithms.entropy_control import EntropyControl
-from quatro_ray.algorithms.step_control import StepControl, StepLimits
-from quatro_ray.config import LearnerConfig, StepControlConfig
-from quatro_ray.engines import step_metrics, zero_checkpoint
-from quatro_ray.engines.batches import MicroBatchTensors, Prepared, StepBatch, make_step_batch, make_token_batch
-from quatro_ray.engines.kl_probe import Probe
+from quatro_ray.engines import zero_checkpoint
+from quatro_ray.engines.batch_training import BatchTrainer
 from quatro_ray.engines.learner_spec import LearnerSpec
 from quatro_ray.engines.model_files import write_model
-from quatro_ray.engines.objectives import make_objective
 from quatro_ray.engines.policy import PolicyModel, as_on_disk, load_policy, persistent_buffers
 from quatro_ray.engines.zero_engine import ZeroEngine
-from quatro_ray.engines.zero_step import ZeroStep
 from quatro_ray.errors import CheckpointError
 from quatro_ray.types import LearnerBatch, RowLayout, StepMetrics
 from quatro_ray.weight_sync.agreement import Scored, fixed_sequences
@@ -48,38 +38,25 @@ _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
 @dataclass(frozen=True)
 class _Loaded:
-    """State that `start` creates. `reference`: the reference policy; None if reference_kl_coef is 0."""
+    """State that `start` creates."""
 
     policy: PolicyModel
     engine: ZeroEngine
-    reference: ZeroEngine | None
-
-
-@dataclass(frozen=True)
-class _Step:
-    """The parts of a step that all its micro-batches share."""
-
-    whole: StepBatch
-    prepared: Prepared
-    size: BatchSize
-    collector: step_metrics.Collector
+    trainer: BatchTrainer
 
 
 class LearningEngine:
-    """Trains by one optimiser step per batch. Methods raise RuntimeError if they need `start` and it was not called.
+    """Holds the policy and trains it, batch by batch. Methods that need `start` raise RuntimeError before it.
 
     Attributes:
-        version: attempted optimiser steps; the number of the policy that the weights are.
+        version: batches that training was attempted on; the number of the policy that the weights are.
     """
 
     def __init__(self, spec: LearnerSpec, *, rank: int) -> None:
         self._spec = spec
         self._config = spec.config
         self._rank = rank
-        self._objective = make_objective(spec.objective)
         self._device = torch.device("cuda", 0) if spec.device == "cuda" else torch.device("cpu")
-        self._step_control = _step_control(spec.config.step_control)
-        self._entropy_control = _entropy_control(spec.config)
         self._started: _Loaded | None = None
         self.version = 0
 
@@ -127,7 +104,15 @@ class LearningEngine:
             dist_init_required=False,
         )
         reference = self._load_reference() if self._config.reference_kl_coef > 0 else None
-        self._started = _Loaded(policy, engine, reference)
+        trainer = BatchTrainer(
+            self._spec,
+            rank=self._rank,
+            device=self._device,
+            engine=engine,
+            reference=reference,
+            row_layout=policy.row_layout,
+        )
+        self._started = _Loaded(policy, engine, trainer)
 
     @cached_property
     def weights(self) -> ZeroWeightSource:
@@ -173,7 +158,10 @@ class LearningEngine:
         schedule = self._config.schedule
         name = "constant_with_warmup" if schedule == "constant" else schedule
         made: torch.optim.lr_scheduler.LRScheduler = get_scheduler(
-            name, optimizer, self._config.num_warmup_steps, self._spec.num_steps
+            name,
+            optimizer,
+            self._config.num_warmup_steps,
+            self._spec.num_steps * self._config.num_minibatches,
         )
         return made
 
@@ -195,124 +183,21 @@ class LearningEngine:
         }
 
     def train_step(self, batch: LearnerBatch, learner_version: int) -> StepMetrics:
-        """Attempt one optimiser step and return its metrics, the same on every rank.
+        """Attempt the optimiser steps of a batch and return its metrics, the same on every rank.
 
-        If no query of the batch prefers anything, the weights stay as they are and `step/uninformative` is 1. If a
+        If no query of a minibatch prefers anything, the weights stay as they are and `step/uninformative` is 1. If a
         loss or gradient is not finite on any rank, all ranks skip the update and `step/skipped` is 1. The version
         counts the attempt in both cases, so that no number ever means two policies.
 
         Raises:
             RuntimeError: the batch was made for another version, and training on it would let the ranks drift apart.
         """
-        engine = self._loaded.engine
+        trainer = self._loaded.trainer
         if learner_version != self.version:
             raise RuntimeError(f"rank {self._rank} is at version {self.version}, asked to train from {learner_version}")
-        micro_batches = self._own_rows(batch)
-        whole = self._step_batch(batch, micro_batches)
-        step = _Step(
-            whole,
-            self._objective.prepare(whole),
-            whole.size(self._spec.max_response_tokens),
-            step_metrics.Collector(whole.valid.numel(), self._device),
-        )
-        update: StepMetrics = {"step/skipped": 0.0, "step/grad_norm": 0.0}
-        learning_rate = engine.optimizer.param_groups[0]["lr"]  # step() sets that of the next step
-        if step.prepared.is_informative:
-            update = self._update(step, batch, micro_batches)
-        else:
-            # a step would come from the optimiser's momentum, or from noise that the optimiser scales up
-            with torch.no_grad():
-                for micro in micro_batches:
-                    self._micro_loss(micro, step)
+        metrics = trainer.train(batch)
         self.version += 1
-        measured = step.collector.reduce(whole.rewards, whole.valid)
-        if self._entropy_control:
-            update["policy/entropy_coef"] = self._entropy_control.coef
-            self._entropy_control.observe(step.collector.entropy)
-        return {
-            **measured,
-            **step.prepared.diagnostics,
-            **update,
-            "step/uninformative": float(not step.prepared.is_informative),
-            "step/learning_rate": learning_rate,
-            "step/micro_batches_per_rank": float(len(micro_batches)),
-        }
-
-    def _update(self, step: _Step, batch: LearnerBatch, micro_batches: Sequence[MicroBatchTensors]) -> StepMetrics:
-        """Take the optimiser's step, under step control; return the metrics of the update."""
-        engine = self._loaded.engine
-        probe = self._probe(batch) if self._step_control else None
-        for number, micro in enumerate(micro_batches, start=1):
-            engine.set_gradient_accumulation_boundary(number == len(micro_batches))
-            loss = self._micro_loss(micro, step)
-            # NaN here makes every gradient NaN, and then ZeRO-3 skips the step on all ranks together
-            poison = torch.where(torch.isfinite(loss.detach()), 1.0, torch.nan)
-            engine.backward(loss * poison * self._config.num_ranks)
-        before = ZeroStep(engine.optimizer) if probe else None
-        engine.step()
-        applied = engine.was_step_applied()
-        metrics: StepMetrics = {
-            "step/skipped": float(not applied),
-            "step/grad_norm": float(engine.get_global_grad_norm() or 0.0),
-        }
-        if self._step_control and probe and before and applied:
-            staleness = step.whole.query_staleness()
-            metrics |= self._step_control.control(lambda: probe.measure(staleness), before.move_to).metrics()
         return metrics
-
-    def _probe(self, batch: LearnerBatch) -> Probe:
-        return Probe(
-            batch,
-            self._rank,
-            share=self._config.step_control.probe_share,
-            limit=self._config.tokens_per_micro_batch,
-            layout=self.row_layout,
-            device=self._device,
-            logprobs=self._logprobs,
-        )
-
-    def _micro_loss(self, micro: MicroBatchTensors, step: _Step) -> Tensor:
-        """Return this micro-batch's share of the loss."""
-        inputs = (micro.token_ids, micro.position_ids, micro.target_ids)
-        policy_logprobs, entropy = self._loaded.engine(*inputs)
-        tokens = make_token_batch(micro, policy_logprobs, step.prepared)
-        per_token, limited = self._objective.token_loss(tokens, step.prepared.constant)
-        if (reference := self._loaded.reference) is not None:
-            with torch.no_grad():
-                reference_logprobs, _ = reference(*inputs)
-            reference_kl = losses.reference_kl(policy_logprobs, reference_logprobs)
-            per_token = per_token + self._config.reference_kl_coef * reference_kl
-            step.collector.add_reference_kl(reference_kl.detach(), tokens.is_response)
-        if self._entropy_control and self._entropy_control.coef > 0:
-            per_token = per_token - self._entropy_control.coef * entropy
-        step.collector.add(tokens, entropy.detach(), per_token.detach(), limited)
-        mode = self._config.loss_agg_mode or self._objective.loss_agg_mode
-        return aggregate(per_token, tokens.is_response, tokens.rollout_index, mode, step.size)
-
-    def _step_batch(self, batch: LearnerBatch, micro_batches: Sequence[MicroBatchTensors]) -> StepBatch:
-        """Join the global batch, which every rank has whole; only log-ratios take a forward pass, if needed at all."""
-        log_ratio = None
-        if self._objective.needs_log_ratio:
-            counts = [sum(int(micro.is_response.sum()) for micro in rank) for rank in batch.micro_batches]
-            log_ratio = self._log_ratio(micro_batches, sum(counts[: self._rank]), sum(counts))
-        return make_step_batch(batch, log_ratio, self._device)
-
-    @torch.no_grad()
-    def _log_ratio(self, micro_batches: Sequence[MicroBatchTensors], offset: int, num_tokens: int) -> Tensor:
-        """Return log π_θ − log β of the response tokens of all ranks, float64 [M], nats; this rank's at `offset`."""
-        total = torch.zeros(num_tokens, dtype=torch.float64, device=self._device)
-        for micro in micro_batches:
-            difference = (self._logprobs(micro) - micro.behavior_logprobs).double()[micro.is_response]
-            total[offset : offset + len(difference)] = difference
-            offset += len(difference)
-        dist.all_reduce(total)
-        return total
-
-    @torch.no_grad()
-    def _logprobs(self, micro: MicroBatchTensors) -> Tensor:
-        """Return the log-probs of the targets, float32 [N], nats, 0 outside responses."""
-        values, _ = self._loaded.engine(micro.token_ids, micro.position_ids, micro.target_ids)
-        return torch.where(micro.is_response, values, 0.0)
 
     def logprobs(self, batch: LearnerBatch) -> list[NDArray[np.float32]]:
         """Return the log-probs of the targets of this rank's micro-batches under the present weights.
@@ -320,7 +205,8 @@ class LearningEngine:
         Returns:
             float32 [N] for each micro-batch, nats, 0 outside responses.
         """
-        return [self._logprobs(micro).cpu().numpy() for micro in self._own_rows(batch)]
+        trainer = self._loaded.trainer
+        return [trainer.logprobs(micro).cpu().numpy() for micro in trainer.own_rows(batch)]
 
     @torch.no_grad()
     def score_fixed(self, max_tokens: int) -> list[Scored]:
@@ -340,9 +226,6 @@ class LearningEngine:
             scored.append(Scored(ids, logprobs.cpu().numpy()))
         return scored
 
-    def _own_rows(self, batch: LearnerBatch) -> list[MicroBatchTensors]:
-        return [MicroBatchTensors.copy_from(micro, self._device) for micro in batch.micro_batches[self._rank]]
-
     def save_checkpoint(self, folder: Path) -> None:
         """Write DeepSpeed's own format; each rank writes its shard of weights and optimiser states.
 
@@ -351,10 +234,11 @@ class LearningEngine:
         Args:
             folder: new or empty; shards left there by a larger number of ranks would be read as part of this one.
         """
+        trainer = self._loaded.trainer
         state = zero_checkpoint.ClientState(
             version=self.version,
-            step_control_kept=self._step_control.kept if self._step_control else 1.0,
-            entropy_coef=self._entropy_control.coef if self._entropy_control else 0.0,
+            step_control_kept=steps.kept if (steps := trainer.step_control) else 1.0,
+            entropy_coef=entropy.coef if (entropy := trainer.entropy_control) else 0.0,
             random_states=zero_checkpoint.random_states(self._device),
         )
         engine = self._loaded.engine
@@ -376,10 +260,11 @@ class LearningEngine:
         """
         state = zero_checkpoint.load(self._loaded.engine, folder)
         self.version = state["version"] if version is None else version
-        if self._step_control:
-            self._step_control.kept = state["step_control_kept"]
-        if self._entropy_control:
-            self._entropy_control.coef = state.get("entropy_coef", 0.0)
+        trainer = self._loaded.trainer
+        if trainer.step_control:
+            trainer.step_control.kept = state["step_control_kept"]
+        if trainer.entropy_control:
+            trainer.entropy_control.coef = state.get("entropy_coef", 0.0)
         zero_checkpoint.restore_random_states(state["random_states"], self._device)
 
     def export(self, path: Path) -> None:
@@ -407,18 +292,6 @@ class LearningEngine:
         """Leave the process group, if this rank has joined one."""
         if dist.is_initialized():
             dist.destroy_process_group()
-
-
-def _step_control(config: StepControlConfig) -> StepControl | None:
-    if config.window_kl_nats_per_token is None:
-        return None
-    return StepControl(StepLimits(config.window_kl_nats_per_token, config.max_kl_nats_per_token))
-
-
-def _entropy_control(config: LearnerConfig) -> EntropyControl | None:
-    if config.entropy_target_nats is None:
-        return None
-    return EntropyControl(config.entropy_target_nats, config.entropy_coef_step)
 
 
 def _seed_everything(seed: int) -> None:

@@ -157,7 +157,7 @@ def decoupled_ppo(config: c.DecoupledPpoConfig) -> Objective:
     def loss(t: TokenBatch, _: float) -> TokenLoss:
         proximal = t.proximal_logprobs
         if config.proximal == "interpolated":
-            proximal = losses.interpolated_proximal(t.behavior_logprobs, proximal, t.staleness)
+            proximal = losses.interpolated_proximal(t.behavior_logprobs, t.policy_logprobs, t.staleness)
         return losses.decoupled_ppo(
             t.policy_logprobs,
             proximal,

@@ -17,6 +17,7 @@ def pack(
     num_ranks: int,
     tokens_per_micro_batch: int,
     row_layout: RowLayout = "packed",
+    num_minibatches: int = 1,
 ) -> LearnerBatch:
     """Return the micro-batches of all ranks. The result depends on the arguments alone, so all ranks compute the same.
 
@@ -30,17 +31,28 @@ def pack(
         tokens_per_micro_batch: largest number of tokens in a row, padding of the layout "padded" included.
         row_layout: "packed" gives all rows the width N of the longest one. With "padded" each row has its own width,
             because the model gets one sequence a row and would pad the padding again.
+        num_minibatches: number of optimiser steps that share the batch; each takes whole groups.
 
     Raises:
-        ValueError: a rollout is longer than tokens_per_micro_batch, or there are fewer rollouts than ranks.
+        ValueError: a rollout is longer than tokens_per_micro_batch, or a minibatch has fewer rollouts than ranks.
     """
     flat = [(g, r) for g in groups for r in g.rollouts]
     lengths = np.array([len(g.prompt_token_ids) + r.num_tokens - 1 for g, r in flat])
-    if len(flat) < num_ranks:
-        raise ValueError(f"{len(flat)} rollouts cannot be split over {num_ranks} ranks")
     if lengths.max() > tokens_per_micro_batch:
         raise ValueError(f"a rollout of {lengths.max()} tokens exceeds tokens_per_micro_batch={tokens_per_micro_batch}")
-    rows = _assign(lengths, num_ranks, tokens_per_micro_batch, row_layout)
+    group_of = np.repeat(np.arange(len(groups)), [len(g.rollouts) for g in groups])
+    by_rank: list[list[list[int]]] = [[] for _ in range(num_ranks)]
+    rows_per_minibatch = []
+    for chosen in np.array_split(np.arange(len(groups)), num_minibatches):
+        members = np.flatnonzero(np.isin(group_of, chosen))
+        if len(members) < num_ranks:
+            raise ValueError(f"{len(members)} rollouts of a minibatch cannot be split over {num_ranks} ranks")
+        assigned = _assign(lengths[members], num_ranks, tokens_per_micro_batch, row_layout)
+        rows_per_minibatch.append(len(assigned) // num_ranks)
+        for k in range(num_ranks):
+            of_rank = assigned[k * rows_per_minibatch[-1] : (k + 1) * rows_per_minibatch[-1]]
+            by_rank[k] += [members[row].tolist() for row in of_rank]
+    rows = [row for of_rank in by_rank for row in of_rank]
     width = max(int(lengths[row].sum()) for row in rows) if row_layout == "packed" else 1
     # flat index → cell of [Q, G]
     size = max(len(g.rollouts) for g in groups)
@@ -58,6 +70,7 @@ def pack(
         valid=valid,
         num_tokens=sum(int(r.is_sampled().sum()) for _, r in flat),
         num_rollouts=len(flat),
+        rows_per_minibatch=tuple(rows_per_minibatch),
     )
 
 

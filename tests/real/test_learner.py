@@ -33,7 +33,11 @@ class Learners:
     def logprobs(self, groups: tuple[RolloutGroup, ...]) -> dict[int, np.ndarray]:
         """By cell of [Q·G]: float32 [T]."""
         batch = pack(
-            groups, Lineage.unbroken(0), num_ranks=2, tokens_per_micro_batch=self.config.tokens_per_micro_batch
+            groups,
+            Lineage.unbroken(0),
+            num_ranks=2,
+            tokens_per_micro_batch=self.config.tokens_per_micro_batch,
+            num_minibatches=self.config.num_minibatches,
         )
         found: dict[int, np.ndarray] = {}
         for rank, per_rank in zip(batch.micro_batches, self.call("logprobs", groups), strict=True):
@@ -156,6 +160,24 @@ def test_a_step_within_its_budget_is_untouched(local_ray: None, model_path: str)
     assert metrics["step_control/acted"] == 0
     assert metrics["step_control/share_of_budget"] < 1e-3
     assert change(*results).tolist() == [0.0] * len(change(*results))  # measuring leaves no trace, to the bit
+
+
+def test_two_minibatches_are_two_optimiser_steps_around_one_proximal_policy(local_ray: None, model_path: str) -> None:
+    off = {"window_kl_nats_per_token": None}
+    fields: dict[str, Any] = {"learning_rate": 1e-2, "step_control": off}
+    with learners(model_path, "grpo", **fields) as ranks:
+        groups = on_policy(ranks, random_groups())
+        half = NUM_QUERIES // 2
+        ranks.train(groups[:half])
+        ranks.train(groups[half:], 1)
+        apart = ranks.logprobs(groups)
+    with learners(model_path, "grpo", num_minibatches=2, **fields) as ranks:
+        metrics = ranks.train(groups)
+        together = ranks.logprobs(groups)
+        assert (metrics["step/skipped"], metrics["step/uninformative"]) == (0, 0)
+        # around the policy before the first step, the clip acts in the second one
+        assert metrics["policy_gradient/limited_share"] > 0
+    assert change(apart, together) == pytest.approx(0, abs=1e-4)
 
 
 def test_the_entropy_bonus_acts_below_its_target(local_ray: None, model_path: str) -> None:

@@ -281,7 +281,7 @@ def test_a_batch_without_preference_is_not_informative(kind: str, reward: float)
         rewards=torch.full(shape[:2], reward, dtype=torch.float64),
         staleness=0,
     )
-    assert not prepared.is_informative
+    assert not prepared.is_informative()
 
 
 def test_the_disagreement_of_engine_and_learner_is_not_amplified() -> None:

@@ -110,3 +110,23 @@ def test_padded_rows_fit_with_their_padding_and_have_no_padding_of_their_own() -
         assert (micro.rollout_index >= 0).all()
         seen += np.unique(micro.rollout_index).tolist()
     assert sorted(seen) == list(range(2 * len(lengths)))
+
+
+@pytest.mark.parametrize("num_ranks", [1, 2])
+def test_minibatches_take_whole_groups_and_as_many_rows_on_every_rank(num_ranks: int) -> None:
+    groups = [group(q, rollout(3 + q), rollout(4), rollout(2 * q + 1)) for q in range(5)]
+    batch = pack(groups, LINE, num_ranks=num_ranks, tokens_per_micro_batch=24, num_minibatches=2)
+    assert len(batch.rows_per_minibatch) == 2
+    seen = []
+    for chosen in batch.minibatches():
+        parts = [of_rank[chosen] for of_rank in batch.micro_batches]
+        assert len({len(part) for part in parts}) == 1
+        cells = {int(c) for part in parts for micro in part for c in micro.rollout_index if c >= 0}
+        seen.append(cells)
+    assert seen == [set(range(9)), set(range(9, 15))]
+
+
+def test_a_minibatch_needs_a_rollout_for_every_rank() -> None:
+    groups = [group(q, rollout(3)) for q in range(3)]
+    with pytest.raises(ValueError, match="1 rollouts of a minibatch cannot be split over 2 ranks"):
+        pack(groups, LINE, num_ranks=2, tokens_per_micro_batch=24, num_minibatches=2)

@@ -1,0 +1,232 @@
+"""The optimiser steps of one batch on one rank of the learner group: every method is a collective over all ranks.
+
+Shape letters: Q queries, N tokens of a micro-batch, M response tokens of the global batch.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from statistics import mean
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from quatro_ray.algorithms import losses
+from quatro_ray.algorithms.aggregation import BatchSize, aggregate
+from quatro_ray.algorithms.entropy_control import EntropyControl
+from quatro_ray.algorithms.step_control import StepControl, StepLimits
+from quatro_ray.config import LearnerConfig
+from quatro_ray.engines.batches import MicroBatchTensors, Prepared, StepBatch, make_step_batch, make_token_batch
+from quatro_ray.engines.kl_probe import Probe
+from quatro_ray.engines.learner_spec import LearnerSpec
+from quatro_ray.engines.objectives import make_objective
+from quatro_ray.engines.step_metrics import Collector
+from quatro_ray.engines.zero_engine import ZeroEngine
+from quatro_ray.engines.zero_step import ZeroStep
+from quatro_ray.types import LearnerBatch, MicroBatch, RowLayout, StepMetrics
+
+_COUNTS = ("step/skipped", "step/uninformative")
+"""Metrics that count the optimiser steps of a batch, which is one by default."""
+
+
+@dataclass(frozen=True)
+class _Row:
+    """A micro-batch, and log π_k of its targets, float32 [N], nats, if a step before this one may have changed π."""
+
+    micro: MicroBatchTensors
+    start_logprobs: Tensor | None
+
+
+@dataclass(frozen=True)
+class _Batch:
+    """The parts of a batch that all its micro-batches share."""
+
+    whole: StepBatch
+    prepared: Prepared
+    collector: Collector
+
+
+class BatchTrainer:
+    """Trains on batches, by one optimiser step for each minibatch.
+
+    Args:
+        spec: that of the learner.
+        rank: this rank.
+        device: where the model lies.
+        engine: DeepSpeed's engine around the policy.
+        reference: the reference policy; None if its KL is not part of the loss.
+        row_layout: how the model reads a row.
+
+    Attributes:
+        step_control: the controller of the steps; None if it is off. Its state belongs into a checkpoint.
+        entropy_control: the controller of the entropy bonus; None if there is no target. Its state too.
+    """
+
+    def __init__(
+        self,
+        spec: LearnerSpec,
+        *,
+        rank: int,
+        device: torch.device,
+        engine: ZeroEngine,
+        reference: ZeroEngine | None,
+        row_layout: RowLayout,
+    ) -> None:
+        self._spec, self._config, self._rank, self._device = spec, spec.config, rank, device
+        self._engine, self._reference, self._row_layout = engine, reference, row_layout
+        self._objective = make_objective(spec.objective)
+        self.step_control = _step_control(spec.config)
+        self.entropy_control = _entropy_control(spec.config)
+
+    def train(self, batch: LearnerBatch) -> StepMetrics:
+        """Take the optimiser steps of a batch and return its metrics, the same on every rank."""
+        learning_rate = self._engine.optimizer.param_groups[0]["lr"]  # step() sets that of the next step
+        rows, log_ratio = self._read(batch)
+        whole = make_step_batch(batch, log_ratio, self._device)
+        shared = _Batch(whole, self._objective.prepare(whole), Collector(whole.valid.numel(), self._device))
+        updates = [self._minibatch(shared, batch, rows, chosen) for chosen in batch.minibatches()]
+        metrics = shared.collector.reduce(whole.rewards, whole.valid) | shared.prepared.diagnostics | _merged(updates)
+        if self.entropy_control:
+            metrics["policy/entropy_coef"] = self.entropy_control.coef
+            self.entropy_control.observe(shared.collector.entropy)
+        metrics["step/learning_rate"] = learning_rate
+        metrics["step/micro_batches_per_rank"] = float(len(rows))
+        return metrics
+
+    def _read(self, batch: LearnerBatch) -> tuple[list[_Row], Tensor | None]:
+        """Return this rank's rows, and log π_k − log β of the response tokens of all ranks, float64 [M], if needed."""
+        micro_batches = self.own_rows(batch)
+        needs_start = len(batch.rows_per_minibatch) > 1
+        if not needs_start and not self._objective.needs_log_ratio:
+            return [_Row(micro, None) for micro in micro_batches], None
+        start = [self.logprobs(micro) for micro in micro_batches]
+        counts = [sum(int(micro.is_response.sum()) for micro in of_rank) for of_rank in batch.micro_batches]
+        total = torch.zeros(sum(counts), dtype=torch.float64, device=self._device)
+        offset = sum(counts[: self._rank])
+        for micro, logprobs in zip(micro_batches, start, strict=True):
+            difference = (logprobs - micro.behavior_logprobs).double()[micro.is_response]
+            total[offset : offset + len(difference)] = difference
+            offset += len(difference)
+        dist.all_reduce(total)
+        rows = zip(micro_batches, start, strict=True)
+        return [_Row(micro, logprobs if needs_start else None) for micro, logprobs in rows], total
+
+    def _minibatch(self, shared: _Batch, batch: LearnerBatch, rows: Sequence[_Row], chosen: slice) -> StepMetrics:
+        """Take one optimiser step, unless no query of the minibatch prefers anything."""
+        micro_batches = tuple(of_rank[chosen] for of_rank in batch.micro_batches)
+        queries = _queries(micro_batches, shared.whole.valid)
+        size = shared.whole.size(self._spec.max_response_tokens, queries)
+        if shared.prepared.is_informative(queries):
+            return self._update(shared, size, rows[chosen], micro_batches)
+        # a step would come from the optimiser's momentum, or from noise that the optimiser scales up
+        with torch.no_grad():
+            for row in rows[chosen]:
+                self._loss(row, shared, size)
+        return {"step/uninformative": 1.0, "step/skipped": 0.0, "step/grad_norm": 0.0}
+
+    def _update(
+        self,
+        shared: _Batch,
+        size: BatchSize,
+        rows: Sequence[_Row],
+        micro_batches: tuple[tuple[MicroBatch, ...], ...],
+    ) -> StepMetrics:
+        """Take one optimiser step, under step control; return the metrics of the update."""
+        engine = self._engine
+        probe = self._probe(micro_batches, shared.whole.valid) if self.step_control else None
+        for number, row in enumerate(rows, start=1):
+            engine.set_gradient_accumulation_boundary(number == len(rows))
+            loss = self._loss(row, shared, size)
+            # NaN here makes every gradient NaN, and then ZeRO-3 skips the step on all ranks together
+            poison = torch.where(torch.isfinite(loss.detach()), 1.0, torch.nan)
+            engine.backward(loss * poison * self._config.num_ranks)
+        before = ZeroStep(engine.optimizer) if probe else None
+        engine.step()
+        applied = engine.was_step_applied()
+        metrics: StepMetrics = {
+            "step/uninformative": 0.0,
+            "step/skipped": float(not applied),
+            "step/grad_norm": float(engine.get_global_grad_norm() or 0.0),
+        }
+        if self.step_control and probe and before and applied:
+            staleness = shared.whole.query_staleness()
+            metrics |= self.step_control.control(lambda: probe.measure(staleness), before.move_to).metrics()
+        return metrics
+
+    def _probe(self, micro_batches: tuple[tuple[MicroBatch, ...], ...], valid: Tensor) -> Probe:
+        return Probe(
+            micro_batches,
+            (valid.shape[0], valid.shape[1]),
+            self._rank,
+            share=self._config.step_control.probe_share,
+            limit=self._config.tokens_per_micro_batch,
+            layout=self._row_layout,
+            device=self._device,
+            logprobs=self.logprobs,
+        )
+
+    def _loss(self, row: _Row, shared: _Batch, size: BatchSize) -> Tensor:
+        """Return a micro-batch's share of the loss of its optimiser step."""
+        micro = row.micro
+        inputs = (micro.token_ids, micro.position_ids, micro.target_ids)
+        policy_logprobs, entropy = self._engine(*inputs)
+        tokens = make_token_batch(micro, policy_logprobs, shared.prepared, row.start_logprobs)
+        per_token, limited = self._objective.token_loss(tokens, shared.prepared.constant)
+        if self._reference is not None:
+            with torch.no_grad():
+                reference_logprobs, _ = self._reference(*inputs)
+            reference_kl = losses.reference_kl(policy_logprobs, reference_logprobs)
+            per_token = per_token + self._config.reference_kl_coef * reference_kl
+            shared.collector.add_reference_kl(reference_kl.detach(), tokens.is_response)
+        if self.entropy_control and self.entropy_control.coef > 0:
+            per_token = per_token - self.entropy_control.coef * entropy
+        shared.collector.add(tokens, entropy.detach(), per_token.detach(), limited)
+        mode = self._config.loss_agg_mode or self._objective.loss_agg_mode
+        return aggregate(per_token, tokens.is_response, tokens.rollout_index, mode, size)
+
+    @torch.no_grad()
+    def logprobs(self, micro: MicroBatchTensors) -> Tensor:
+        """Return the log-probs of the targets under the present weights, float32 [N], nats, 0 outside responses."""
+        values, _ = self._engine(micro.token_ids, micro.position_ids, micro.target_ids)
+        return torch.where(micro.is_response, values, 0.0)
+
+    def own_rows(self, batch: LearnerBatch) -> list[MicroBatchTensors]:
+        """Return the micro-batches of this rank."""
+        return [MicroBatchTensors.copy_from(micro, self._device) for micro in batch.micro_batches[self._rank]]
+
+
+def _queries(micro_batches: tuple[tuple[MicroBatch, ...], ...], valid: Tensor) -> Tensor:
+    """Return the queries, bool [Q], to which the rows of all ranks belong; valid: bool [Q, G]."""
+    chosen = torch.zeros(valid.numel() + 1, dtype=torch.bool, device=valid.device)
+    for of_rank in micro_batches:
+        for micro in of_rank:
+            chosen[torch.from_numpy(micro.rollout_index).to(valid.device)] = True
+    return chosen[:-1].view(valid.shape).any(1)  # padding, −1, marked the extra last entry
+
+
+def _merged(updates: Sequence[StepMetrics]) -> StepMetrics:
+    """Join the metrics of a batch's optimiser steps: lists are concatenated, counts added, other numbers averaged."""
+    merged: StepMetrics = {}
+    for name in dict.fromkeys(name for update in updates for name in update):
+        values = [update[name] for update in updates if name in update]
+        numbers = [value for value in values if isinstance(value, float)]
+        if numbers:
+            merged[name] = sum(numbers) if name in _COUNTS else mean(numbers)
+        else:
+            merged[name] = [number for value in values if isinstance(value, list) for number in value]
+    return merged
+
+
+def _step_control(config: LearnerConfig) -> StepControl | None:
+    limits = config.step_control
+    if limits.window_kl_nats_per_token is None:
+        return None
+    return StepControl(StepLimits(limits.window_kl_nats_per_token, limits.max_kl_nats_per_token))
+
+
+def _entropy_control(config: LearnerConfig) -> EntropyControl | None:
+    if config.entropy_target_nats is None:
+        return None
+    return EntropyControl(config.entropy_target_nats, config.entropy_coef_step)
