@@ -54,6 +54,10 @@ class TrainingDiverged(QuatroError):
     """Loss or gradient stays non-finite; a restart from the checkpoint would end the same way."""
 
 
+class ObjectiveError(QuatroError):
+    """The user's own loss or advantage failed, or returned what no step can be computed from."""
+
+
 class Preempted(QuatroError):
     """SIGTERM ended the run before its last step; with `run.resume: auto` the same command continues it."""
 

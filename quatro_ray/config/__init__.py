@@ -46,6 +46,7 @@ from quatro_ray.config.objectives import (
     ReinforceConfig,
     SapoConfig,
     TisGrpoConfig,
+    UserObjectiveConfig,
 )
 from quatro_ray.config.replay import ReplayConfig
 from quatro_ray.config.rewards import (
@@ -138,6 +139,7 @@ __all__ = [
     "TinyModelConfig",
     "TisGrpoConfig",
     "TrainShareSourceConfig",
+    "UserObjectiveConfig",
     "VerifierConfig",
     "VerifiersSourceConfig",
     "WarmupConfig",

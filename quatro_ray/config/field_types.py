@@ -50,7 +50,7 @@ def accepts(annotation: object) -> str:
     bare, metadata, nullable = field_type(annotation)
     for words in metadata:
         if isinstance(words, Accepts):
-            return words.text
+            return words.text + (" or null" if nullable else "")
     return _words(bare, metadata) + (" or null" if nullable else "")
 
 

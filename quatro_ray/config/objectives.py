@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Annotated, ClassVar, Literal
 
-from pydantic import Field
+from pydantic import Field, JsonValue
 
-from quatro_ray.config.base import Section
+from quatro_ray.config.base import FunctionPath, Section
 
 Level = Literal["token", "sequence", "geometric"]
 
@@ -214,6 +214,31 @@ class ReinforceConfig(Section):
     """Weights π_θ/β of the per-token losses."""
 
 
+class UserObjectiveConfig(Section):
+    """Your own loss and advantage, as functions that are imported. docs/algorithm.md, "Your own loss and advantage"."""
+
+    kind: Literal["user"]
+    loss: FunctionPath
+    """The function (batch: TokenBatch, **params) -> the loss of each token, a tensor [N], or a TokenLoss, which also
+    tells the tokens on which a clip acted."""
+    advantage: FunctionPath | None = None
+    """The function (batch: StepBatch, **params) -> the advantage of each rollout, a tensor [Q, G]. null: that of GRPO,
+    normalised in each group."""
+    params: dict[str, JsonValue] = Field({})
+    """Arguments of the functions by name; each function gets those that it takes."""
+    needs_log_ratio: bool = False
+    """Compute StepBatch.log_ratio for the advantage. It costs one more forward pass over the batch; without it the
+    field is None."""
+
+    def broken_rules(self) -> Iterator[str]:
+        """Yield a line if log-ratios would be computed that no function reads."""
+        if self.needs_log_ratio and self.advantage is None:
+            yield (
+                "needs_log_ratio=true needs an advantage that reads StepBatch.log_ratio, and advantage is null: "
+                "remove needs_log_ratio (the loss has TokenBatch.log_ratio without it) or set advantage"
+            )
+
+
 ObjectiveConfig = Annotated[
     QuatroConfig
     | GrpoConfig
@@ -228,6 +253,7 @@ ObjectiveConfig = Annotated[
     | SapoConfig
     | DppoConfig
     | DrpoConfig
-    | ReinforceConfig,
+    | ReinforceConfig
+    | UserObjectiveConfig,
     Field(discriminator="kind"),
 ]

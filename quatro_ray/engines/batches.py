@@ -16,6 +16,9 @@ from quatro_ray.algorithms import importance
 from quatro_ray.algorithms.aggregation import BatchSize
 from quatro_ray.types import LearnerBatch, MicroBatch, StepMetrics
 
+_ROUNDING = 1e-9
+"""Largest advantage that counts as 0: the mean of rewards that are all equal may differ from them by rounding."""
+
 
 @dataclass(frozen=True)
 class MicroBatchTensors:
@@ -115,7 +118,8 @@ class Prepared:
 
     def is_informative(self, queries: Tensor | None = None) -> bool:
         """Return whether these queries, bool [Q], or any, prefer a rollout. If not, a step would follow noise alone."""
-        return bool((self.advantage if queries is None else self.advantage[queries]).any())
+        chosen = self.advantage if queries is None else self.advantage[queries]
+        return bool((chosen.abs() > _ROUNDING).any())
 
 
 @dataclass(frozen=True)

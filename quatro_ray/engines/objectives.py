@@ -22,6 +22,7 @@ from quatro_ray.algorithms.kl_budget import drift_radius, tilt_budget, token_dri
 from quatro_ray.algorithms.losses import TokenLoss
 from quatro_ray.algorithms.trust_region import Solution, Status
 from quatro_ray.engines.batches import Prepared, StepBatch, TokenBatch
+from quatro_ray.engines.user_objective import load_user_functions
 from quatro_ray.types import StepMetrics
 
 
@@ -288,6 +289,19 @@ def reinforce(config: c.ReinforceConfig) -> Objective:
     return Objective(loss, prepare=_group_centred)
 
 
+def user(config: c.UserObjectiveConfig) -> Objective:
+    """Build the objective of the user's own functions; without an advantage of their own, it is GRPO's."""
+    loss, advantage = load_user_functions(config)
+
+    def prepare(batch: StepBatch) -> Prepared:
+        return _group_normalised(batch) if advantage is None else Prepared(advantage(batch))
+
+    def token_loss(t: TokenBatch, _: float) -> TokenLoss:
+        return loss(t)
+
+    return Objective(token_loss, prepare=prepare, needs_log_ratio=config.needs_log_ratio)
+
+
 OBJECTIVES: dict[str, Callable[[Any], Objective]] = {
     "quatro": quatro,
     "grpo": grpo,
@@ -303,6 +317,7 @@ OBJECTIVES: dict[str, Callable[[Any], Objective]] = {
     "dppo": dppo,
     "drpo": drpo,
     "reinforce": reinforce,
+    "user": user,
 }
 """One entry per member of the union ObjectiveConfig; the builder of a kind takes the configuration of that kind."""
 

@@ -18,6 +18,7 @@ from typing import Any
 from quatro_ray.errors import ConfigError
 
 _MAX_TRACEBACK_CHARS = 3000
+_MAX_LINE_CHARS = 500
 _OWN_CODE = str(Path(__file__).resolve().parents[1])
 
 
@@ -25,7 +26,7 @@ class UserFunctionError(Exception):
     """A user's function raised; the text has the traceback, and in its last line the file and line."""
 
 
-def load_function(name: str) -> Callable[..., Any]:
+def load_function(name: str, *, field: str = "function") -> Callable[..., Any]:
     """Return the user's function.
 
     Modules are found in the current directory too. What the function's file imports within functions is imported here
@@ -33,6 +34,7 @@ def load_function(name: str) -> Callable[..., Any]:
 
     Args:
         name: `module:name` or `path/to/file.py:name`.
+        field: the field of the configuration that has `name`, for error messages.
 
     Raises:
         ConfigError: there is no such module or function, or importing the module fails.
@@ -46,11 +48,11 @@ def load_function(name: str) -> Callable[..., Any]:
     except Exception as error:  # importing runs the user's code, which may raise anything
         where = f" ({place})" if (place := _place(error)) else ""
         raise ConfigError(
-            f"function={name!r}: importing it failed: {type(error).__name__}: {error}{where}; correct it"
+            f"{field}={name!r}: importing it failed: {type(error).__name__}: {error}{where}; correct it"
         ) from error
     function: Callable[..., Any] | None = getattr(module, attribute, None)
     if not callable(function):
-        raise ConfigError(f"function={name!r}: {module_name} has no function {attribute!r}; correct the name")
+        raise ConfigError(f"{field}={name!r}: {module_name} has no function {attribute!r}; correct the name")
     return function
 
 
@@ -61,6 +63,13 @@ def failure_text(name: str, error: BaseException) -> str:
     place = _place(error)
     last = f"{name} raised {type(error).__name__}: {error}" + (f" ({place})" if place else "")
     return f"{shown}\n{last}" if shown else last
+
+
+def failure_line(error: BaseException) -> str:
+    """Return on one line what a user's function raised, and where."""
+    message = " ".join(str(error).split())[:_MAX_LINE_CHARS]
+    place = _place(error)
+    return f"raised {type(error).__name__}: {message}" + (f" ({place})" if place else "")
 
 
 def _place(error: BaseException) -> str:

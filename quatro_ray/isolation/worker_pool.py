@@ -78,7 +78,7 @@ class Worker:
             stdin=asyncio.subprocess.PIPE,
             stdout=asyncio.subprocess.PIPE,
             stderr=asyncio.subprocess.PIPE,
-            env=_environment(),
+            env=worker_environment(),
             pass_fds=launch.pass_fds,
             start_new_session=True,
         )
@@ -159,7 +159,7 @@ class Worker:
         return self._exit_status
 
 
-def _environment() -> dict[str, str]:
+def worker_environment() -> dict[str, str]:
     """Return this process's environment without Ray's variables, such as its token, and with the same module path."""
     own = {k: v for k, v in os.environ.items() if not k.startswith("RAY_")}
     return own | {

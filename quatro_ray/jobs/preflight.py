@@ -14,6 +14,7 @@ from quatro_ray.data.special_tokens import special_token_notes
 from quatro_ray.data.template_kwargs import check_template_kwargs
 from quatro_ray.engines.engine_args import check_engine_args
 from quatro_ray.engines.forward_measurement import measure_forward
+from quatro_ray.engines.objective_check import check_objective
 from quatro_ray.engines.pretrained import (
     bos_token_of,
     check_folder,
@@ -51,7 +52,7 @@ class Prepared:
 
 
 def check(config: Config) -> Prepared:
-    """Check a training run: environments, rewards, data, tokenizer, model, and what they ask of each other.
+    """Check a training run: environments, rewards, data, tokenizer, model, objective, and what they ask of each other.
 
     Raises:
         SeveralErrors: several checks failed.
@@ -60,6 +61,8 @@ def check(config: Config) -> Prepared:
     problems = Problems()
     dataset, tokenizer, notes = _check_data(config, problems)
     _check_model(config, problems)
+    with problems.collect():
+        check_objective(config.objective)
     with problems.collect():
         check_host(config)
     inputs = None if dataset is None else fingerprints(config, dataset)

@@ -24,6 +24,15 @@ def test_the_example_of_a_reward_trains(tmp_path: Path) -> None:
     assert parts and all(0 <= p <= 1 for p in parts)
 
 
+def test_the_example_of_an_objective_trains(tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    example("examples/own_objective.py", f"run.dir={run}", "model.warmup.max_steps=100", "evaluation.every_steps=3")
+    metrics = read_lines(run / "metrics.jsonl")
+    assert len(metrics) == 3
+    assert any(m["step/grad_norm"] > 0 for m in metrics)
+    assert all(m["step/uninformative"] == (m["step/grad_norm"] == 0) for m in metrics)
+
+
 def test_the_example_of_an_environment_trains(tmp_path: Path) -> None:
     """The policy asks, is given the result, and goes on; what it was given is not counted as sampled."""
     overrides = [

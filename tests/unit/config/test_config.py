@@ -297,7 +297,7 @@ def test_all_bad_overrides_are_reported_together(tmp_path: Path) -> None:
         ("data.train.sums.max_term=1", "did you mean data.train.sums.max_terms?"),
         ("rewards.c={kind: code, limits: {cpus: 2}}", "did you mean rewards.c.limits.cpu_s?"),
         ("learning_rte=1", "learning_rte: unknown field; did you mean learner.learning_rate?"),
-        ("objective.kind=grop", "reinforce; did you mean grpo?"),
+        ("objective.kind=grop", "reinforce, user; did you mean grpo?"),
         ("objective=grpo", "objective='grpo': must be a mapping of fields; write {kind: grpo}"),
         ("rewards.answer.kind=exat", "did you mean exact?"),
         ("learner.dtype=float23", "learner.dtype='float23': must be one of float32, bfloat16; did you mean float32?"),

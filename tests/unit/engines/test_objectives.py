@@ -1,5 +1,6 @@
 """Every objective on a packed batch: what it pushes, and that no split into micro-batches changes its gradient."""
 
+from pathlib import Path
 from typing import Any, get_args
 
 import numpy as np
@@ -23,7 +24,13 @@ NUM_QUERIES, GROUP_SIZE, LONGEST = 8, 4, 7
 MODES = ("token_mean", "prompt_mean", "seq_mean_token_sum", "seq_mean_token_mean", "seq_mean_token_sum_norm")
 
 
+EXAMPLE = Path(__file__).parents[3] / "examples" / "own_objective.py"
+
+
 def objective_config(kind: str, **settings: Any) -> ObjectiveConfig:
+    """The functions of kind `user` are those of the example."""
+    if kind == "user":
+        settings = {"loss": f"{EXAMPLE}:loss", "advantage": f"{EXAMPLE}:advantage"} | settings
     return TypeAdapter(ObjectiveConfig).validate_python({"kind": kind} | settings)
 
 
@@ -79,6 +86,7 @@ def test_every_kind_of_the_configuration_has_its_objective() -> None:
         *((kind, {}) for kind in sorted(OBJECTIVES)),
         ("dppo", {"divergence": "kl", "weight_upper": None}),
         ("drpo", {"threshold": 0.15, "weight_upper": 5.0}),
+        ("user", {"advantage": None, "params": {"upper": 1.5}}),
     ],
 )
 def test_one_two_or_eight_micro_batches_give_equal_gradients(kind: str, settings: dict[str, Any]) -> None:
@@ -145,6 +153,8 @@ def test_on_policy_every_objective_makes_the_rewarded_rollout_likelier(kind: str
         ("dppo", {"weight_upper": 0.9}, "weight_upper"),
         ("drpo", {"threshold": 0}, "threshold"),
         ("drpo", {"weight_upper": 0.9}, "weight_upper"),
+        ("user", {"advantage": None, "needs_log_ratio": True}, "needs an advantage that reads"),
+        ("user", {"loss": "no/such/file.py:loss"}, "there is no file"),
     ],
 )
 def test_known_traps_are_refused(kind: str, settings: dict[str, Any], expected: str) -> None:
@@ -152,7 +162,7 @@ def test_known_traps_are_refused(kind: str, settings: dict[str, Any], expected: 
         objective_config(kind, **settings)
 
 
-@pytest.mark.parametrize("kind", sorted(OBJECTIVES))
+@pytest.mark.parametrize("kind", sorted(OBJECTIVES.keys() - {"user"}))
 def test_every_objective_says_where_it_comes_from(kind: str) -> None:
     assert any(word in (type(objective_config(kind)).__doc__ or "") for word in ("arXiv", "et al.", "REINFORCE"))
 
@@ -268,7 +278,7 @@ def test_a_query_of_long_responses_weighs_as_much_as_one_of_short_ones() -> None
 
 
 @pytest.mark.parametrize("kind", sorted(OBJECTIVES))
-@pytest.mark.parametrize("reward", [0.0, 1.0])
+@pytest.mark.parametrize("reward", [0.0, 1.0, 0.1])
 def test_a_batch_without_preference_is_not_informative(kind: str, reward: float) -> None:
     """Engine and learner disagree by what bfloat16 does: 0.02 nats a token."""
     torch.manual_seed(0)

@@ -86,6 +86,14 @@ def test_all_problems_are_told_at_once(tmp_path: Path, folder: Path) -> None:
 
 
 @pytest.mark.process
+def test_the_users_own_objective_is_called_once_before_anything_starts(tmp_path: Path, folder: Path) -> None:
+    (tmp_path / "mine.py").write_text("def loss(batch):\n    print('hello')\n    return batch.advantage.sum()\n")
+    text = problems(tmp_path, folder, objective={"kind": "user", "loss": f"{tmp_path}/mine.py:loss"})
+    assert text.startswith(f"objective.loss='{tmp_path}/mine.py:loss' returned a tensor [] of float32")
+    assert "\n" not in text
+
+
+@pytest.mark.process
 def test_a_good_one_passes_and_leaves_no_trace(tmp_path: Path, folder: Path) -> None:
     change(folder, bos_token_id=0)
     prepared = check(pretrained(tmp_path, folder))
