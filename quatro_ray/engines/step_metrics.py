@@ -14,8 +14,13 @@ from quatro_ray.algorithms.importance import effective_sample_share, sequence_su
 from quatro_ray.engines.batches import TokenBatch
 from quatro_ray.types import StepMetrics
 
-_SUMS = ("tokens", "loss", "entropy", "limited", "on_version_tokens", "on_version_error", "reference_kl")
+_SUMS = (
+    "tokens", "loss", "entropy", "limited", "on_version_tokens", "on_version_error", "reference_kl", "weight",
+    "squared_weight",
+)  # fmt: skip
 _MAX_STALENESS_BIN = 256
+_MAX_LOG_WEIGHT = 30.0
+"""Bound on the logarithm of importance weights in effective sample sizes, so that they stay finite."""
 RATIO_BIN_NATS = 0.1
 RATIO_BINS = 41
 """Number of bins of log π_θ/β, each RATIO_BIN_NATS wide and the middle one around 0; the outermost hold all beyond."""
@@ -51,6 +56,7 @@ class Collector:
         """
         mask = t.is_response
         difference = (t.policy_logprobs.detach() - t.behavior_logprobs).double() * mask
+        weight = difference.clamp(max=_MAX_LOG_WEIGHT).exp() * mask
         on_version = mask & (t.staleness == 0)
         self._add("tokens", mask)
         self._add("loss", per_token_loss * mask)
@@ -58,6 +64,8 @@ class Collector:
         self._add("limited", limited & mask)
         self._add("on_version_tokens", on_version)
         self._add("on_version_error", difference.abs() * on_version)
+        self._add("weight", weight)
+        self._add("squared_weight", weight.square())
         self._log_ratio += sequence_sums(difference, t.rollout_index, len(self._log_ratio))
         self._staleness += _counts(t.staleness[mask], _MAX_STALENESS_BIN + 1)
         self._ratios += _counts((difference[mask] / RATIO_BIN_NATS).round().long() + RATIO_BINS // 2, RATIO_BINS)
@@ -84,7 +92,7 @@ class Collector:
         total = dict(zip(_SUMS, self._sums.tolist(), strict=True))
         tokens = total["tokens"]
         log_ratio = self._log_ratio.view_as(rewards)
-        weights = log_ratio.clamp(max=30).exp()
+        weights = log_ratio.clamp(max=_MAX_LOG_WEIGHT).exp()
         histogram = {s: int(n) for s, n in enumerate(self._staleness.tolist()) if n}
         self.entropy = total["entropy"] / tokens
         reward = group_mean(rewards, valid)
@@ -98,6 +106,9 @@ class Collector:
             "policy/realised_kl_nats": realised_kl(log_ratio, valid).tolist(),
             **({"policy/reference_kl": total["reference_kl"] / tokens} if self._has_reference else {}),
             "rollout_corr/eff_sample_size": float(effective_sample_share(weights[valid], valid[valid])),
+            # weights of whole responses degenerate with length, those of tokens do not
+            "rollout_corr/token_eff_sample_size": total["weight"] ** 2
+            / max(tokens * total["squared_weight"], torch.finfo(torch.float64).tiny),
             "rollout_corr/query_eff_sample_size": effective_sample_share(weights, valid).tolist(),
             "rollout_corr/log_ratio_tokens": [int(n) for n in self._ratios.tolist()],
             # agreement of engine and learner under the same weights; None if no token is from this version

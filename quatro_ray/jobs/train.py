@@ -147,6 +147,7 @@ def summarise(
         "evaluations": {e.name: e.record() for e in counters.evaluations},  # the last of each set
         "learner_steps": steps.learner_steps,
         "skipped_steps": steps.skipped_steps,
+        "uninformative_steps": steps.uninformative_steps,
         "weight_updates": steps.weight_updates,
         "in_flight_updates": steps.in_flight_updates,
         "multi_version_rollouts": counters.multi_version_rollouts,

@@ -6,6 +6,7 @@ The controller drives small interfaces (actors/interfaces.py): on a cluster they
 from __future__ import annotations
 
 import asyncio
+import logging
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from typing import cast
@@ -30,6 +31,7 @@ from quatro_ray.replay.buffer import LeaseSummary
 from quatro_ray.telemetry.counters import Counters
 from quatro_ray.telemetry.recorder import Recorder
 from quatro_ray.telemetry.step_clock import StepClock
+from quatro_ray.telemetry.step_warnings import StepWarnings
 from quatro_ray.timeouts import Overtaken, unless, within
 from quatro_ray.types import Query
 from quatro_ray.weight_sync.coordinator import Update
@@ -57,6 +59,7 @@ class Controller:
         self._recorder = recorder
         self.counters = counters = Counters()
         self._clock = StepClock(recorder.now, recorder.seconds)
+        self._warnings = StepWarnings(response_weights=_weighs_whole_responses(config))
         self._position = Position()
         self._learner_lock = asyncio.Lock()
         # set if a group is ready, the learner is lost, or the run is to end: the events that end the wait for groups
@@ -170,6 +173,8 @@ class Controller:
             num_generated=self.counters.generated_tokens,
         )
         self._recorder.step(self.step, metrics, summary.samples)
+        for warning in self._warnings.add(metrics):
+            self._recorder.say(f"step {self.step}: {warning}", level=logging.WARNING)
 
     def _health(self) -> dict[str, float]:
         return self.counters.health() | {
@@ -299,6 +304,12 @@ def _timing(update: Update) -> dict[str, float]:
     if update.logprob_abs_diff is not None:
         figures["weight_sync/logprob_abs_diff"] = update.logprob_abs_diff
     return figures
+
+
+def _weighs_whole_responses(config: Config) -> bool:
+    """Tell if the objective's importance weights are products over whole responses."""
+    weights = getattr(config.objective, "importance", config.objective)
+    return getattr(weights, "level", None) == "sequence"
 
 
 def _due(step: int, every: int | None) -> bool:

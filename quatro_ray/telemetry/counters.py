@@ -62,11 +62,17 @@ class RecentCounters:
 
 @dataclass
 class StepCounters:
-    """Counts of the steps in the policy's lineage. When the policy falls back to a checkpoint, so do they."""
+    """Counts of the steps in the policy's lineage. When the policy falls back to a checkpoint, so do they.
+
+    Attributes:
+        skipped_steps: steps that were not applied, because loss or gradient was not finite.
+        uninformative_steps: steps that were not taken, because no query preferred anything.
+    """
 
     trained_tokens: int = 0
     learner_steps: int = 0
     skipped_steps: int = 0
+    uninformative_steps: int = 0
     weight_updates: int = 0
     in_flight_updates: int = 0
     staleness_tokens: Counter[int] = field(default_factory=Counter)
@@ -75,6 +81,7 @@ class StepCounters:
         """Count an optimiser step during whose weight update `num_in_flight` groups were being generated."""
         self.learner_steps += 1
         self.skipped_steps += int(metrics["step/skipped"])
+        self.uninformative_steps += int(metrics["step/uninformative"])
         self.weight_updates += 1
         self.in_flight_updates += num_in_flight > 0
         self.trained_tokens += metrics["tokens/trained"]

@@ -145,9 +145,9 @@ class Recorder:
         _logger.warning("%s", message)
         self._progress.say(message)
 
-    def say(self, message: str) -> None:
+    def say(self, message: str, *, level: int = logging.INFO) -> None:
         """Show a message on the terminal, and note it."""
-        self.note(message)
+        self.note(message, level=level)
         self._progress.say(message)
 
     def close(self) -> None:

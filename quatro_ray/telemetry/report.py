@@ -118,6 +118,7 @@ def _progress(run: RunFiles) -> Record:
         "reward": {f"step {first['step']}": first.get("reward/mean"), f"step {last['step']}": last.get("reward/mean")},
         **({"evaluations": evaluations} if evaluations else {}),
         "skipped_steps": int(sum(step.get("step/skipped", 0) for step in run.metrics)),
+        "uninformative_steps": int(sum(step.get("step/uninformative", 0) for step in run.metrics)),
         "trained_tokens": sum(step.get("tokens/trained", 0) for step in run.metrics),
         "staleness_tokens": {str(k): n for k, n in sorted(staleness.items())},
         "seconds": {"total": last.get("time_s")},

@@ -93,7 +93,8 @@ def _trust_region(m: Sequence[Record]) -> list[str | None]:
 
 def _off_policy(m: Sequence[Record]) -> list[str | None]:
     effective = {
-        "effective share": scalar("rollout_corr/eff_sample_size"),
+        "effective share of responses": scalar("rollout_corr/eff_sample_size"),
+        "effective share of tokens": scalar("rollout_corr/token_eff_sample_size"),
         "limited share": scalar("policy_gradient/limited_share"),
     }
     agreement = {

@@ -215,6 +215,7 @@ class FakeLearner:
         self.world = world
         self.version, self.weights = 0, 0
         self.lost: str | None = None
+        self.uninformative = False
         self.leased: list[int] = []
         self.saved: list[str] = []
         self.exported: list[int] = []
@@ -236,6 +237,7 @@ class FakeLearner:
         ages = Counter(int(s) for g in groups for r in g.rollouts for s in line.staleness(r.versions()))
         return {
             "step/skipped": 0.0,
+            "step/uninformative": float(self.uninformative),
             "tokens/trained": sum(ages.values()),
             "off_policy/staleness_tokens": dict(ages),
             "off_policy/staleness_mean": 0.0,

@@ -67,11 +67,36 @@ def test_ratios_by_response_and_by_token() -> None:
     share = sum(weights) ** 2 / (4 * sum(w * w for w in weights))
     assert found["rollout_corr/eff_sample_size"] == pytest.approx(share, rel=1e-6)
     assert found["rollout_corr/query_eff_sample_size"][1] == pytest.approx(1.0)
+    of_tokens = [1.0, math.exp(0.5), math.exp(-0.5), 1.0, 1.0]
+    share = sum(of_tokens) ** 2 / (5 * sum(w * w for w in of_tokens))
+    assert found["rollout_corr/token_eff_sample_size"] == pytest.approx(share, rel=1e-6)
     kl = (math.exp(0.5) - 1 - 0.5 + math.exp(-0.5) - 1 + 0.5) / 2
     assert found["policy/realised_kl_nats"] == pytest.approx([kl, 0.0], rel=1e-6)
     counts = found["rollout_corr/log_ratio_tokens"]
     middle = RATIO_BINS // 2
     assert {i - middle: n for i, n in enumerate(counts) if n} == {-5: 1, 0: 3, 5: 1}
+
+
+def test_the_effective_sample_size_of_tokens_does_not_fall_with_length() -> None:
+    """Responses of 2,000 tokens, whose log-ratios have a standard deviation of 0.1 nats."""
+    torch.manual_seed(0)
+    n = 2000
+    index = torch.arange(4).repeat_interleave(n)
+    long = TokenBatch(
+        policy_logprobs=0.1 * torch.randn(4 * n),
+        behavior_logprobs=torch.zeros(4 * n),
+        advantage=torch.zeros(4 * n),
+        stabilizer=torch.zeros(4 * n),
+        is_response=torch.ones(4 * n, dtype=torch.bool),
+        rollout_index=index,
+        staleness=torch.ones_like(index),
+        num_cells=4,
+    )
+    collector = Collector(4, torch.device("cpu"))
+    collector.add(long, torch.zeros(4 * n), torch.zeros(4 * n), torch.zeros(4 * n, dtype=torch.bool))
+    found: dict[str, Any] = collector.reduce(REWARDS, VALID)
+    assert found["rollout_corr/token_eff_sample_size"] == pytest.approx(math.exp(-0.01), abs=1e-3)
+    assert found["rollout_corr/eff_sample_size"] < 0.5
 
 
 def test_staleness_is_a_histogram_with_an_end() -> None:
@@ -96,7 +121,8 @@ def test_far_ratios_stay_in_the_outermost_bins() -> None:
 def test_micro_batches_add_up() -> None:
     once, twice = measured(TOKENS), measured(TOKENS, TOKENS)
     assert twice["tokens/trained"] == 10
-    for name in ("policy_gradient/loss", "policy/entropy", "off_policy/staleness_mean"):
+    share = "rollout_corr/token_eff_sample_size"
+    for name in ("policy_gradient/loss", "policy/entropy", "off_policy/staleness_mean", share):
         assert twice[name] == pytest.approx(once[name])
 
 

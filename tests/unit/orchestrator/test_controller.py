@@ -115,6 +115,15 @@ def test_every_step_has_the_figures_of_the_groups_that_it_trained(tmp_path: Path
         assert m["throughput/trained_tokens_per_s"] == pytest.approx(m["tokens/trained"] / m["time/step_s"])
 
 
+def test_steps_that_learn_nothing_are_counted_and_told(tmp_path: Path) -> None:
+    world = World(tmp_path / "r")
+    world.learner.uninformative = True
+    counters = world.run()
+    assert counters.steps.uninformative_steps == 12
+    told = [line for line in (tmp_path / "r" / "notes.log").read_text().splitlines() if "warning" in line]
+    assert len(told) == 1 and "step 10: warning: for 10 steps, no step was taken" in told[0]
+
+
 def test_filters_that_let_nothing_pass_end_the_run(tmp_path: Path) -> None:
     world = World(tmp_path / "r", filters={"drop_zero_variance": True, "max_in_a_row": 10})
     with pytest.raises(StallError, match=r"max_in_a_row=10 groups in a row were filtered out"):

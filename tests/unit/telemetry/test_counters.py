@@ -6,7 +6,7 @@ import json
 
 import pytest
 
-from quatro_ray.telemetry.counters import Counters
+from quatro_ray.telemetry.counters import Counters, StepCounters
 from quatro_ray.types import DropReason, EvaluationResult, GenerationSummary, GroupSummary
 
 
@@ -57,7 +57,12 @@ def test_drops_tell_length_and_pass_rate_as_far_as_they_are_known() -> None:
 def counted() -> Counters:
     counters = Counters()
     for skipped, in_flight in ((0.0, 3), (1.0, 0)):
-        metrics = {"step/skipped": skipped, "tokens/trained": 10, "off_policy/staleness_tokens": {0: 6, 2: 4}}
+        metrics = {
+            "step/skipped": skipped,
+            "step/uninformative": 1 - skipped,
+            "tokens/trained": 10,
+            "off_policy/staleness_tokens": {0: 6, 2: 4},
+        }
         counters.steps.add(metrics, in_flight)
     counters.outcomes.update({"ok": 7})
     counters.evaluations.append(
@@ -70,6 +75,7 @@ def counted() -> Counters:
 def test_steps_are_counted() -> None:
     steps = counted().steps
     assert (steps.learner_steps, steps.skipped_steps, steps.weight_updates, steps.in_flight_updates) == (2, 1, 2, 1)
+    assert steps.uninformative_steps == 1
     assert steps.trained_tokens == 20 and steps.staleness_tokens == {0: 12, 2: 8}
 
 
@@ -88,3 +94,10 @@ def test_an_older_checkpoint_may_lack_a_count(name: str) -> None:
     after = Counters()
     after.restore(json.loads(json.dumps(values)))
     assert after.to_dict()[name] == 0
+
+
+def test_steps_of_an_older_checkpoint_may_lack_a_count() -> None:
+    values = json.loads(json.dumps(counted().steps.to_dict()))
+    del values["uninformative_steps"]
+    after = StepCounters.from_dict(values)
+    assert (after.skipped_steps, after.uninformative_steps) == (1, 0)

@@ -122,6 +122,7 @@ def test_a_crashed_run_has_a_report_with_its_last_notes(tmp_path: Path) -> None:
     assert "The run is not finished: step 4 of 8, last record 20" in page
     assert "ended by ClusterError: an engine was lost" in page
     assert "<th>learner_steps</th><td>4</td>" in page and "could not be read" not in page
+    assert "<th>uninformative_steps</th><td>0</td>" in page
 
 
 @pytest.mark.usefixtures("no_plots")
