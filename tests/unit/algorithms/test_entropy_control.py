@@ -29,7 +29,7 @@ def test_it_holds_a_collapsing_policy_near_its_target() -> None:
             optimizer.zero_grad()
             loss.backward()
             optimizer.step()
-            control.observe(float(entropy))
+            control.observe(float(entropy.detach()))
         ends.append(float(entropy.detach()))
     assert ends[0] < 0.01
     assert ends[1] == pytest.approx(0.5, abs=0.1)
