@@ -27,8 +27,8 @@ from quatro_ray.engines.zero_engine import ZeroEngine
 from quatro_ray.engines.zero_step import ZeroStep
 from quatro_ray.types import LearnerBatch, MicroBatch, RowLayout, StepMetrics
 
-_COUNTS = ("step/skipped", "step/uninformative")
-"""Metrics that count the optimiser steps of a batch, which is one by default."""
+_COUNTS = ("step/skipped",)
+"""Metrics that count optimiser steps of a batch."""
 
 
 @dataclass(frozen=True)

@@ -185,7 +185,7 @@ class LearningEngine:
     def train_step(self, batch: LearnerBatch, learner_version: int) -> StepMetrics:
         """Attempt the optimiser steps of a batch and return its metrics, the same on every rank.
 
-        If no query of a minibatch prefers anything, the weights stay as they are and `step/uninformative` is 1. If a
+        If no query of a minibatch prefers anything, its step is not taken (`step/uninformative` is their share). If a
         loss or gradient is not finite on any rank, all ranks skip the update and `step/skipped` is 1. The version
         counts the attempt in both cases, so that no number ever means two policies.
 

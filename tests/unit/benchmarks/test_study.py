@@ -116,7 +116,9 @@ def test_final_is_the_mean_over_the_last_quarter() -> None:
 
 def test_claims_hold_or_name_the_cells_where_they_do_not() -> None:
     good = claims([make_run("quatro", [0.2, 0.6]), make_run("grpo", [0.2, 0.1], control=False)])
-    assert all(good["holds"].values())
+    assert [claim for claim, holds in good["holds"].items() if not holds] == [
+        "at 250 tokens above QUATRO with one budget"
+    ], "no run of that length was given"
     assert good["baseline_cells_collapsed"] == 1
     bad = claims(
         [
