@@ -13,6 +13,7 @@ from torch import Tensor
 
 from quatro_ray.algorithms import trust_region
 
+_ROUNDING = 1e-9
 _MAX_GAP_NATS = 20.0
 """Cap on η in units of 1/(max r − min r): the largest gap between two targets of a group. It binds only if the best
 rewards of a group are nearly equal, where the solution would go to infinity."""
@@ -73,13 +74,30 @@ def quatro(
         drift_nats: [Q], KL(β ‖ π_θ) since sampling, nats per response.
         drift_radius_nats: [Q], > 0, drift at which the stabiliser has its full weight, nats per response.
     """
+    rewards = without_rounding(rewards, valid)
     span = torch.where(valid, rewards, -torch.inf).amax(1) - torch.where(valid, rewards, torch.inf).amin(1)
     differs = span > 0
-    cap = torch.where(differs, _MAX_GAP_NATS / span.double(), 1.0)
+    cap = torch.where(differs, _MAX_GAP_NATS / span, 1.0)
     solution = trust_region.solve(rewards, valid, torch.where(differs, tilt_budget_nats, 1.0), cap)
     target = solution.target_log_ratio
     centred = torch.where(valid, target - group_mean(target, valid)[:, None], 0.0)
     return QuatroAdvantages(centred, (drift_nats / drift_radius_nats).clamp(max=1), solution)
+
+
+@torch.no_grad()
+def without_rounding(rewards: Tensor, valid: Tensor) -> Tensor:
+    """Return the rewards, but equal ones where a group's differ by no more than rounding, float64 [Q, G].
+
+    QUATRO's targets do not depend on the scale of rewards: 0.1 + 0.2 would be preferred to 0.3 as 1 is to 0.
+
+    Args:
+        rewards: [Q, G].
+        valid: bool [Q, G].
+    """
+    rewards = rewards.double()
+    best = torch.where(valid, rewards, -torch.inf).amax(1, keepdim=True)
+    tolerance = _ROUNDING * torch.where(valid, rewards, 0.0).abs().amax(1, keepdim=True)
+    return torch.where(best - rewards <= tolerance, best, rewards)
 
 
 @torch.no_grad()

@@ -9,7 +9,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from quatro_ray.algorithms.advantages import group_mean
+from quatro_ray.algorithms.advantages import group_mean, without_rounding
 
 
 @torch.no_grad()
@@ -29,7 +29,8 @@ def tilt_budget(rewards: Tensor, valid: Tensor, share: float) -> Tensor:
     Returns:
         float64 [Q], nats per response; 0 if all rewards of a group are equal.
     """
-    best = torch.where(valid, rewards.double(), -torch.inf).amax(1, keepdim=True)
+    rewards = without_rounding(rewards, valid)
+    best = torch.where(valid, rewards, -torch.inf).amax(1, keepdim=True)
     is_best = (rewards == best) & valid
     return -share * group_mean(is_best.double(), valid).log()
 

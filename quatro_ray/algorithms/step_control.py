@@ -208,11 +208,11 @@ class StepControl:
             bracket.add(last)
             if last.share <= _ENOUGH[1] and (kept == 1 or last.share >= _ENOUGH[0]):
                 break
-            if last.kept <= _SMALLEST_KEPT:
+            if last.kept <= _SMALLEST_KEPT and last.share > _ENOUGH[1]:
                 raise _frozen(last)
             kept = max(bracket.next(last), _LARGEST_DECREASE * last.kept, _SMALLEST_KEPT)
             move_to(kept)
-            if 1 < last.share <= _TRUSTED_SHARE and kept <= last.kept * last.share**-0.5:
+            if 1 < last.share <= _TRUSTED_SHARE and kept <= last.kept * last.share**-0.5 * (1 + 1e-9):
                 break
         else:
             if bracket.fits is None:

@@ -22,8 +22,8 @@ class StepControlConfig(Section):
     max_kl_nats_per_token: float = Field(4e-4, gt=0)
     """Upper bound of one step's KL however fresh its samples are, nats per token."""
     probe_share: float = Field(0.125, gt=0, le=1)
-    """Share of the step's tokens on which the KL is measured. It costs one pass without gradient over them; raise it
-    if the measured KL is noisy."""
+    """Share of each query's rollouts on which the KL is measured. It costs a pass without gradient over them before the
+    step and mostly one after it; raise it if the measured KL is noisy."""
 
 
 class LearnerConfig(Section):
@@ -38,7 +38,7 @@ class LearnerConfig(Section):
     num_minibatches: int = Field(1, ge=1)
     """Optimiser steps per batch: its groups are split into so many minibatches. The policy at the start of the batch
     stays the proximal one, around which decoupled_ppo, tis_grpo and mis_grpo clip. More than 1 learns more from each
-    sample and makes the later steps stale."""
+    sample and makes the later steps stale. The learner counts staleness in optimiser steps, replay in batches."""
     num_warmup_steps: int = Field(0, ge=0)
     """Optimiser steps over which the learning rate rises linearly from 0."""
     weight_decay: float = Field(0.0, ge=0)

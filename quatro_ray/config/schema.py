@@ -173,8 +173,10 @@ class Config(Section):
     def _model_and_schedule_fit(self) -> Iterator[str]:
         if self.data.warmup is not None and not isinstance(self.model, TinyModelConfig):
             yield "data.warmup needs model.kind=tiny, and model.kind is pretrained: remove it"
-        if self.learner.num_warmup_steps >= self.run.num_steps:
+        num_steps = self.run.num_steps * self.learner.num_minibatches
+        if self.learner.num_warmup_steps >= num_steps:
+            factor = "" if self.learner.num_minibatches == 1 else " * learner.num_minibatches"
             yield (
-                f"learner.num_warmup_steps={self.learner.num_warmup_steps} must be below run.num_steps="
-                f"{self.run.num_steps}, or the learning rate would never be reached: lower it"
+                f"learner.num_warmup_steps={self.learner.num_warmup_steps} must be below run.num_steps{factor}="
+                f"{num_steps}, or the learning rate would never be reached: lower it"
             )

@@ -27,9 +27,6 @@ from quatro_ray.engines.zero_engine import ZeroEngine
 from quatro_ray.engines.zero_step import ZeroStep
 from quatro_ray.types import LearnerBatch, MicroBatch, RowLayout, StepMetrics
 
-_COUNTS = ("step/skipped",)
-"""Metrics that count optimiser steps of a batch."""
-
 
 @dataclass(frozen=True)
 class _Row:
@@ -85,12 +82,15 @@ class BatchTrainer:
         learning_rate = self._engine.optimizer.param_groups[0]["lr"]  # step() sets that of the next step
         rows, log_ratio = self._read(batch)
         whole = make_step_batch(batch, log_ratio, self._device)
-        shared = _Batch(whole, self._objective.prepare(whole), Collector(whole.valid.numel(), self._device))
+        prepared = self._objective.prepare(whole)
+        dist.broadcast(prepared.advantage, src=0)  # all ranks must agree on whether to step, whatever user code does
+        shared = _Batch(whole, prepared, Collector(whole.valid.numel(), self._device))
         updates = [self._minibatch(shared, batch, rows, chosen) for chosen in batch.minibatches()]
         metrics = shared.collector.reduce(whole.rewards, whole.valid) | shared.prepared.diagnostics | _merged(updates)
         if self.entropy_control:
             metrics["policy/entropy_coef"] = self.entropy_control.coef
-            self.entropy_control.observe(shared.collector.entropy)
+            if any(update["step/skipped"] == update["step/uninformative"] == 0 for update in updates):
+                self.entropy_control.observe(shared.collector.entropy)
         metrics["step/learning_rate"] = learning_rate
         metrics["step/micro_batches_per_rank"] = float(len(rows))
         return metrics
@@ -124,7 +124,8 @@ class BatchTrainer:
         with torch.no_grad():
             for row in rows[chosen]:
                 self._loss(row, shared, size)
-        return {"step/uninformative": 1.0, "step/skipped": 0.0, "step/grad_norm": 0.0}
+        self._engine.lr_scheduler.step()  # the schedule counts the steps of a run, taken or not
+        return {"step/uninformative": 1.0, "step/skipped": 0.0}
 
     def _update(
         self,
@@ -207,16 +208,14 @@ def _queries(micro_batches: tuple[tuple[MicroBatch, ...], ...], valid: Tensor) -
 
 
 def _merged(updates: Sequence[StepMetrics]) -> StepMetrics:
-    """Join the metrics of a batch's optimiser steps: lists are concatenated, counts added, other numbers averaged."""
+    """Join the metrics of a batch's optimiser steps: lists are concatenated, numbers averaged."""
     merged: StepMetrics = {}
     for name in dict.fromkeys(name for update in updates for name in update):
         values = [update[name] for update in updates if name in update]
         numbers = [value for value in values if isinstance(value, float)]
-        if numbers:
-            merged[name] = sum(numbers) if name in _COUNTS else mean(numbers)
-        else:
-            merged[name] = [number for value in values if isinstance(value, list) for number in value]
-    return merged
+        in_lists = [number for value in values if isinstance(value, list) for number in value]
+        merged[name] = mean(numbers) if numbers else in_lists
+    return {"step/grad_norm": 0.0} | merged
 
 
 def _step_control(config: LearnerConfig) -> StepControl | None:

@@ -135,8 +135,8 @@ class TokenBatch:
         rollout_index: int64, −1 in padding.
         staleness: int64, optimiser steps; 0 where not `is_response`.
         num_cells: Q·G, the number of values that `rollout_index` may take.
-        start_logprobs: float32, log-probs under the policy before the first optimiser step of the batch; None if this
-            is the first, because they are then `policy_logprobs`.
+        start_logprobs: float32, log-probs under the policy before the first optimiser step of the batch; None if the
+            batch has one step, because they are then `policy_logprobs`.
     """
 
     policy_logprobs: Tensor

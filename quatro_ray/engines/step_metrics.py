@@ -55,7 +55,7 @@ class Collector:
             limited: bool [N], tokens on which a clip, a truncation or a mask of the loss acted.
         """
         mask = t.is_response
-        difference = (t.policy_logprobs.detach() - t.behavior_logprobs).double() * mask
+        difference = (t.proximal_logprobs - t.behavior_logprobs).double() * mask
         weight = difference.clamp(max=_MAX_LOG_WEIGHT).exp() * mask
         on_version = mask & (t.staleness == 0)
         self._add("tokens", mask)

@@ -30,6 +30,7 @@ class ZeroEngine(Protocol):
     """DeepSpeedEngine around an engines/policy.py:PolicyModel."""
 
     optimizer: ZeroOptimizer
+    lr_scheduler: torch.optim.lr_scheduler.LRScheduler
     _config: Any
 
     def __call__(self, token_ids: Tensor, position_ids: Tensor, target_ids: Tensor) -> tuple[Tensor, Tensor]:

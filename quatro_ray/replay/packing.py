@@ -31,7 +31,8 @@ def pack(
         tokens_per_micro_batch: largest number of tokens in a row, padding of the layout "padded" included.
         row_layout: "packed" gives all rows the width N of the longest one. With "padded" each row has its own width,
             because the model gets one sequence a row and would pad the padding again.
-        num_minibatches: number of optimiser steps that share the batch; each takes whole groups.
+        num_minibatches: number of optimiser steps that share the batch; each takes whole groups. A version is so many
+            optimiser steps, which is how staleness is counted.
 
     Raises:
         ValueError: a rollout is longer than tokens_per_micro_batch, or a minibatch has fewer rollouts than ranks.
@@ -57,7 +58,7 @@ def pack(
     # flat index → cell of [Q, G]
     size = max(len(g.rollouts) for g in groups)
     cells = [q * size + i for q, g in enumerate(groups) for i in range(len(g.rollouts))]
-    micro = [_micro_batch([(cells[i], *flat[i]) for i in row], width, lineage) for row in rows]
+    micro = [_micro_batch([(cells[i], *flat[i]) for i in row], width, lineage, num_minibatches) for row in rows]
     per_rank = len(rows) // num_ranks
     rewards = np.zeros((len(groups), size))
     valid = np.zeros((len(groups), size), dtype=bool)
@@ -99,7 +100,9 @@ def _one_per_row(count: int, num_ranks: int) -> list[list[int]]:
     return rows + [[] for _ in range(-count % num_ranks)]
 
 
-def _micro_batch(members: Sequence[tuple[int, RolloutGroup, Rollout]], width: int, lineage: Lineage) -> MicroBatch:
+def _micro_batch(
+    members: Sequence[tuple[int, RolloutGroup, Rollout]], width: int, lineage: Lineage, steps_per_version: int
+) -> MicroBatch:
     """Return one row. Inputs are prompt and response without the last token; targets are the same, one token later."""
     ids, positions, targets, response, index, logprobs, staleness = ([] for _ in range(7))
     for cell, group, rollout in members:
@@ -112,7 +115,7 @@ def _micro_batch(members: Sequence[tuple[int, RolloutGroup, Rollout]], width: in
         targets.append(np.where(is_response, tokens[1:], 0))
         index.append(np.full(n, cell))
         logprobs.append(np.concatenate([np.zeros(p - 1), rollout.behavior_logprobs]))
-        age = np.where(rollout.is_sampled(), lineage.staleness(rollout.versions()), 0)
+        age = np.where(rollout.is_sampled(), steps_per_version * lineage.staleness(rollout.versions()), 0)
         staleness.append(np.concatenate([np.zeros(p - 1), age]))
     pad = max(0, width - sum(len(x) for x in ids))
     # each padding token is a sequence of its own: position 0 keeps attention inside it

@@ -65,8 +65,8 @@ class StepCounters:
     """Counts of the steps in the policy's lineage. When the policy falls back to a checkpoint, so do they.
 
     Attributes:
-        skipped_steps: steps that were not applied, because loss or gradient was not finite.
-        uninformative_steps: steps that were not taken, because no query preferred anything.
+        skipped_steps: batches of which no step was applied, because loss or gradient was not finite.
+        uninformative_steps: batches of which no step was taken, because no query preferred anything.
     """
 
     trained_tokens: int = 0

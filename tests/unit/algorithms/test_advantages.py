@@ -70,9 +70,16 @@ def test_scale_and_shift_of_rewards_change_nothing() -> None:
         torch.testing.assert_close(quatro(scale * rewards + shift).advantage, expected, rtol=1e-6, atol=1e-9)
 
 
+def test_rounding_is_no_preference() -> None:
+    rewards = torch.tensor([[0.1 + 0.2, 0.3, 0.3, 0.3], [1.0, 0.1 + 0.2, 0.3, 0.3]], dtype=torch.float64)
+    result = quatro(rewards)
+    assert result.solution.status.tolist() == [Status.VOID, Status.ACTIVE]
+    assert result.advantage[0].tolist() == [0.0] * 4
+
+
 def test_nearly_equal_best_rewards_meet_the_cap() -> None:
-    """With κ = 0.9 nearly all weight must go to one of two rewards that differ by 1e-9."""
-    rewards = torch.tensor([[1.0, 1.0 - 1e-9, 0.0, 0.0]], dtype=torch.float64)
+    """With κ = 0.9 nearly all weight must go to one of two rewards that differ by 1e-8."""
+    rewards = torch.tensor([[1.0, 1.0 - 1e-8, 0.0, 0.0]], dtype=torch.float64)
     result = quatro(rewards, share=0.9)
     assert result.solution.status.tolist() == [Status.SLACK]
     assert float(result.advantage.max() - result.advantage.min()) == pytest.approx(20.0)

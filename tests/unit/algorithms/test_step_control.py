@@ -136,6 +136,14 @@ def test_a_floor_above_the_budget_ends_the_run_instead_of_freezing_it(floor: flo
             control(Line(lambda x: floor + x * x, 0.2), controller)
 
 
+def test_a_step_that_fits_at_the_smallest_fraction_grows_from_there() -> None:
+    controller = StepControl(LIMITS)
+    controller.kept = 1e-4
+    assert control(Line(lambda x: x * x, 700.0), controller).kept == pytest.approx(0.1 / 700)
+    steep = Line(lambda x: 0.01 * (x / 3e-4) ** 4, 1.0)
+    assert control(steep).kept == pytest.approx(3e-4, rel=0.1)
+
+
 def test_a_learning_rate_that_is_far_too_high_ends_the_run() -> None:
     with pytest.raises(TrainingDiverged, match=r"lower learner\.learning_rate"):
         control(Line(lambda x: x * x, 1e5))
