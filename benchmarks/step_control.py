@@ -73,9 +73,8 @@ def make_groups(version: int) -> tuple[RolloutGroup, ...]:
     )
 
 
-def timed_step(actors: list[Any], groups: Any, version: int) -> tuple[float, dict[str, Any]]:
+def timed_step(actors: list[Any], leased: Any, version: int) -> tuple[float, dict[str, Any]]:
     begun = time.perf_counter()
-    leased = LeasedBatch(groups, Lineage.unbroken(version))
     metrics, *_ = ray.get([a.train_step.remote(leased, version) for a in actors], timeout=300)
     return time.perf_counter() - begun, metrics
 
@@ -88,9 +87,9 @@ def measure() -> dict[str, Any]:
         seconds: dict[str, list[float]] = {"off": [], "on": []}
         acted, passes = [], []
         for version in range(NUM_STEPS):
-            batch = ray.put(make_groups(version))
+            leased = ray.put(LeasedBatch(make_groups(version), Lineage.unbroken(version)))
             for name in ("on", "off") if version % 2 else ("off", "on"):
-                duration, metrics = timed_step(groups[name], batch, version)
+                duration, metrics = timed_step(groups[name], leased, version)
                 seconds[name].append(duration)
                 if name == "on":
                     acted.append(metrics["step_control/acted"])
