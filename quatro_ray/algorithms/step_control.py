@@ -24,8 +24,10 @@ from quatro_ray.errors import TrainingDiverged
 
 _WEIGHT_TRUNCATION = 2.0
 _MAX_PASSES = 8
-_ENOUGH = (0.8, 1.05)
+_ENOUGH = (0.5, 1.05)
 """Range of KL over budget within which a step that was moved back stays as it is."""
+_LONGER_NEXT = 0.8
+"""KL over budget below which the next step is measured at a longer fraction first."""
 _TRUSTED_SHARE = 2.0
 """KL over budget up to which moving back by its root is not measured: the KL is convex in α and 0 at 0, so it falls at
 least in proportion, and ends at most √2 above its budget."""
@@ -178,7 +180,8 @@ class StepControl:
     """The controller of a run's steps.
 
     Attributes:
-        kept: fraction of the last step that was kept, in (0, 1]; its whole state for a checkpoint.
+        kept: fraction at which the next step is measured first, in (0, 1]: that which the last one kept, or more if it
+            left room; its whole state for a checkpoint.
     """
 
     def __init__(self, limits: StepLimits) -> None:
@@ -220,7 +223,7 @@ class StepControl:
             last = bracket.fits
             kept = last.kept
             move_to(kept)
-        self.kept = kept
+        self.kept = bracket.next(last) if last.share < _LONGER_NEXT and kept == last.kept else kept
         by_law = (kept / last.kept) ** 2  # 1 unless the last move was not measured
         return StepReport(
             kl_nats=last.probe.kl_nats * by_law,
