@@ -14,6 +14,7 @@ from torch import Tensor
 from quatro_ray.algorithms import trust_region
 
 _ROUNDING = 1e-9
+"""Difference of rewards, relative to the largest of a group, that counts as none."""
 _MAX_GAP_NATS = 20.0
 """Cap on η in units of 1/(max r − min r): the largest gap between two targets of a group. It binds only if the best
 rewards of a group are nearly equal, where the solution would go to infinity."""

@@ -44,17 +44,16 @@ def aggregate(
 
     Modes, with Σ over response tokens: token_mean is Σ divided by all response tokens (DAPO, arXiv 2503.14476, eq. 8);
     prompt_mean divides by the response tokens of the query and by Q, so that queries weigh the same at any length
-    (ScaleRL, arXiv 2510.13786, section 3.2);
-    seq_mean_token_mean is (1/B) Σ_i (1/|y_i|) Σ_t (GRPO, arXiv 2402.03300, eq. 3); seq_mean_token_sum is Σ/B
-    (REINFORCE, Williams 1992); seq_mean_token_sum_norm is Σ/(B · max_response_tokens) (Dr. GRPO, arXiv 2503.20783,
-    section 3.1).
+    (ScaleRL, arXiv 2510.13786); seq_mean_token_mean is (1/B) Σ_i (1/|y_i|) Σ_t (GRPO, arXiv 2402.03300, eq. 3);
+    seq_mean_token_sum is Σ/B (REINFORCE, Williams 1992); seq_mean_token_sum_norm is Σ/(B · max_response_tokens)
+    (Dr. GRPO, arXiv 2503.20783, section 3.1).
 
     Args:
         per_token: [N], losses.
         is_response: bool [N].
         rollout_index: int64 [N], −1 for padding.
         mode: one of the five above.
-        size: that of the global batch.
+        size: that of what the optimiser step takes.
     """
     values = per_token * is_response
     if mode == "token_mean":

@@ -1,6 +1,6 @@
 """A bonus on entropy whose coefficient adapts, so that the entropy of the policy stays near a target.
 
-Source: adaptive entropy control of Skywork-OR1, arXiv 2505.22312, section 4. There the coefficient acts only while the
+Source: adaptive entropy control of Skywork-OR1, arXiv 2505.22312. There the coefficient acts only while the
 entropy is below the target; here it falls to 0 above it, step by step.
 """
 

@@ -62,8 +62,8 @@ class LearnerConfig(Section):
     step_control: StepControlConfig = StepControlConfig()
     """Limit on how far one step may move the policy."""
     entropy_target_nats: float | None = Field(None, gt=0)
-    """Entropy per token that an adaptive bonus holds, nats. The demo's policy ends at 0.1 to 0.2; a model that reasons
-    starts near 0.3. null: no bonus."""
+    """Entropy per token that an adaptive bonus holds, nats. The demo's policy ends near 0.5 without one
+    (policy/entropy). null: no bonus."""
     entropy_coef_step: float = Field(0.005, gt=0)
     """Change of the bonus's coefficient after each step: up below the target, down to 0 above it."""
     reference_kl_coef: float = Field(0.0, ge=0)
