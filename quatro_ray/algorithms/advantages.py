@@ -26,7 +26,7 @@ class QuatroAdvantages:
 
     Attributes:
         advantage: float64 [Q, G], nats; 0 where invalid.
-        stabilizer: float64 [Q], in [0, 1], weight of −log ρ_t in the advantage of a token.
+        stabilizer: float64 [Q], in [0, 1], weight of −p_t log ρ_t in the advantage of a token.
         solution: the trust region's solution, from which the targets were taken.
     """
 
@@ -63,10 +63,10 @@ def quatro(
 ) -> QuatroAdvantages:
     """Return the centred targets t_i − mean t of QUATRO (arXiv 2602.04620), and the weights of its stabiliser.
 
-    The advantage of a token is t_i − mean t − c_q log ρ_t: what the group says, less what the policy has moved already.
-    The targets t_i of a group sum to less than zero, which would push against everything sampled; centring removes
-    that. c_q = min(1, drift/radius) is the gradient of the penalty drift²/(2 · radius) until the radius is reached; at
-    1 the advantage is the residual of the exact solution, which vanishes at π*.
+    The advantage of a token is t_i − mean t − c_q p_t log ρ_t (losses.quatro): what the group says, less what the
+    policy has moved already. The targets t_i of a group sum to less than zero, which would push against everything
+    sampled; centring removes that. The weight c_q = min(1, drift/radius) grows as the policy moves away from its
+    samples. At 1, the advantage of a token with p_t = 1 is the residual of the exact solution, which vanishes at π*.
 
     Args:
         rewards: [Q, G].

@@ -40,10 +40,13 @@ def quatro(
     *,
     truncation: float,
 ) -> TokenLoss:
-    """Return −w_t (A_i − c_q log ρ_t) log π_θ(y_t), with w_t = min(π_θ/β, truncation); QUATRO, arXiv 2602.04620.
+    """Return −w_t (A_i − c_q p_t log ρ_t) log π_θ(y_t), p_t = max(π_θ, β), w_t = min(ρ_t, truncation).
 
     Everything but the last factor is detached. The log-ratio is that of the token alone: the sum over a response of
-    thousands of tokens has a variance that drowns the advantage (docs/algorithm.md).
+    thousands of tokens has a variance that drowns the advantage. The probability p_t leaves rare tokens free: an error
+    that is rare at every token has to become rarer still before long responses are right (docs/algorithm.md).
+
+    Source: QUATRO, arXiv 2602.04620; p_t is ours.
 
     Args:
         policy_logprobs: [N], log π_θ(y_t), nats, with gradient.
@@ -54,8 +57,9 @@ def quatro(
         truncation: upper bound of w_t.
     """
     weight, cut = importance.truncated(log_weight.detach(), truncation)
-    log_ratio = policy_logprobs.detach() - behavior_logprobs
-    return TokenLoss(-weight * (advantage - stabilizer * log_ratio) * policy_logprobs, cut)
+    policy = policy_logprobs.detach()
+    pull = torch.maximum(policy, behavior_logprobs).exp() * (policy - behavior_logprobs)
+    return TokenLoss(-weight * (advantage - stabilizer * pull) * policy_logprobs, cut)
 
 
 def clipped(

@@ -106,7 +106,7 @@ class Prepared:
 
     Attributes:
         advantage: float64 [Q, G].
-        stabilizer: float64 [Q], weight of −log ρ_t in the advantage of a token; 0 if None. Only QUATRO uses it.
+        stabilizer: float64 [Q], weight of the stabiliser −p_t log ρ_t; 0 if None. Only QUATRO uses it.
         constant: one number that the token loss needs; only M2PO uses it.
         diagnostics: metrics of the step, mostly one value per query.
     """

@@ -28,22 +28,35 @@ def check(got: TokenLoss, loss: list[float], limited: list[bool]) -> None:
 
 
 def test_quatro() -> None:
-    """−w (A − c log ρ) log π with w = min(ρ, 1.2) = 1.2, 1.2, 0.5, 0.5."""
+    """−w (A − c p log ρ) log π with w = min(ρ, 1.2) = 1.2, 1.2, 0.5, 0.5 and p = 0.6, 0.6, 0.4, 0.4."""
+    policy, behavior = RATIOS + math.log(0.4), torch.full_like(RATIOS, math.log(0.4))
     zero = torch.zeros_like(RATIOS)
-    got = losses.quatro(RATIOS, zero, SIGNS, zero, RATIOS, truncation=1.2)
-    up, down = math.log(1.5), math.log(0.5)
+    got = losses.quatro(policy, behavior, SIGNS, zero, RATIOS, truncation=1.2)
+    up, down = math.log(0.6), math.log(0.2)
     check(got, [-1.2 * up, 1.2 * up, -0.5 * down, 0.5 * down], [True, True, False, False])
-    got = losses.quatro(RATIOS, zero, SIGNS, zero + 0.5, RATIOS, truncation=1.2)
-    expected = [-1.2 * (1 - up / 2) * up, 1.2 * (1 + up / 2) * up, -0.5 * (1 - down / 2) * down]
-    check(got, [*expected, 0.5 * (1 + down / 2) * down], [True, True, False, False])
+    got = losses.quatro(policy, behavior, SIGNS, zero + 0.5, RATIOS, truncation=1.2)
+    rose, fell = 0.3 * math.log(1.5), 0.2 * math.log(0.5)
+    expected = [-1.2 * (1 - rose) * up, 1.2 * (1 + rose) * up, -0.5 * (1 - fell) * down, 0.5 * (1 + fell) * down]
+    check(got, expected, [True, True, False, False])
 
 
 def test_the_stabiliser_of_quatro_turns_the_push_once_a_token_is_past_its_target() -> None:
-    policy = torch.tensor([0.5, 1.5], requires_grad=True)
-    zero, one = torch.zeros(2), torch.ones(2)
-    loss = losses.quatro(policy, zero, one, one, zero, truncation=2.0).loss
+    policy = torch.tensor([0.3, 0.95]).log().requires_grad_()
+    behavior, one = torch.full((2,), 0.1).log(), torch.ones(2)
+    loss = losses.quatro(policy, behavior, one, one, torch.zeros(2), truncation=2.0).loss
     (got,) = torch.autograd.grad(loss.sum(), policy)
-    assert got.tolist() == pytest.approx([-0.5, 0.5])
+    assert got.tolist() == pytest.approx([0.3 * math.log(3) - 1, 0.95 * math.log(9.5) - 1])
+    assert got[0] < 0 < got[1]
+
+
+def test_the_stabiliser_of_quatro_leaves_rare_tokens_free() -> None:
+    """An error of probability 0.002 that has become a tenth as likely is still pushed down by nearly all of A."""
+    policy = torch.tensor([0.0002]).log().requires_grad_()
+    loss = losses.quatro(
+        policy, torch.tensor([0.002]).log(), -torch.ones(1) / 3, torch.ones(1), torch.zeros(1), truncation=2.0
+    ).loss
+    (got,) = torch.autograd.grad(loss.sum(), policy)
+    assert 0.98 / 3 < float(got) < 1 / 3
 
 
 def test_clipped() -> None:
@@ -260,7 +273,7 @@ NONE = torch.zeros_like(START)
 WITH_GRADIENT: dict[str, tuple[Callable[[Tensor], Tensor], Callable[[Tensor], Tensor]]] = {
     "quatro": (
         lambda x: losses.quatro(x, NONE, ADVANTAGE, NONE + 0.5, x, truncation=1.2).loss,
-        lambda x: -START.exp().clamp(max=1.2) * (ADVANTAGE - 0.5 * START) * x,
+        lambda x: -START.exp().clamp(max=1.2) * (ADVANTAGE - 0.5 * START.exp().clamp(min=1) * START) * x,
     ),
     "clipped": (lambda x: losses.clipped(x, ADVANTAGE, **CLIP).loss,) * 2,
     "gspo": (
