@@ -5,8 +5,8 @@
 A policy is a table of logits per position and previous token, so E[r], KL(π ‖ β) and their gradients are exact sums
 over states. Samples come from β; π is β with random logits added, so much that KL(β ‖ π) is the drift. A response is
 right if it has no error token at some critical positions. The gradient of a batch is compared with ∇E_π[r], the mean
-over queries, and with the gradient of the method's own objective, Σ_q a_q E_π[r] − c_q KL(π ‖ β): a_q is the mean gap
-between the advantages of right and wrong responses, and c_q is 1 where QUATRO's stabiliser acts.
+over queries, and with the gradient of the method's own objective, Σ_q a_q E_π[r] − c_q P(π): a_q is the mean gap
+between the advantages of right and wrong responses, and c_q P(π) is the penalty whose gradient is QUATRO's stabiliser.
 
 Exits with 1 if QUATRO is below GRPO by more than the noise of the comparison. Shape letters: Q queries, G rollouts, T
 positions, V tokens.
@@ -79,14 +79,29 @@ def make_world(length: int, drift_nats: float, seed: int) -> World:
 
 def divergence(log_p: Tensor, log_q: Tensor) -> Tensor:
     """Return KL(p ‖ q) of whole responses, [Q], nats; both are [Q, T, V, V]."""
-    rows = (log_p.exp() * (log_p - log_q)).sum(-1)
-    state = torch.zeros_like(log_p[:, 0, 0])
+    return _over_states((log_p.exp() * (log_p - log_q)).sum(-1), log_p)
+
+
+def _over_states(values: Tensor, log_policy: Tensor) -> Tensor:
+    """Sum values [Q, T, V] of the previous tokens over the states that a policy [Q, T, V, V] visits, [Q]."""
+    state = torch.zeros_like(values[:, 0])
     state[:, 0] = 1
     total = torch.zeros_like(state[:, 0])
-    for t in range(log_p.shape[1]):
-        total = total + (state * rows[:, t]).sum(-1)
-        state = (state[:, None] @ log_p[:, t].exp())[:, 0]
+    for t in range(values.shape[1]):
+        total = total + (state * values[:, t]).sum(-1)
+        state = (state[:, None] @ log_policy[:, t].exp())[:, 0]
     return total
+
+
+def penalty(log_policy: Tensor, log_behavior: Tensor) -> Tensor:
+    """Return P of whole responses, [Q], summed over the states that π visits; both are [Q, T, V, V].
+
+    At one state it is Σ_a ∫ max(u, β) log(u/β) du from β to π, so that dP/dπ = p log ρ with p = max(π, β).
+    """
+    policy, behavior, log_ratio = log_policy.exp(), log_behavior.exp(), log_policy - log_behavior
+    above = policy.square() * log_ratio / 2 - (policy.square() - behavior.square()) / 4
+    below = behavior * (policy * log_ratio - policy + behavior)
+    return _over_states(torch.where(log_ratio > 0, above, below).sum(-1), log_policy)
 
 
 def success_rate(log_policy: Tensor, critical: Tensor) -> Tensor:
@@ -169,7 +184,7 @@ def align(world: World, objective: Objective, num_batches: int, seed: int) -> Al
         stabilizers.append(none if prepared.stabilizer is None else prepared.stabilizer)
     weights, stabilizer = torch.stack(gaps).nanmean(0), torch.stack(stabilizers).mean(0)
     policy = world.logits.log_softmax(-1)
-    rates, drift = success_rate(policy, world.critical), divergence(policy, world.behavior)
+    rates, drift = success_rate(policy, world.critical), penalty(policy, world.behavior)
     reward = _gradient(rates.sum(), world)
     own = _gradient((weights * rates - stabilizer * drift).sum(), world)
     with_reward = [_cosine(gradient, reward) for gradient in gradients]
@@ -198,10 +213,15 @@ def below(ours: list[float], theirs: list[float]) -> bool:
     return mean(differences) < -2 * stdev(differences) / len(differences) ** 0.5
 
 
+def all_objectives() -> dict[str, Objective]:
+    """Return every method of the product with its defaults; a user's own has none."""
+    make = TypeAdapter[Any](ObjectiveConfig).validate_python
+    return {kind: make_objective(make({"kind": kind})) for kind in OBJECTIVES if kind != "user"}
+
+
 def main(batches: Annotated[int, typer.Option(min=2)] = 20, seed: int = 0) -> None:
     torch.set_num_threads(1)
-    make = TypeAdapter[Any](ObjectiveConfig).validate_python
-    objectives = {kind: make_objective(make({"kind": kind})) for kind in OBJECTIVES}
+    objectives = all_objectives()
     cells, missed = [], []
     for length in LENGTHS:
         for drift in DRIFTS:
