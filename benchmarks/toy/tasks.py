@@ -56,6 +56,8 @@ class Task:
     The reward is 1 exactly if the library's scorer gives 1, or the last state of a chain is right.
     """
     warm_up: WarmUp
+    num_queries: int = 12
+    """Queries of an RL step."""
 
     @property
     def max_response_tokens(self) -> int:
@@ -100,10 +102,22 @@ def _make_chain(num_states: int) -> Task:
     def demonstrate(task: Task, rows: Tensor, generator: torch.Generator) -> Tensor:
         return chain.demonstrations(task.prompts[rows], num_states, generator)
 
-    warm_up = WarmUp(demonstrate, num_demonstrations=3000 // num_states, num_steps=5000)
+    long = num_states > 60
+    warm_up = WarmUp(demonstrate, num_demonstrations=3000 // num_states, num_steps=8000 if long else 5000)
     n = NUM_HELD_OUT
     vocabulary = chain.NUM_SYMBOLS + 1
-    return Task(prompts[n:], answers[n:], prompts[:n], answers[:n], vocabulary, chain.EOS, chain.ends_right, warm_up)
+    num_queries = 6 if long else 12
+    return Task(
+        prompts[n:],
+        answers[n:],
+        prompts[:n],
+        answers[:n],
+        vocabulary,
+        chain.EOS,
+        chain.ends_right,
+        warm_up,
+        num_queries,
+    )
 
 
 def _make_library_task(name: str) -> Task:

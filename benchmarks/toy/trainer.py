@@ -21,7 +21,7 @@ from quatro_ray.config import LearnerConfig, ObjectiveConfig
 from quatro_ray.engines.objectives import make_objective
 from quatro_ray.evaluation.metrics import pass_at_k
 
-NUM_QUERIES, GROUP_SIZE = 12, 16
+GROUP_SIZE = 16
 EVALUATION_SAMPLES = 16
 _EVALUATED = (1 / 4, 1 / 2, 3 / 4, 7 / 8, 1)
 """Parts of a run after which the policy is evaluated."""
@@ -66,7 +66,7 @@ class ToyTrainer:
 
     def _sample(self, version: int) -> Samples:
         task = self.task
-        rows = torch.randint(len(task.prompts), (NUM_QUERIES,), generator=self._generator)
+        rows = torch.randint(len(task.prompts), (task.num_queries,), generator=self._generator)
         responses, logprobs, counted = self.model.sample(
             task.prompts[rows], GROUP_SIZE, task.max_response_tokens, task.eos, self._generator
         )
