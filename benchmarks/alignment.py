@@ -184,9 +184,9 @@ def align(world: World, objective: Objective, num_batches: int, seed: int) -> Al
         stabilizers.append(none if prepared.stabilizer is None else prepared.stabilizer)
     weights, stabilizer = torch.stack(gaps).nanmean(0), torch.stack(stabilizers).mean(0)
     policy = world.logits.log_softmax(-1)
-    rates, drift = success_rate(policy, world.critical), penalty(policy, world.behavior)
+    rates, penalties = success_rate(policy, world.critical), penalty(policy, world.behavior)
     reward = _gradient(rates.sum(), world)
-    own = _gradient((weights * rates - stabilizer * drift).sum(), world)
+    own = _gradient((weights * rates - stabilizer * penalties).sum(), world)
     with_reward = [_cosine(gradient, reward) for gradient in gradients]
     with_own = [_cosine(gradient, own) for gradient in gradients]
     return Alignment(mean(with_reward), mean(with_own), with_reward, with_own, float(stabilizer.mean()))

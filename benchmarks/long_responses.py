@@ -69,7 +69,7 @@ def _capital(symbol: int) -> str:
 
 
 def make_data() -> Tensor:
-    """Write the training and held-out questions, whose answer is the last state; return the prompts [n, 3] of both."""
+    """Write training and held-out questions, whose answer is the last state; return the training prompts [n, 3]."""
     prompts = all_prompts(NUM_SYMBOLS)
     prompts = prompts[torch.randperm(len(prompts), generator=torch.Generator().manual_seed(0))]
     states = chains(prompts, NUM_STATES, num_symbols=NUM_SYMBOLS)[:, :-1]
@@ -80,7 +80,7 @@ def make_data() -> Tensor:
     _FOLDER.mkdir(parents=True, exist_ok=True)
     (_FOLDER / "eval.jsonl").write_text("\n".join(rows[:_NUM_HELD_OUT]) + "\n")
     (_FOLDER / "train.jsonl").write_text("\n".join(rows[_NUM_HELD_OUT:]) + "\n")
-    return prompts
+    return prompts[_NUM_HELD_OUT:]
 
 
 def make_start(prompts: Tensor) -> None:
