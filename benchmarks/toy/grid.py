@@ -66,15 +66,17 @@ class Spec:
 def all_specs() -> list[Spec]:
     """Return all runs, the most informative first. All methods of a cell and seed follow each other."""
     first, *others = SEEDS
-    specs = [
-        *_cells(TASKS, STALENESS, (1,), (True,), first),
-        *_cells(TASKS, (8,), (10,), (True, False), first),
-        *_cells(TASKS[:2], STALENESS, MULTIPLES, (True, False), first),
-    ]
+    shorter, longest, stale = TASKS[:2], TASKS[2:], STALENESS[1:]
+    specs = [*_cells(TASKS, STALENESS, (1,), (True,), first)]
     for seed in others:
-        specs += _cells(TASKS, (8, 64), (1,), (True,), seed)
-        specs += _cells(TASKS[:2], (8,), (10,), (True, False), seed)
-    return list(dict.fromkeys(specs))
+        specs += _cells(shorter, stale, (1,), (True,), seed)
+    specs += _cells(shorter, stale, (10,), (True, False), first)
+    specs += _cells(longest, stale[-1:], (1,), (True,), others[0])
+    specs += _cells(shorter, stale, (1,), (False,), first)
+    specs += _cells(longest, stale[:1], (1,), (True,), others[0])
+    specs += _cells(longest, stale, (1,), (True,), others[1])
+    specs += _cells(longest, stale[:1], (10,), (True, False), first)
+    return specs
 
 
 def _cells(
