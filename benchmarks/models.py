@@ -154,13 +154,16 @@ def measure(name: str, dtype: Any = None) -> tuple[str, str]:
     """Return the row layout, or "refused", and the line that the learner logs or the user sees."""
     from quatro_ray.engines.forward_check import ForwardCheck
     from quatro_ray.engines.policy import PolicyModel
+    from quatro_ray.engines.policy_loading import choose_attention
+    from quatro_ray.engines.varlen_attention import VARLEN
     from quatro_ray.errors import ConfigError
 
     model = make(name, dtype)
     try:
         check = ForwardCheck(model, name, temperature=0.8)
         policy = PolicyModel(model, temperature=0.8, chunk_tokens=32)
-        return check.layout(policy)
+        line = choose_attention(policy, check, (VARLEN, policy.attention))
+        return policy.row_layout, line
     except ConfigError as error:
         return "refused", str(error)
 

@@ -61,7 +61,9 @@ class Case:
     shape: str
     device: str = "cuda"
     response_tokens: int = 2_048
-    """Tokens of the longest response; lengths are uniform from half of it upwards."""
+    """Tokens of the longest response."""
+    shortest_share: float = 0.5
+    """Lengths are uniform from this share of `response_tokens` upwards."""
     micro_tokens: int = 8_192
     groups: int = 4
     group_size: int = 4
@@ -69,7 +71,8 @@ class Case:
     learning_rate: float = 1e-6
     checkpointing: bool = False
     control: bool = True
-    attention: str = "sdpa"
+    attention: str = "auto"
+    dtype: str = "bfloat16"
     head_scale: float = 1.0
     """Factor on the embedding, which is tied to the head; a larger one makes peaked distributions."""
 
@@ -86,9 +89,10 @@ CASES = {
     "0.5b, checkpointing": replace(_MEDIUM, checkpointing=True),
     "0.5b, short responses": replace(_MEDIUM, response_tokens=256, groups=16, group_size=8),
     "0.5b, rows of 2,304": replace(_MEDIUM, micro_tokens=2_304),
-    "0.5b, eager attention": replace(_MEDIUM, attention="eager", micro_tokens=4_096),
+    "0.5b, masked attention": replace(_MEDIUM, attention="sdpa"),
     "1.5b": _LARGE,
     "1.5b noise": replace(_LARGE, learning_rate=1e-12),
+    "1.5b, masked attention": replace(_LARGE, attention="sdpa"),
     "1.5b, checkpointing": replace(_LARGE, checkpointing=True),
     "1.5b, rows of 2,304": replace(_LARGE, micro_tokens=2_304),
     "1.5b, 16k tokens": replace(_LARGE, response_tokens=16_000, micro_tokens=16_384, groups=2, group_size=2),
@@ -124,7 +128,7 @@ def make_engine(case: Case, path: str) -> LearningEngine:
     config = LearnerConfig(
         num_ranks=1,
         learning_rate=case.learning_rate,
-        dtype="bfloat16",
+        dtype=case.dtype,
         tokens_per_micro_batch=case.micro_tokens,
         gradient_checkpointing=case.checkpointing,
         attn_implementation=case.attention,
@@ -156,7 +160,7 @@ def random_batch(case: Case, version: int, rng: np.random.Generator) -> LearnerB
         return rng.integers(2, vocab, count).astype(np.int32)
 
     def rollout() -> Rollout:
-        count = int(rng.integers(case.response_tokens // 2, case.response_tokens + 1))
+        count = int(rng.integers(round(case.shortest_share * case.response_tokens), case.response_tokens + 1))
         logprobs = np.full(count, -math.log(vocab), np.float32)
         score = Score(float(rng.integers(0, 2)))
         return Rollout(tokens(count), logprobs, (VersionSpan(version, 0, count),), "", "stop", score=score)

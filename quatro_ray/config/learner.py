@@ -68,8 +68,10 @@ class LearnerConfig(Section):
     """Change of the bonus's coefficient after each step: up below the target, down to 0 above it."""
     reference_kl_coef: float = Field(0.0, ge=0)
     """Weight of KL(π_θ ‖ π_ref) in the loss, π_ref being the starting policy. 0: no reference model is loaded."""
-    attn_implementation: Literal["sdpa", "eager", "flash_attention_2"] = "sdpa"
-    """Attention kernel of the transformers model. flash_attention_2 needs CUDA and the flash-attn package."""
+    attn_implementation: Literal["auto", "varlen", "sdpa", "eager", "flash_attention_2", "flex_attention"] = "auto"
+    """Attention of the transformers model. varlen: each packed sequence by itself, without a mask, whose memory and
+    time would grow with the square of a row. auto: varlen if the log-probs stay the model's own, otherwise sdpa or
+    eager. flash_attention_2 (package flash-attn) and flex_attention need CUDA."""
     gradient_checkpointing: bool = False
     """Recompute activations in the backward pass: less memory, slower steps."""
     offload: Literal["none", "cpu"] = "none"

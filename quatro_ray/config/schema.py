@@ -167,8 +167,9 @@ class Config(Section):
             return
         if self.weight_sync.backend == "nccl":
             yield "weight_sync.backend=nccl needs cluster.device=cuda: use auto or gloo"
-        if self.learner.attn_implementation == "flash_attention_2":
-            yield "learner.attn_implementation=flash_attention_2 needs cluster.device=cuda: use sdpa"
+        attention = self.learner.attn_implementation
+        if attention in {"flash_attention_2", "flex_attention"}:
+            yield f"learner.attn_implementation={attention} needs cluster.device=cuda: use auto"
 
     def _model_and_schedule_fit(self) -> Iterator[str]:
         if self.data.warmup is not None and not isinstance(self.model, TinyModelConfig):

@@ -92,7 +92,7 @@ class ForwardCheck:
     """
 
     def __init__(self, causal_lm: PreTrainedModel, name: str, temperature: float) -> None:
-        self._name = name
+        self.name = name
         self._embeddings = causal_lm.get_input_embeddings()
         self._head: Tensor = causal_lm.get_output_embeddings().weight
         self._dtype = self._head.dtype
@@ -117,7 +117,7 @@ class ForwardCheck:
             alone = Difference.between(self._measure(lambda: self._each_alone(policy)), self._own)
             if not alone.is_rounding(self._dtype):
                 raise ConfigError(
-                    f"{self._name}: the learner's log-probs differ from the model's own ({alone}), because its head "
+                    f"{self.name}: the learner's log-probs differ from the model's own ({alone}), because its head "
                     "does more than engines/logprob_head.py knows; choose another model"
                 )
             found: dict[RowLayout, Difference] = {}
@@ -126,11 +126,15 @@ class ForwardCheck:
                 together = self._measure(lambda: policy(*_inputs(self._sequences))[0])
                 found[layout] = Difference.between(together, self._own, self._influence(policy))
                 if found[layout].is_rounding(self._dtype):
-                    return layout, _line(self._name, found)
+                    return layout, _line(self.name, found)
         raise ConfigError(
-            f"{self._name}: sequences in one batch change each other ({found['padded']}), so it cannot be trained; "
+            f"{self.name}: sequences in one batch change each other ({found['padded']}), so it cannot be trained; "
             "choose another model"
         )
+
+    def reason(self, refusal: ConfigError) -> str:
+        """Return what a refusal by this class says, without the model's name and the advice to choose another."""
+        return str(refusal).removeprefix(f"{self.name}: ").removesuffix("; choose another model")
 
     def _each_alone(self, policy: PolicyModel) -> Tensor:
         return torch.cat([policy(*_inputs([sequence]))[0] for sequence in self._sequences])
@@ -173,7 +177,7 @@ class ForwardCheck:
             raise
         except Exception as error:
             reason = " ".join(f"{type(error).__name__}: {error}".split())[:300]
-            raise ConfigError(f"{self._name}: {what} ({reason}); choose another model") from error
+            raise ConfigError(f"{self.name}: {what} ({reason}); choose another model") from error
 
 
 def _own_logprobs(causal_lm: nn.Module, sequences: list[Tensor], temperature: float) -> Tensor:

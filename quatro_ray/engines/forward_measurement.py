@@ -17,7 +17,7 @@ from quatro_ray.errors import ConfigError
 _MAX_PARAMETERS = 1_000_000_000
 """So that the measurement takes less than a minute and 10 GiB on a laptop."""
 _DEADLINE_S = 300.0
-_ATTENTION_ON_CPU = ("sdpa", "eager")
+_ATTENTION_ON_CPU = ("auto", "varlen", "sdpa", "eager")
 """Others need a GPU, which the machine that starts the run may not have."""
 
 
@@ -56,7 +56,7 @@ def _load(path: str, attn_implementation: str) -> str:
     import torch
     from transformers.utils.logging import disable_progress_bar
 
-    from quatro_ray.engines.policy import load_policy
+    from quatro_ray.engines.policy_loading import load_policy
 
     disable_progress_bar()
     torch.set_num_threads(1)

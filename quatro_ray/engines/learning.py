@@ -23,7 +23,8 @@ from quatro_ray.engines import zero_checkpoint
 from quatro_ray.engines.batch_training import BatchTrainer
 from quatro_ray.engines.learner_spec import LearnerSpec
 from quatro_ray.engines.model_files import write_model
-from quatro_ray.engines.policy import PolicyModel, as_on_disk, load_policy, persistent_buffers
+from quatro_ray.engines.policy import PolicyModel, as_on_disk, persistent_buffers
+from quatro_ray.engines.policy_loading import load_policy
 from quatro_ray.engines.zero_engine import ZeroEngine
 from quatro_ray.errors import CheckpointError
 from quatro_ray.types import LearnerBatch, RowLayout, StepMetrics

@@ -8,19 +8,22 @@ from __future__ import annotations
 import io
 from collections.abc import Iterator
 from contextlib import contextmanager, redirect_stdout
+from itertools import pairwise
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, PreTrainedModel
 from transformers.core_model_loading import revert_weight_conversion
 
-from quatro_ray.engines.forward_check import ForwardCheck
+from quatro_ray.engines import varlen_attention
 from quatro_ray.engines.logprob_head import LogprobHead, logit_transform
-from quatro_ray.engines.model_files import check_files, write_model
-from quatro_ray.errors import ConfigError
+from quatro_ray.engines.model_files import write_model
+from quatro_ray.engines.varlen_attention import VARLEN
 from quatro_ray.types import RowLayout
 
+varlen_attention.register()
 _PREFIX = "causal_lm."
 """Prefix of parameter names in DeepSpeed and its checkpoints."""
 
@@ -61,8 +64,11 @@ class PolicyModel(nn.Module):
     def _packed(self, token_ids: Tensor, position_ids: Tensor) -> Tensor:
         """Return the last hidden states [N, D] of one row; the model keeps sequences apart by their positions."""
         decoder = self.causal_lm.get_decoder()
-        output = decoder(input_ids=token_ids[None], position_ids=position_ids[None], use_cache=False)
-        hidden: Tensor = output.last_hidden_state[0]
+        keywords: dict[str, Any] = {"position_ids": position_ids[None], "use_cache": False}
+        if self.attention == VARLEN:
+            starts = (position_ids == 0).nonzero()[:, 0].tolist()
+            keywords["sequence_lengths"] = tuple(end - start for start, end in pairwise([*starts, len(position_ids)]))
+        hidden: Tensor = decoder(input_ids=token_ids[None], **keywords).last_hidden_state[0]
         return hidden
 
     def _padded(self, token_ids: Tensor, position_ids: Tensor) -> Tensor:
@@ -77,6 +83,11 @@ class PolicyModel(nn.Module):
         rows[row, column] = token_ids
         hidden: Tensor = self.causal_lm.get_decoder()(input_ids=rows, use_cache=False).last_hidden_state
         return hidden[row, column]
+
+    @property
+    def attention(self) -> str:
+        """Return transformers' name of the attention that the layers call."""
+        return str(self.causal_lm.config.get_text_config()._attn_implementation)
 
     @property
     def vocab_size(self) -> int:
@@ -96,48 +107,6 @@ class PolicyModel(nn.Module):
     def parameters_by_name(self) -> dict[str, nn.Parameter]:
         """Return parameters by their names in transformers; a tied head appears once, as the embedding."""
         return {name.removeprefix(_PREFIX): p for name, p in self.named_parameters()}
-
-
-def load_policy(
-    path: str,
-    *,
-    dtype: torch.dtype,
-    attn_implementation: str,
-    temperature: float,
-    chunk_tokens: int,
-    device: torch.device | None = None,
-) -> tuple[PolicyModel, str]:
-    """Load a policy and measure that its log-probs are the model's own.
-
-    Args:
-        path: folder or hub name.
-        dtype: that of the weights.
-        attn_implementation: transformers' name of it.
-        temperature: that of the sampling.
-        chunk_tokens: most tokens whose logits exist at a time.
-        device: where to measure, because some kinds of attention run on GPUs alone; the policy is returned on the CPU.
-            None: the CPU.
-
-    Returns:
-        The policy, and a line that says what was measured.
-
-    Raises:
-        ConfigError: the learner's log-probs or gradients would not be those of the model, or exports would fail.
-    """
-    check_files(path)
-    try:
-        causal_lm = AutoModelForCausalLM.from_pretrained(path, dtype=dtype, attn_implementation=attn_implementation)
-    except (OSError, ValueError, ImportError) as error:
-        reason = " ".join(str(error).split())[:300]
-        raise ConfigError(
-            f"model.path={path}: cannot be loaded with learner.attn_implementation={attn_implementation} ({reason}); "
-            "choose another attention, such as eager, or another model"
-        ) from error
-    causal_lm.to(device or torch.device("cpu"))
-    check = ForwardCheck(causal_lm, f"model.path={path}", temperature)
-    policy = PolicyModel(causal_lm, temperature=temperature, chunk_tokens=chunk_tokens)
-    policy.row_layout, line = check.layout(policy)
-    return policy.cpu(), line
 
 
 def convert_checkpoint(checkpoints: Path, tag: str, source: str | Path, path: Path) -> None:

@@ -12,7 +12,8 @@ import torch
 import transformers
 
 from benchmarks.models import ARCHITECTURES, make, measure
-from quatro_ray.engines.policy import PolicyModel, load_policy
+from quatro_ray.engines.policy import PolicyModel
+from quatro_ray.engines.policy_loading import load_policy
 from quatro_ray.errors import ConfigError
 from quatro_ray.replay.packing import pack
 from quatro_ray.replay.staleness import Lineage
@@ -20,9 +21,9 @@ from tests.make import group, rollout
 
 PADDED = [
     "Qwen3-Next", "Qwen3.5 (text)", "LFM2", "Bamba", "Jamba", "Falcon-H1", "Mamba", "Falcon (ALiBi)", "BLOOM", "MPT",
-    "OPT", "gpt-oss",
+    "gpt-oss",
 ]  # fmt: skip
-PACKED = ["Qwen2", "Qwen3", "Gemma 3 (text)", "Mixtral", "Qwen3-MoE", "DeepSeek-V3", "GPT-NeoX"]
+PACKED = ["Qwen2", "Qwen3", "OPT", "Gemma 3 (text)", "Mixtral", "Qwen3-MoE", "DeepSeek-V3", "GPT-NeoX"]
 HEADS = ["Phi", "GPT-J", "Gemma 2", "Cohere", "Granite"]
 
 

@@ -1,0 +1,113 @@
+"""Loads the learner's policy, with the fastest attention whose log-probs are the model's own."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from transformers import AutoModelForCausalLM, PreTrainedModel
+
+from quatro_ray.engines.forward_check import ForwardCheck
+from quatro_ray.engines.model_files import check_files
+from quatro_ray.engines.policy import PolicyModel
+from quatro_ray.engines.varlen_attention import VARLEN
+from quatro_ray.errors import ConfigError
+from quatro_ray.types import RowLayout
+
+
+def load_policy(
+    path: str,
+    *,
+    dtype: torch.dtype,
+    attn_implementation: str,
+    temperature: float,
+    chunk_tokens: int,
+    device: torch.device | None = None,
+) -> tuple[PolicyModel, str]:
+    """Load a policy and measure that its log-probs are the model's own.
+
+    Args:
+        path: folder or hub name.
+        dtype: that of the weights.
+        attn_implementation: "auto", or transformers' name of it.
+        temperature: that of the sampling.
+        chunk_tokens: most tokens whose logits exist at a time.
+        device: where to measure, because some kinds of attention run on GPUs alone; the policy is returned on the CPU.
+            None: the CPU.
+
+    Returns:
+        The policy, and a line that says what was measured.
+
+    Raises:
+        ConfigError: the learner's log-probs or gradients would not be those of the model, or exports would fail.
+    """
+    check_files(path)
+    causal_lm = _load_causal_lm(path, dtype, attn_implementation)
+    causal_lm.to(device or torch.device("cpu"))
+    check = ForwardCheck(causal_lm, f"model.path={path}", temperature)
+    policy = PolicyModel(causal_lm, temperature=temperature, chunk_tokens=chunk_tokens)
+    wanted = (VARLEN, policy.attention) if attn_implementation == "auto" else (attn_implementation,)
+    line = choose_attention(policy, check, wanted)
+    return policy.cpu(), line
+
+
+def _load_causal_lm(path: str, dtype: torch.dtype, attn_implementation: str) -> PreTrainedModel:
+    """Load the model with an attention of transformers' own, against which others are measured."""
+    own = {"auto": ("sdpa", "eager"), VARLEN: ("sdpa", "eager")}.get(attn_implementation, (attn_implementation,))
+    for number, kind in enumerate(own, start=1):
+        try:
+            model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(path, dtype=dtype, attn_implementation=kind)
+        except (OSError, ValueError, ImportError) as error:
+            if number < len(own):
+                continue
+            reason = " ".join(str(error).split())[:300]
+            raise ConfigError(
+                f"model.path={path}: cannot be loaded with learner.attn_implementation={attn_implementation} "
+                f"({reason}); choose another attention, such as auto, or another model"
+            ) from error
+        return model
+    raise AssertionError("there is always a kind to try")
+
+
+def choose_attention(policy: PolicyModel, check: ForwardCheck, wanted: Sequence[str]) -> str:
+    """Set the first kind of attention with which sequences may be packed, or else the first that works at all.
+
+    Args:
+        policy: its attention and `row_layout` are set.
+        check: that of the model.
+        wanted: transformers' names, the best first.
+
+    Returns:
+        A line that says what was measured, and why the first kind is not used.
+
+    Raises:
+        ConfigError: no kind works.
+    """
+    found: dict[str, tuple[RowLayout, str]] = {}
+    refusals: dict[str, ConfigError] = {}
+    for kind in wanted:
+        try:
+            _set_attention(policy, kind, check)
+            found[kind] = check.layout(policy)
+        except ConfigError as error:
+            refusals[kind] = error
+            continue
+        if policy.row_layout == "packed":
+            break
+    if not found:
+        raise refusals[wanted[-1]]
+    chosen = max(found, key=lambda kind: found[kind][0] == "packed")
+    _set_attention(policy, chosen, check)
+    policy.row_layout, line = found[chosen]
+    passed_over = [f"not {kind} ({check.reason(error)})" for kind, error in refusals.items()]
+    passed_over += [
+        f"not {kind}, with which they change each other" for kind in found if found[kind][0] != policy.row_layout
+    ]
+    return "; ".join([line, f"attention: {chosen}", *passed_over])
+
+
+def _set_attention(policy: PolicyModel, kind: str, check: ForwardCheck) -> None:
+    """Set the attention of all layers. Raise ConfigError if the model has code of its own for it."""
+    policy.causal_lm.set_attn_implementation(kind)
+    if policy.attention != kind:
+        raise ConfigError(f"{check.name}: it has attention of its own, not transformers' interface")
