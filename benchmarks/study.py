@@ -3,7 +3,7 @@
     python -m benchmarks.study run      # resumes where it stopped; each run is one line of the file of figures
     python -m benchmarks.study report   # tables and plots from the figures; exits with 1 if a claim does not hold
 
-One seed comes first. A run takes 15 s of one core at 6 tokens, about one minute at 60, and three at 250.
+One seed comes first. A run takes 15 s of one core at 6 tokens, about one minute at 60, and five at 250.
 """
 
 from __future__ import annotations
