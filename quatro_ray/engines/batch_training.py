@@ -171,7 +171,7 @@ class BatchTrainer:
     def _loss(self, row: _Row, shared: _Batch, size: BatchSize) -> Tensor:
         """Return a micro-batch's share of the loss of its optimiser step."""
         micro = row.micro
-        inputs = (micro.token_ids, micro.position_ids, micro.target_ids)
+        inputs = (micro.token_ids, micro.position_ids, micro.target_ids, micro.is_response)
         policy_logprobs, entropy = self._engine(*inputs)
         tokens = make_token_batch(micro, policy_logprobs, shared.prepared, row.start_logprobs)
         per_token, limited = self._objective.token_loss(tokens, shared.prepared.constant)
@@ -190,8 +190,8 @@ class BatchTrainer:
     @torch.no_grad()
     def logprobs(self, micro: MicroBatchTensors) -> Tensor:
         """Return the log-probs of the targets under the present weights, float32 [N], nats, 0 outside responses."""
-        values, _ = self._engine(micro.token_ids, micro.position_ids, micro.target_ids)
-        return torch.where(micro.is_response, values, 0.0)
+        values, _ = self._engine(micro.token_ids, micro.position_ids, micro.target_ids, micro.is_response)
+        return values
 
     def own_rows(self, batch: LearnerBatch) -> list[MicroBatchTensors]:
         """Return the micro-batches of this rank."""

@@ -1,17 +1,21 @@
 """Log-probs and entropies of given tokens, computed chunk by chunk.
 
 Shape letters: N tokens, D hidden size, V vocabulary, C tokens of a chunk (at most `chunk_tokens`).
-No [N, V] tensor exists at any time, forward or backward; the largest is [C, V] in float32.
+No [N, V] tensor exists at any time, forward or backward. A chunk's logits are one float32 tensor [C, V], which becomes
+their gradient in place; beside it there are a few rows of it, and in the backward pass its copy in the weights' dtype.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+
+_ROWS_AT_A_TIME = 64
+"""Rows of a chunk for which a second tensor exists."""
 
 
 @dataclass(frozen=True)
@@ -22,9 +26,9 @@ class LogitTransform:
     cap: float | None = None
 
     def __call__(self, logits: Tensor) -> Tensor:
-        """Return the logits of the model."""
-        scaled = logits * self.scale if self.scale != 1.0 else logits
-        return scaled if self.cap is None else self.cap * torch.tanh(scaled / self.cap)
+        """Return the logits of the model, computed in place."""
+        scaled = logits.mul_(self.scale) if self.scale != 1.0 else logits
+        return scaled if self.cap is None else scaled.div_(self.cap).tanh_().mul_(self.cap)
 
     def derivative(self, transformed: Tensor) -> Tensor | float:
         """Return the derivative by the logits before, given those after."""
@@ -46,7 +50,7 @@ def logit_transform(config: Any) -> LogitTransform:
 class _ChunkedLogprobs(torch.autograd.Function):
     """The backward pass recomputes the logits z.
 
-    With p = softmax(z/temperature): d logp/d z = (onehot(target) − p)/temperature, and for the entropy H, which is
+    With p = softmax(z/temperature): d logp/d z = (onehot(target) − p)/temperature, and for the entropy H, whose term is
     computed only if the loss contains it, d H/d z = −p (log p + H)/temperature.
     """
 
@@ -62,49 +66,79 @@ class _ChunkedLogprobs(torch.autograd.Function):
         chunk_tokens: int,
     ) -> tuple[Tensor, Tensor]:
         logprobs = torch.empty(len(hidden), dtype=torch.float32, device=hidden.device)
-        entropy = torch.empty_like(logprobs)
-        for start in range(0, len(hidden), chunk_tokens):
-            rows = slice(start, start + chunk_tokens)
-            log_p = torch.log_softmax(transform(_logits(hidden[rows], weight, bias)) / temperature, dim=-1)
-            logprobs[rows] = log_p.gather(1, targets[rows, None]).squeeze(1)
-            entropy[rows] = -(log_p.exp() * log_p).sum(1)
-        ctx.save_for_backward(hidden, weight, bias, targets, entropy)
+        entropy, log_sum = torch.empty_like(logprobs), torch.empty_like(logprobs)
+        for chunk in _slices(len(hidden), chunk_tokens):
+            logits = transform(_logits(hidden[chunk], weight, bias)).div_(temperature)
+            logprobs[chunk] = logits.gather(1, targets[chunk, None]).squeeze(1)
+            for rows in _slices(len(logits), _ROWS_AT_A_TIME):
+                at = slice(chunk.start + rows.start, chunk.start + rows.stop)
+                log_sum[at] = logits[rows].logsumexp(1)
+                p = (logits[rows] - log_sum[at, None]).exp_()
+                entropy[at] = log_sum[at] - p.mul_(logits[rows]).sum(1)
+        logprobs -= log_sum
+        ctx.save_for_backward(hidden, weight, bias, targets, entropy, log_sum)
         ctx.transform, ctx.temperature, ctx.chunk_tokens = transform, temperature, chunk_tokens
         ctx.set_materialize_grads(False)
         return logprobs, entropy
 
     @staticmethod
     def backward(ctx: Any, *grads: Any) -> tuple[Tensor | None, ...]:
-        hidden, weight, bias, targets, entropy = ctx.saved_tensors
+        hidden, weight, bias, targets, entropy, log_sum = ctx.saved_tensors
         grad, grad_entropy = grads
         grad = torch.zeros_like(entropy) if grad is None else grad
         grad_hidden = torch.empty_like(hidden)
         grad_weight = torch.zeros(weight.shape, dtype=torch.float32, device=weight.device)
         grad_bias = None if bias is None else torch.zeros(bias.shape, dtype=torch.float32, device=bias.device)
-        for start in range(0, len(hidden), ctx.chunk_tokens):
-            rows = slice(start, start + ctx.chunk_tokens)
-            logits = ctx.transform(_logits(hidden[rows], weight, bias))
-            scale = ctx.transform.derivative(logits) / ctx.temperature
-            d_logits = -torch.softmax(logits / ctx.temperature, dim=-1)
-            d_logits.scatter_add_(1, targets[rows, None], torch.ones_like(d_logits[:, :1]))
-            d_logits *= grad[rows, None] * scale
-            if grad_entropy is not None:
-                log_p = torch.log_softmax(logits / ctx.temperature, dim=-1)
-                d_entropy = log_p.exp() * (log_p + entropy[rows, None])
-                d_logits -= d_entropy.mul_(grad_entropy[rows, None] * scale)
-            grad_hidden[rows] = d_logits.to(weight.dtype) @ weight
-            grad_weight += d_logits.T @ hidden[rows].float()
+        for chunk in _slices(len(hidden), ctx.chunk_tokens):
+            logits = ctx.transform(_logits(hidden[chunk], weight, bias))
+            for rows in _slices(len(logits), _ROWS_AT_A_TIME):
+                at = slice(chunk.start + rows.start, chunk.start + rows.stop)
+                scale = ctx.transform.derivative(logits[rows]) / ctx.temperature
+                log_p = logits[rows].div_(ctx.temperature).sub_(log_sum[at, None])
+                p = log_p.exp()
+                if grad_entropy is None:
+                    d_logits = log_p.copy_(p).mul_(-grad[at, None])
+                else:
+                    weighted = log_p.add_(entropy[at, None]).mul_(grad_entropy[at, None]).add_(grad[at, None])
+                    d_logits = weighted.mul_(p).neg_()
+                d_logits.scatter_add_(1, targets[at, None], grad[at, None])
+                d_logits *= scale
             if grad_bias is not None:
-                grad_bias += d_logits.sum(0)
+                grad_bias += logits.sum(0)
+            d_chunk = logits.to(weight.dtype)
+            grad_hidden[chunk] = d_chunk @ weight
+            _add_product(grad_weight, logits, d_chunk, hidden[chunk])
         if grad_bias is not None:
             grad_bias = grad_bias.to(bias.dtype)
         return grad_hidden, grad_weight.to(weight.dtype), grad_bias, None, None, None, None
 
 
+def _slices(count: int, size: int) -> Iterator[slice]:
+    return (slice(start, min(start + size, count)) for start in range(0, count, size))
+
+
 def _logits(hidden: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    """Return the matrix product, float32 [C, V], of hidden states [C, D]."""
-    product = (hidden @ weight.T).float()
-    return product if bias is None else product + bias.float()
+    """Return the matrix product, float32 [C, V] and never rounded to the weights' dtype, of hidden states [C, D]."""
+    if hidden.is_cuda and hidden.dtype != torch.float32:
+        product = torch.mm(hidden, weight.T, out_dtype=torch.float32)
+    else:
+        product = hidden.float() @ weight.float().T
+    return product if bias is None else product.add_(bias)
+
+
+def _add_product(total: Tensor, exact: Tensor, rounded: Tensor, hidden: Tensor) -> None:
+    """Add the weight's gradient of a chunk to a float32 total [V, D].
+
+    Args:
+        total: float32 [V, D].
+        exact: float32 [C, V], gradient of the logits.
+        rounded: the same in the dtype of the weights, whose products GPUs compute fastest.
+        hidden: [C, D].
+    """
+    if hidden.is_cuda and hidden.dtype != torch.float32:
+        total += torch.mm(rounded.T, hidden, out_dtype=torch.float32)
+    else:
+        total.addmm_(exact.T, hidden.float())
 
 
 def chunked_logprobs(

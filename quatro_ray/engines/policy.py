@@ -48,18 +48,27 @@ class PolicyModel(nn.Module):
         causal_lm.set_output_embeddings(LogprobHead(head, transform, temperature, chunk_tokens))
         self.row_layout: RowLayout = "packed"
 
-    def forward(self, token_ids: Tensor, position_ids: Tensor, target_ids: Tensor) -> tuple[Tensor, Tensor]:
+    def forward(
+        self, token_ids: Tensor, position_ids: Tensor, target_ids: Tensor, counted: Tensor | None = None
+    ) -> tuple[Tensor, Tensor]:
         """Return log-probs of the targets, float32 [N], and entropies, float32 [N], both in nats.
 
         Args:
             token_ids: int64 [N], inputs.
             position_ids: int64 [N]. Position 0 starts a new sequence.
             target_ids: int64 [N].
+            counted: bool [N], the targets that go through the head; the results are 0 elsewhere. None: all.
         """
         packed = self.row_layout == "packed"
         hidden = self._packed(token_ids, position_ids) if packed else self._padded(token_ids, position_ids)
-        result: tuple[Tensor, Tensor] = self.causal_lm.get_output_embeddings()(hidden, target_ids)
-        return result
+        head = self.causal_lm.get_output_embeddings()
+        if counted is None:
+            result: tuple[Tensor, Tensor] = head(hidden, target_ids)
+            return result
+        at = counted.nonzero()[:, 0]
+        logprobs, entropy = head(hidden[at], target_ids[at])
+        zeros = torch.zeros(len(token_ids), dtype=torch.float32, device=hidden.device)
+        return zeros.index_put((at,), logprobs), zeros.index_put((at,), entropy)
 
     def _packed(self, token_ids: Tensor, position_ids: Tensor) -> Tensor:
         """Return the last hidden states [N, D] of one row; the model keeps sequences apart by their positions."""

@@ -33,7 +33,9 @@ class ZeroEngine(Protocol):
     lr_scheduler: torch.optim.lr_scheduler.LRScheduler
     _config: Any
 
-    def __call__(self, token_ids: Tensor, position_ids: Tensor, target_ids: Tensor) -> tuple[Tensor, Tensor]:
+    def __call__(
+        self, token_ids: Tensor, position_ids: Tensor, target_ids: Tensor, counted: Tensor | None = None
+    ) -> tuple[Tensor, Tensor]:
         """Return log-probs of the targets and entropies, as PolicyModel.forward does; a collective."""
         ...
 

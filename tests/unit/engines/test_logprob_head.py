@@ -81,3 +81,34 @@ def test_no_tensor_of_all_tokens_by_all_words_exists() -> None:
         logprobs, _ = chunked_logprobs(hidden, weight, torch.zeros(n, dtype=torch.long), 1.0, chunk)
         logprobs.sum().backward()
     assert largest == max(chunk * v, weight.numel()) < n * v
+
+
+def test_the_logits_of_a_chunk_exist_once() -> None:
+    """Counts tensors of [C, V] that are made: one for each chunk, in each direction; the rest happens in place."""
+    n, v, chunk = 512, 300, 256
+    hidden, weight = torch.randn(n, 8, requires_grad=True), torch.randn(v, 8, requires_grad=True)
+    made = 0
+
+    class Watch(torch.utils._python_dispatch.TorchDispatchMode):
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            nonlocal made
+            out = func(*args, **(kwargs or {}))
+            given = {a.untyped_storage().data_ptr() for a in args if isinstance(a, torch.Tensor)}
+            for tensor in out if isinstance(out, tuple) else (out,):
+                if isinstance(tensor, torch.Tensor) and tensor.numel() >= chunk * v:
+                    made += tensor.untyped_storage().data_ptr() not in given
+            return out
+
+    with Watch():
+        logprobs, entropy = chunked_logprobs(hidden, weight, torch.zeros(n, dtype=torch.long), 0.7, chunk)
+        assert made == 2
+        (logprobs + entropy).sum().backward()
+    assert made == 4
+
+
+def test_logits_are_not_rounded_to_the_dtype_of_the_weights() -> None:
+    """Logits of 1,000 and 1,001 are the same number in bfloat16."""
+    hidden = torch.tensor([[1.0, 1.0]], dtype=torch.bfloat16)
+    weight = torch.tensor([[1000.0, 0.0], [1000.0, 1.0]], dtype=torch.bfloat16)
+    logprobs, _ = chunked_logprobs(hidden, weight, torch.tensor([1]), 1.0, 8)
+    assert float(logprobs) == pytest.approx(-0.3133, abs=1e-3)
