@@ -23,6 +23,8 @@ from quatro_ray.weight_sync.agreement import Scored
 from quatro_ray.weight_sync.engine_client import EngineClient
 
 _logger = logging.getLogger(__name__)
+_WIDTH_MULTIPLE_ON_GPUS = 128
+"""Tokens; what matrix products on GPUs are tiled by."""
 
 
 @ray.remote(concurrency_groups=WATCHED)
@@ -36,7 +38,7 @@ class LearnerActor(HostMixin):
         if interface := interface_of(self.address()):
             os.environ.setdefault("GLOO_SOCKET_IFNAME", interface)
         self._rank = rank
-        self._config = spec.config
+        self._config, self._device = spec.config, spec.device
         self._engine = LearningEngine(spec, rank=rank)
 
     def start(self, master_address: str, master_port: int) -> None:
@@ -74,6 +76,7 @@ class LearnerActor(HostMixin):
             tokens_per_micro_batch=tokens,
             row_layout=self._engine.row_layout,
             num_minibatches=self._config.num_minibatches,
+            width_multiple=_WIDTH_MULTIPLE_ON_GPUS if self._device == "cuda" else 1,
         )
 
     def open_weight_transfer(

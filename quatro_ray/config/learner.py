@@ -73,7 +73,7 @@ class LearnerConfig(Section):
     time would grow with the square of a row. auto: varlen if the log-probs stay the model's own, otherwise sdpa or
     eager. flash_attention_2 (package flash-attn) and flex_attention need CUDA."""
     gradient_checkpointing: bool = False
-    """Recompute activations in the backward pass: less memory, slower steps."""
+    """Recompute the activations of each layer in the backward pass: less memory, slower steps."""
     offload: Literal["none", "cpu"] = "none"
     """Device of the optimiser states. cpu: host memory, which frees GPU memory and slows the optimiser step."""
     start_deadline_s: float = Field(600, gt=0)

@@ -89,13 +89,12 @@ class LearningEngine:
         deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
         deepspeed.init_distributed(dist_init_required=False)
         policy = self._load_policy()
-        if self._config.gradient_checkpointing:
-            policy.causal_lm.gradient_checkpointing_enable({"use_reentrant": False})
         optimizer = torch.optim.AdamW(
             policy.parameters(),
             lr=self._config.learning_rate,
             betas=(self._config.adam_beta1, self._config.adam_beta2),
             weight_decay=self._config.weight_decay,
+            fused=True,
         )
         engine, *_ = deepspeed.initialize(
             model=policy,
@@ -137,6 +136,7 @@ class LearningEngine:
             attn_implementation=self._config.attn_implementation,
             temperature=self._spec.temperature,
             chunk_tokens=self._config.logprob_chunk_tokens,
+            gradient_checkpointing=self._config.gradient_checkpointing,
             device=self._device,
         )
         _logger.info("rank %d: %s", self._rank, line)
@@ -177,6 +177,8 @@ class LearningEngine:
             "gradient_accumulation_steps": 1,
             "gradient_clipping": config.max_grad_norm,
             "bf16": {"enabled": config.dtype == "bfloat16"},
+            # the sum over micro-batches and ranks; one in bfloat16 is off by a percent after a hundred
+            "data_types": {"grad_accum_dtype": "fp32"},
             "zero_optimization": zero,
             "zero_allow_untested_optimizer": True,
             "zero_force_ds_cpu_optimizer": False,

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import torch
-from transformers import AutoModelForCausalLM, PreTrainedModel
+from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 
 from quatro_ray.engines.forward_check import ForwardCheck
 from quatro_ray.engines.model_files import check_files
@@ -13,6 +13,9 @@ from quatro_ray.engines.policy import PolicyModel
 from quatro_ray.engines.varlen_attention import VARLEN
 from quatro_ray.errors import ConfigError
 from quatro_ray.types import RowLayout
+
+_NOISE = ("drop", "jitter")
+"""Words in the names of settings that make a forward pass random in training mode."""
 
 
 def load_policy(
@@ -22,6 +25,7 @@ def load_policy(
     attn_implementation: str,
     temperature: float,
     chunk_tokens: int,
+    gradient_checkpointing: bool = False,
     device: torch.device | None = None,
 ) -> tuple[PolicyModel, str]:
     """Load a policy and measure that its log-probs are the model's own.
@@ -32,6 +36,7 @@ def load_policy(
         attn_implementation: "auto", or transformers' name of it.
         temperature: that of the sampling.
         chunk_tokens: most tokens whose logits exist at a time.
+        gradient_checkpointing: whether backward passes recompute the activations of each layer.
         device: where to measure, because some kinds of attention run on GPUs alone; the policy is returned on the CPU.
             None: the CPU.
 
@@ -46,17 +51,21 @@ def load_policy(
     causal_lm.to(device or torch.device("cpu"))
     check = ForwardCheck(causal_lm, f"model.path={path}", temperature)
     policy = PolicyModel(causal_lm, temperature=temperature, chunk_tokens=chunk_tokens)
+    if gradient_checkpointing:
+        _checkpoint_gradients(causal_lm, path)
     wanted = (VARLEN, policy.attention) if attn_implementation == "auto" else (attn_implementation,)
     line = choose_attention(policy, check, wanted)
     return policy.cpu(), line
 
 
 def _load_causal_lm(path: str, dtype: torch.dtype, attn_implementation: str) -> PreTrainedModel:
-    """Load the model with an attention of transformers' own, against which others are measured."""
+    """Load the model with an attention of transformers' own, against which others are measured, and without dropout."""
     own = {"auto": ("sdpa", "eager"), VARLEN: ("sdpa", "eager")}.get(attn_implementation, (attn_implementation,))
     for number, kind in enumerate(own, start=1):
         try:
-            model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(path, dtype=dtype, attn_implementation=kind)
+            model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(
+                path, config=_config_without_noise(path), dtype=dtype, attn_implementation=kind
+            )
         except (OSError, ValueError, ImportError) as error:
             if number < len(own):
                 continue
@@ -67,6 +76,28 @@ def _load_causal_lm(path: str, dtype: torch.dtype, attn_implementation: str) -> 
             ) from error
         return model
     raise AssertionError("there is always a kind to try")
+
+
+def _config_without_noise(path: str) -> PretrainedConfig:
+    """Return the model's configuration with every dropout and jitter at 0, so that training mode changes no number."""
+    config: PretrainedConfig = AutoConfig.from_pretrained(path)
+    parts = [config, *(getattr(config, name, None) for name in config.sub_configs)]
+    for part in parts:
+        for name, value in list(vars(part).items()) if part is not None else []:
+            if any(word in name for word in _NOISE) and isinstance(value, float):
+                setattr(part, name, 0.0)
+    return config
+
+
+def _checkpoint_gradients(causal_lm: PreTrainedModel, path: str) -> None:
+    """Let each layer keep its input alone; transformers' layers do that in training mode only."""
+    try:
+        causal_lm.gradient_checkpointing_enable({"use_reentrant": False})
+    except ValueError as error:
+        raise ConfigError(
+            f"learner.gradient_checkpointing=true: model.path={path} does not support it ({error}); set it to false"
+        ) from error
+    causal_lm.train()
 
 
 def choose_attention(policy: PolicyModel, check: ForwardCheck, wanted: Sequence[str]) -> str:

@@ -18,6 +18,7 @@ def pack(
     tokens_per_micro_batch: int,
     row_layout: RowLayout = "packed",
     num_minibatches: int = 1,
+    width_multiple: int = 1,
 ) -> LearnerBatch:
     """Return the micro-batches of all ranks. The result depends on the arguments alone, so all ranks compute the same.
 
@@ -33,6 +34,8 @@ def pack(
             because the model gets one sequence a row and would pad the padding again.
         num_minibatches: number of optimiser steps that share the batch; each takes whole groups. A version is so many
             optimiser steps, which is how staleness is counted.
+        width_multiple: the width of packed rows is rounded up to a multiple of it, if the limit allows, because kernels
+            on GPUs are fastest at few and even shapes.
 
     Raises:
         ValueError: a rollout is longer than tokens_per_micro_batch, or a minibatch has fewer rollouts than ranks.
@@ -54,11 +57,17 @@ def pack(
             of_rank = assigned[k * rows_per_minibatch[-1] : (k + 1) * rows_per_minibatch[-1]]
             by_rank[k] += [members[row].tolist() for row in of_rank]
     rows = [row for of_rank in by_rank for row in of_rank]
-    width = max(int(lengths[row].sum()) for row in rows) if row_layout == "packed" else 1
+    width = 1
+    if row_layout == "packed":
+        fullest = max(int(lengths[row].sum()) for row in rows)
+        width = max(fullest, min(tokens_per_micro_batch, -(-fullest // width_multiple) * width_multiple))
     # flat index → cell of [Q, G]
     size = max(len(g.rollouts) for g in groups)
     cells = [q * size + i for q, g in enumerate(groups) for i in range(len(g.rollouts))]
-    micro = [_micro_batch([(cells[i], *flat[i]) for i in row], width, lineage, num_minibatches) for row in rows]
+    longest = int(lengths.max())
+    micro = [
+        _micro_batch([(cells[i], *flat[i]) for i in row], width, longest, lineage, num_minibatches) for row in rows
+    ]
     per_rank = len(rows) // num_ranks
     rewards = np.zeros((len(groups), size))
     valid = np.zeros((len(groups), size), dtype=bool)
@@ -101,7 +110,11 @@ def _one_per_row(count: int, num_ranks: int) -> list[list[int]]:
 
 
 def _micro_batch(
-    members: Sequence[tuple[int, RolloutGroup, Rollout]], width: int, lineage: Lineage, steps_per_version: int
+    members: Sequence[tuple[int, RolloutGroup, Rollout]],
+    width: int,
+    longest: int,
+    lineage: Lineage,
+    steps_per_version: int,
 ) -> MicroBatch:
     """Return one row. Inputs are prompt and response without the last token; targets are the same, one token later."""
     ids, positions, targets, response, index, logprobs, staleness = ([] for _ in range(7))
@@ -118,10 +131,10 @@ def _micro_batch(
         age = np.where(rollout.is_sampled(), steps_per_version * lineage.staleness(rollout.versions()), 0)
         staleness.append(np.concatenate([np.zeros(p - 1), age]))
     pad = max(0, width - sum(len(x) for x in ids))
-    # each padding token is a sequence of its own: position 0 keeps attention inside it
+    padding = np.arange(pad) % longest  # sequences of their own, at no position that rollouts do not have
     return MicroBatch(
         token_ids=_join(ids, pad, 0, np.int64),
-        position_ids=_join(positions, pad, 0, np.int64),
+        position_ids=_join([*positions, padding], 0, 0, np.int64),
         target_ids=_join(targets, pad, 0, np.int64),
         is_response=_join(response, pad, False, np.bool_),
         rollout_index=_join(index, pad, -1, np.int64),

@@ -130,3 +130,26 @@ def test_a_minibatch_needs_a_rollout_for_every_rank() -> None:
     groups = [group(q, rollout(3)) for q in range(3)]
     with pytest.raises(ValueError, match="1 rollouts of a minibatch cannot be split over 2 ranks"):
         pack(groups, LINE, num_ranks=2, tokens_per_micro_batch=24, num_minibatches=2)
+
+
+def test_rows_get_an_even_width_if_the_limit_allows() -> None:
+    groups = [group(0, rollout(9), rollout(30), rollout(5))]
+    widths = {
+        (limit, multiple): {
+            len(m.token_ids)
+            for m in pack(
+                groups, LINE, num_ranks=1, tokens_per_micro_batch=limit, width_multiple=multiple
+            ).micro_batches[0]
+        }
+        for limit, multiple in [(64, 1), (64, 32), (60, 32)]
+    }
+    assert widths == {(64, 1): {47}, (64, 32): {64}, (60, 32): {60}}
+
+
+def test_padding_has_no_position_that_rollouts_do_not_have() -> None:
+    """A learned embedding of positions may have no more of them than the longest rollout needs."""
+    (m,) = pack([group(0, rollout(9))], LINE, num_ranks=1, tokens_per_micro_batch=64, width_multiple=32).micro_batches[
+        0
+    ]
+    assert m.position_ids.tolist() == [*range(10), *range(10), *range(10), 0, 1]
+    assert m.rollout_index.tolist() == [0] * 10 + [-1] * 22 and not m.is_response[10:].any()
