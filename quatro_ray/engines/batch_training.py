@@ -6,7 +6,7 @@ Shape letters: Q queries, N tokens of a micro-batch, M response tokens of the gl
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from statistics import mean
 
 import torch
@@ -27,6 +27,9 @@ from quatro_ray.engines.zero_engine import ZeroEngine
 from quatro_ray.engines.zero_step import ZeroStep
 from quatro_ray.types import LearnerBatch, MicroBatch, RowLayout, StepMetrics
 
+_LEAST_DRIFT_TOKENS = 256
+"""Response tokens of a query on which its drift is measured at least, if it has so many."""
+
 
 @dataclass(frozen=True)
 class _Row:
@@ -38,11 +41,12 @@ class _Row:
 
 @dataclass(frozen=True)
 class _Batch:
-    """The parts of a batch that all its micro-batches share."""
+    """The parts of a batch that all its micro-batches share; the probe, if it was needed before the step."""
 
     whole: StepBatch
     prepared: Prepared
     collector: Collector
+    probe: Probe | None
 
 
 class BatchTrainer:
@@ -80,11 +84,17 @@ class BatchTrainer:
     def train(self, batch: LearnerBatch) -> StepMetrics:
         """Take the optimiser steps of a batch and return its metrics, the same on every rank."""
         learning_rate = self._engine.optimizer.param_groups[0]["lr"]  # step() sets that of the next step
-        rows, log_ratio = self._read(batch)
-        whole = make_step_batch(batch, log_ratio, self._device)
+        whole = make_step_batch(batch, self._device)
+        rows = [_Row(micro, None) for micro in self.own_rows(batch)]
+        probe = None
+        if len(batch.rows_per_minibatch) > 1 or self._objective.log_ratio_of == "all":
+            rows, whole = self._score_all(batch, rows, whole)
+        elif self._objective.log_ratio_of == "some":
+            probe = self._probe(batch.micro_batches, whole.valid, _LEAST_DRIFT_TOKENS)
+            whole = replace(whole, log_ratio=probe.log_ratio(whole.rollout_index), measured=probe.scored)
         prepared = self._objective.prepare(whole)
         dist.broadcast(prepared.advantage, src=0)  # all ranks must agree on whether to step, whatever user code does
-        shared = _Batch(whole, prepared, Collector(whole.valid.numel(), self._device))
+        shared = _Batch(whole, prepared, Collector(whole.valid.numel(), self._device), probe)
         updates = [self._minibatch(shared, batch, rows, chosen) for chosen in batch.minibatches()]
         metrics = shared.collector.reduce(whole.rewards, whole.valid) | shared.prepared.diagnostics | _merged(updates)
         if self.entropy_control:
@@ -95,23 +105,20 @@ class BatchTrainer:
         metrics["step/micro_batches_per_rank"] = float(len(rows))
         return metrics
 
-    def _read(self, batch: LearnerBatch) -> tuple[list[_Row], Tensor | None]:
-        """Return this rank's rows, and log π_k − log β of the response tokens of all ranks, float64 [M], if needed."""
-        micro_batches = self.own_rows(batch)
-        needs_start = len(batch.rows_per_minibatch) > 1
-        if not needs_start and not self._objective.needs_log_ratio:
-            return [_Row(micro, None) for micro in micro_batches], None
-        start = [self.logprobs(micro) for micro in micro_batches]
+    def _score_all(self, batch: LearnerBatch, rows: Sequence[_Row], whole: StepBatch) -> tuple[list[_Row], StepBatch]:
+        """Return both with the log-probs of all response tokens under the policy before the batch."""
+        start = [self.logprobs(row.micro) for row in rows]
         counts = [sum(int(micro.is_response.sum()) for micro in of_rank) for of_rank in batch.micro_batches]
         total = torch.zeros(sum(counts), dtype=torch.float64, device=self._device)
         offset = sum(counts[: self._rank])
-        for micro, logprobs in zip(micro_batches, start, strict=True):
-            difference = (logprobs - micro.behavior_logprobs).double()[micro.is_response]
+        for row, logprobs in zip(rows, start, strict=True):
+            difference = (logprobs - row.micro.behavior_logprobs).double()[row.micro.is_response]
             total[offset : offset + len(difference)] = difference
             offset += len(difference)
         dist.all_reduce(total)
-        rows = zip(micro_batches, start, strict=True)
-        return [_Row(micro, logprobs if needs_start else None) for micro, logprobs in rows], total
+        if len(batch.rows_per_minibatch) > 1:
+            rows = [_Row(row.micro, logprobs) for row, logprobs in zip(rows, start, strict=True)]
+        return list(rows), replace(whole, log_ratio=total)
 
     def _minibatch(self, shared: _Batch, batch: LearnerBatch, rows: Sequence[_Row], chosen: slice) -> StepMetrics:
         """Take one optimiser step, unless no query of the minibatch prefers anything."""
@@ -136,7 +143,9 @@ class BatchTrainer:
     ) -> StepMetrics:
         """Take one optimiser step, under step control; return the metrics of the update."""
         engine = self._engine
-        probe = self._probe(micro_batches, shared.whole.valid) if self.step_control else None
+        probe = None
+        if self.step_control:
+            probe = shared.probe or self._probe(micro_batches, shared.whole.valid)
         for number, row in enumerate(rows, start=1):
             engine.set_gradient_accumulation_boundary(number == len(rows))
             loss = self._loss(row, shared, size)
@@ -156,7 +165,7 @@ class BatchTrainer:
             metrics |= self.step_control.control(lambda: probe.measure(staleness), before.move_to).metrics()
         return metrics
 
-    def _probe(self, micro_batches: tuple[tuple[MicroBatch, ...], ...], valid: Tensor) -> Probe:
+    def _probe(self, micro_batches: tuple[tuple[MicroBatch, ...], ...], valid: Tensor, least_tokens: int = 0) -> Probe:
         return Probe(
             micro_batches,
             (valid.shape[0], valid.shape[1]),
@@ -166,6 +175,7 @@ class BatchTrainer:
             layout=self._row_layout,
             device=self._device,
             logprobs=self.logprobs,
+            least_tokens=least_tokens,
         )
 
     def _loss(self, row: _Row, shared: _Batch, size: BatchSize) -> Tensor:

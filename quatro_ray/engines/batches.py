@@ -66,14 +66,16 @@ class StepBatch:
         valid: bool [Q, G], False where a group is smaller than G.
         rollout_index: int64 [M], cell of the flat [Q·G] list of rollouts.
         staleness: int64 [M], optimiser steps.
-        log_ratio: float64 [M], log π_k − log β, nats; None unless the objective needs it.
+        log_ratio: float64 [M], log π_k − log β, nats, 0 where it was not measured; None unless the objective needs it.
+        measured: bool [Q, G], rollouts whose `log_ratio` was measured; None: all.
     """
 
     rewards: Tensor
     valid: Tensor
     rollout_index: Tensor
     staleness: Tensor
-    log_ratio: Tensor | None
+    log_ratio: Tensor | None = None
+    measured: Tensor | None = None
 
     def per_rollout(self, values: Tensor) -> Tensor:
         """Sum values [M] over the tokens of each rollout: float64 [Q, G]."""
@@ -160,13 +162,12 @@ class TokenBatch:
         return importance.leveled(level, ratio, self.is_response, self.rollout_index, self.num_cells)
 
 
-def make_step_batch(batch: LearnerBatch, log_ratio: Tensor | None, device: torch.device) -> StepBatch:
-    """Join the micro-batches of all ranks.
+def make_step_batch(batch: LearnerBatch, device: torch.device) -> StepBatch:
+    """Join the micro-batches of all ranks, in their order: all of rank 0, then all of rank 1, and so on.
 
     Args:
         batch: the whole batch, with the micro-batches of every rank.
-        log_ratio: float64 [M], in the order of the micro-batches: all of rank 0, then all of rank 1, and so on.
-        device: where the result lies; `log_ratio` must lie there already.
+        device: where the result lies. Its `log_ratio` is None.
     """
     everyone = [micro for rank in batch.micro_batches for micro in rank]
     index = np.concatenate([micro.rollout_index[micro.is_response] for micro in everyone])
@@ -176,7 +177,6 @@ def make_step_batch(batch: LearnerBatch, log_ratio: Tensor | None, device: torch
         valid=torch.from_numpy(batch.valid).to(device),
         rollout_index=torch.from_numpy(index).to(device),
         staleness=torch.from_numpy(staleness).to(device),
-        log_ratio=log_ratio,
     )
 
 

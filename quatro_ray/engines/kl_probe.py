@@ -1,9 +1,10 @@
 """KL(π_k ‖ π_k+1) measured on part of the step's batch, with few forward passes and one all-reduce.
 
 The same rows are scored before the step and after it, because the kernels of a GPU depend on the shape of their input:
-against log-probs from other rows, the KL of a step of length 0 would not be 0.
+against log-probs from other rows, the KL of a step of length 0 would not be 0. The log-probs before the step also tell
+how far the policy has drifted from its samples.
 
-Shape letters: N tokens of a row, Q queries, G rollouts of a query.
+Shape letters: N tokens of a row, M response tokens of the batch, Q queries, G rollouts of a query.
 """
 
 from __future__ import annotations
@@ -31,12 +32,16 @@ class Probe:
         micro_batches: those of the step, of every rank.
         shape: (Q, G).
         rank: this rank.
-        share: fraction of each query's rollouts to measure on, in (0, 1].
+        share: fraction of each query's rollouts to measure the KL on, in (0, 1].
         limit: largest number of tokens in a row, padding included.
         layout: how the model reads a row.
         device: where the rows are put.
         logprobs: maps a row to the log-probs of its targets under the present weights, float32 [N], nats, 0 outside
             responses; a collective. Called here for the log-probs before the step.
+        least_tokens: further rollouts of a query are scored before the step, until so many response tokens of it are.
+
+    Attributes:
+        scored: bool [Q, G], the rollouts that were scored before the step.
     """
 
     def __init__(
@@ -50,14 +55,43 @@ class Probe:
         layout: RowLayout,
         device: torch.device,
         logprobs: Callable[[MicroBatchTensors], Tensor],
+        least_tokens: int = 0,
     ) -> None:
         self._shape, self._logprobs, self._device = shape, logprobs, device
-        per_query = max(1, round(share * shape[1]))
-        rows = [list(_rows(of_rank, per_query, shape[1], limit, layout)) for of_rank in micro_batches]
-        num_rows = max(map(len, rows))
-        own = rows[rank] + [_counting_nothing(micro_batches[rank])] * (num_rows - len(rows[rank]))
-        self._rows = [MicroBatchTensors.copy_from(row, device) for row in own]
+        tokens = _response_tokens(micro_batches, shape)
+        sampled = tokens > 0
+        measured = sampled & (sampled.cumsum(1) <= max(1, round(share * shape[1])))
+        further = sampled & ~measured & (tokens.cumsum(1) - tokens < least_tokens)
+        self.scored = torch.from_numpy(measured | further).to(device)
+        rows = [
+            _own_rows(micro_batches, rank, chosen.flatten(), limit, layout) if chosen.any() else []
+            for chosen in (measured, further)
+        ]
+        self._rows, self._further = ([MicroBatchTensors.copy_from(row, device) for row in part] for part in rows)
         self._start = [logprobs(row) for row in self._rows]
+        self._further_start = [logprobs(row) for row in self._further]
+
+    def log_ratio(self, rollout_index: Tensor) -> Tensor:
+        """Return log π_k − log β of the response tokens of the batch, float64 [M], nats; a collective.
+
+        Args:
+            rollout_index: int64 [M], cells of all response tokens of the batch, each rollout's behind each other.
+
+        Returns:
+            0 for tokens of rollouts that are not `scored`.
+        """
+        places = torch.arange(len(rollout_index), device=self._device)
+        first = torch.full((self._shape[0] * self._shape[1],), len(places), device=self._device)
+        first.scatter_reduce_(0, rollout_index, places, "amin")
+        total = torch.zeros(len(places), dtype=torch.float64, device=self._device)
+        starts = [*self._start, *self._further_start]
+        for row, start in zip([*self._rows, *self._further], starts, strict=True):
+            cell = row.rollout_index[row.is_response]
+            here = torch.arange(len(cell), device=self._device)
+            begin = torch.full_like(first, len(cell)).scatter_reduce_(0, cell, here, "amin")
+            total[first[cell] + here - begin[cell]] = (start - row.behavior_logprobs).double()[row.is_response]
+        dist.all_reduce(total)
+        return total
 
     def measure(self, query_staleness: Tensor) -> ProbeKl:
         """Compare the present weights with those at the start of the step; a collective.
@@ -77,13 +111,32 @@ class Probe:
         return ProbeKl(kl[probed] / tokens[probed], query_staleness[probed])
 
 
+def _response_tokens(micro_batches: tuple[tuple[MicroBatch, ...], ...], shape: tuple[int, int]) -> NDArray[np.int64]:
+    """Count the response tokens of each rollout, [Q, G]."""
+    cells = np.concatenate([micro.rollout_index[micro.is_response] for of_rank in micro_batches for micro in of_rank])
+    return np.bincount(cells, minlength=shape[0] * shape[1]).reshape(shape)
+
+
+def _own_rows(
+    micro_batches: tuple[tuple[MicroBatch, ...], ...],
+    rank: int,
+    chosen: NDArray[np.bool_],
+    limit: int,
+    layout: RowLayout,
+) -> list[MicroBatch]:
+    """Return this rank's rows of the chosen rollouts, as many as every other rank has; chosen: bool [Q·G]."""
+    rows = [list(_rows(of_rank, chosen, limit, layout)) for of_rank in micro_batches]
+    missing = max(map(len, rows)) - len(rows[rank])
+    return rows[rank] + [_counting_nothing(micro_batches[rank])] * missing
+
+
 def _rows(
-    micro_batches: tuple[MicroBatch, ...], per_query: int, group_size: int, limit: int, layout: RowLayout
+    micro_batches: tuple[MicroBatch, ...], chosen: NDArray[np.bool_], limit: int, layout: RowLayout
 ) -> Iterator[MicroBatch]:
-    """Yield rows of the first `per_query` rollouts of each query, as full as the limit allows."""
+    """Yield rows of the chosen rollouts, as full as the limit allows."""
     waiting: list[MicroBatch] = []
     for sequence in _sequences(micro_batches):
-        if sequence.rollout_index[0] % group_size >= per_query:
+        if not chosen[sequence.rollout_index[0]]:
             continue
         lengths = [len(s.token_ids) for s in (*waiting, sequence)]
         if (sum(lengths) if layout == "packed" else len(lengths) * max(lengths)) > limit:

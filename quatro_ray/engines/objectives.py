@@ -10,7 +10,7 @@ import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
-from typing import Any
+from typing import Any, Literal
 
 from torch import Tensor
 
@@ -41,13 +41,14 @@ class Objective:
     Attributes:
         token_loss: maps the tokens of a micro-batch and `Prepared.constant` to losses [N], not normalised.
         prepare: maps the global batch to advantages; GRPO's if a method has none of its own.
-        needs_log_ratio: whether `prepare` reads StepBatch.log_ratio, which costs one more forward pass.
+        log_ratio_of: the rollouts whose StepBatch.log_ratio `prepare` reads. Those of all cost one more forward pass,
+            those of some hardly more than step control's probe.
         loss_agg_mode: aggregation of the paper, used unless learner.loss_agg_mode names another.
     """
 
     token_loss: Callable[[TokenBatch, float], TokenLoss]
     prepare: Callable[[StepBatch], Prepared] = _group_normalised
-    needs_log_ratio: bool = False
+    log_ratio_of: Literal["none", "some", "all"] = "none"
     loss_agg_mode: AggregationMode = "token_mean"
 
 
@@ -65,13 +66,14 @@ def quatro(config: c.QuatroConfig) -> Objective:
         )
 
     prepare = partial(_quatro_advantages, config)
-    return Objective(loss, prepare, needs_log_ratio=True, loss_agg_mode="prompt_mean")
+    return Objective(loss, prepare, log_ratio_of="some", loss_agg_mode="prompt_mean")
 
 
 def _quatro_advantages(config: c.QuatroConfig, batch: StepBatch) -> Prepared:
     assert batch.log_ratio is not None
     budget = tilt_budget(batch.rewards, batch.valid, config.tilt_share)
-    drift = group_mean(batch.per_rollout(token_drift(batch.log_ratio)), batch.valid)
+    measured = batch.valid if batch.measured is None else batch.measured
+    drift = batch.per_rollout(token_drift(batch.log_ratio)).sum(1) / measured.sum(1).clamp(min=1)
     lengths = group_mean(batch.lengths(), batch.valid)
     radius = drift_radius(
         config.drift_nats_per_token, config.staleness_exponent, lengths.clamp(min=1), batch.query_staleness()
@@ -228,7 +230,7 @@ def m2po(config: c.M2poConfig) -> Objective:
             dual_clip=config.dual_clip,
         )
 
-    return Objective(loss, prepare=prepare, needs_log_ratio=True)
+    return Objective(loss, prepare=prepare, log_ratio_of="all")
 
 
 def sapo(config: c.SapoConfig) -> Objective:
@@ -299,7 +301,7 @@ def user(config: c.UserObjectiveConfig) -> Objective:
     def token_loss(t: TokenBatch, _: float) -> TokenLoss:
         return loss(t)
 
-    return Objective(token_loss, prepare=prepare, needs_log_ratio=config.needs_log_ratio)
+    return Objective(token_loss, prepare=prepare, log_ratio_of="all" if config.needs_log_ratio else "none")
 
 
 OBJECTIVES: dict[str, Callable[[Any], Objective]] = {

@@ -1,4 +1,4 @@
-"""One ZeRO-3 rank in a process of its own, without Ray: gradient checkpointing, and sums of gradients."""
+"""One ZeRO-3 rank in a process of its own, without Ray: passes of a step, checkpointing, and sums of gradients."""
 
 from __future__ import annotations
 
@@ -69,3 +69,24 @@ def test_gradients_are_summed_in_float32() -> None:
     """A sum in bfloat16 is off by 2 percent here."""
     norms = on_a_rank(norms_of_means, replace(CASE, dtype="bfloat16", learning_rate=1e-12))
     assert norms[300] == pytest.approx(norms[1], rel=2e-3)
+
+
+LONG = Case("tiny", "cpu", 400, 0.9, 2048, groups=3, group_size=8, learning_rate=1e-6, dtype="float32")
+
+
+def tokens_of_passes(engine: LearningEngine) -> tuple[int, list[int]]:
+    """Tokens of the batch, prompts included, and of each forward pass of its step."""
+    passes: list[int] = []
+    decoder = engine._loaded.policy.causal_lm.get_decoder()
+    decoder.register_forward_pre_hook(lambda _, __, given: passes.append(given["input_ids"].numel()), with_kwargs=True)
+    batch = random_batch(LONG, 0, np.random.default_rng(0))
+    engine.train_step(batch, 0)
+    return sum(len(micro.token_ids) for micro in batch.micro_batches[0]), passes
+
+
+def test_a_step_passes_over_its_tokens_once_and_over_the_probe_twice() -> None:
+    """The probe is one of eight rollouts of each query, about 390 tokens, which is enough to measure the drift on."""
+    total, passes = on_a_rank(tokens_of_passes, LONG)
+    assert total <= sum(passes) <= 1.35 * total
+    total, passes = on_a_rank(tokens_of_passes, replace(LONG, control=False))
+    assert total <= sum(passes) <= 1.2 * total

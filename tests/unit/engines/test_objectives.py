@@ -1,5 +1,6 @@
 """Every objective on a packed batch: what it pushes, and that no split into micro-batches changes its gradient."""
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, get_args
 
@@ -11,6 +12,7 @@ from torch import Tensor
 
 from benchmarks.whole_batch import loss_of
 from quatro_ray.algorithms.aggregation import aggregate
+from quatro_ray.algorithms.kl_budget import token_drift
 from quatro_ray.config import ObjectiveConfig
 from quatro_ray.engines.batches import MicroBatchTensors, TokenBatch, make_step_batch, make_token_batch
 from quatro_ray.engines.objectives import OBJECTIVES, make_objective
@@ -62,7 +64,7 @@ def gradient(kind: str, batch: LearnerBatch, theta: Tensor, mode: Any, **setting
     cpu = torch.device("cpu")
     micro = [MicroBatchTensors.copy_from(m, cpu) for rank in batch.micro_batches for m in rank]
     ratios = [(logprobs_of(theta, t).detach() - t.behavior_logprobs).double()[t.is_response] for t in micro]
-    step_batch = make_step_batch(batch, torch.cat(ratios), cpu)
+    step_batch = replace(make_step_batch(batch, cpu), log_ratio=torch.cat(ratios))
     prepared = objective.prepare(step_batch)
     size = step_batch.size(LONGEST)
     total = torch.zeros_like(theta)
@@ -194,7 +196,8 @@ def test_dppo_has_the_default_threshold_of_its_divergence(settings: dict[str, An
 
 def test_quatro_reports_per_query() -> None:
     batch = pack(make_groups(), Lineage.unbroken(VERSION), num_ranks=1, tokens_per_micro_batch=500)
-    step_batch = make_step_batch(batch, torch.zeros(batch.num_tokens, dtype=torch.float64), torch.device("cpu"))
+    plain = make_step_batch(batch, torch.device("cpu"))
+    step_batch = replace(plain, log_ratio=torch.zeros(batch.num_tokens, dtype=torch.float64))
     reported: dict[str, Any] = make_objective(objective_config("quatro")).prepare(step_batch).diagnostics
     radius = 0.006 * step_batch.lengths().mean(1) * (1 + step_batch.query_staleness())
     assert reported["trust_region/drift_radius_nats"] == pytest.approx(radius.tolist())
@@ -303,3 +306,18 @@ def test_the_disagreement_of_engine_and_learner_is_not_amplified() -> None:
     assert reported["trust_region/stabilizer"][0] < 0.05
     by_weight = noisy / noise.exp()  # the importance weight of each token aside
     assert float((by_weight - exact).norm() / exact.norm()) < 2e-3
+
+
+def test_the_drift_of_a_query_is_that_of_the_rollouts_that_were_measured() -> None:
+    batch = pack(make_groups(), Lineage.unbroken(VERSION), num_ranks=1, tokens_per_micro_batch=500)
+    plain = make_step_batch(batch, torch.device("cpu"))
+    whole = replace(plain, log_ratio=torch.randn(batch.num_tokens, dtype=torch.float64) / 10)
+    prepare = make_objective(objective_config("quatro")).prepare
+    kept = torch.zeros_like(whole.valid)
+    kept[:, :2] = True
+    assert whole.log_ratio is not None
+    part = replace(whole, log_ratio=whole.log_ratio * kept.flatten()[whole.rollout_index], measured=kept)
+    drifts = [torch.tensor(prepare(step).diagnostics["trust_region/drift_nats"]).double() for step in (whole, part)]
+    of_rollout = whole.per_rollout(token_drift(whole.log_ratio))
+    torch.testing.assert_close(drifts[0], of_rollout.sum(1) / whole.valid.sum(1))
+    torch.testing.assert_close(drifts[1], of_rollout[:, :2].mean(1))
