@@ -138,6 +138,7 @@ class LearningEngine:
             chunk_tokens=self._config.logprob_chunk_tokens,
             gradient_checkpointing=self._config.gradient_checkpointing,
             device=self._device,
+            zero_config=self._deepspeed_config(),
         )
         _logger.info("rank %d: %s", self._rank, line)
         pads = torch.tensor(float(policy.row_layout == "padded"), device=self._device)

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import copy
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
@@ -10,10 +12,13 @@ from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig, Pre
 from quatro_ray.engines.forward_check import ForwardCheck
 from quatro_ray.engines.model_files import check_files
 from quatro_ray.engines.policy import PolicyModel
+from quatro_ray.engines.sharded_loading import build_sharded
 from quatro_ray.engines.varlen_attention import VARLEN
 from quatro_ray.errors import ConfigError
 from quatro_ray.types import RowLayout
 
+_MEASURED_LAYERS = 4
+"""Layers of a sharded model that are measured whole, if these have all kinds of layers."""
 _NOISE = ("drop", "jitter")
 """Words in the names of settings that make a forward pass random in training mode."""
 
@@ -27,8 +32,11 @@ def load_policy(
     chunk_tokens: int,
     gradient_checkpointing: bool = False,
     device: torch.device | None = None,
+    zero_config: Mapping[str, Any] | None = None,
 ) -> tuple[PolicyModel, str]:
     """Load a policy and measure that its log-probs are the model's own.
+
+    A sharded policy is never whole on any rank, so its first layers are measured, by each rank for itself.
 
     Args:
         path: folder or hub name.
@@ -37,8 +45,9 @@ def load_policy(
         temperature: that of the sampling.
         chunk_tokens: most tokens whose logits exist at a time.
         gradient_checkpointing: whether backward passes recompute the activations of each layer.
-        device: where to measure, because some kinds of attention run on GPUs alone; the policy is returned on the CPU.
-            None: the CPU.
+        device: where to measure, because some kinds of attention run on GPUs alone. None: the CPU.
+        zero_config: DeepSpeed's configuration, to shard the policy over the ranks; a collective. None: the policy is
+            whole, and on the CPU.
 
     Returns:
         The policy, and a line that says what was measured.
@@ -47,24 +56,36 @@ def load_policy(
         ConfigError: the learner's log-probs or gradients would not be those of the model, or exports would fail.
     """
     check_files(path)
-    causal_lm = _load_causal_lm(path, dtype, attn_implementation)
-    causal_lm.to(device or torch.device("cpu"))
+    config = _config_without_noise(path)
+    measured = config if zero_config is None else first_layers(config)
+    causal_lm = _load_causal_lm(path, measured, dtype, attn_implementation).to(device or torch.device("cpu"))
     check = ForwardCheck(causal_lm, f"model.path={path}", temperature)
     policy = PolicyModel(causal_lm, temperature=temperature, chunk_tokens=chunk_tokens)
     if gradient_checkpointing:
         _checkpoint_gradients(causal_lm, path)
     wanted = (VARLEN, policy.attention) if attn_implementation == "auto" else (attn_implementation,)
     line = choose_attention(policy, check, wanted)
-    return policy.cpu(), line
+    if zero_config is None:
+        return policy.cpu(), line
+    attention, layout = policy.attention, policy.row_layout
+    del causal_lm, check, policy
+    sharded = build_sharded(path, config, dtype=dtype, attn_implementation=attention, zero_config=zero_config)
+    if gradient_checkpointing:
+        _checkpoint_gradients(sharded, path)
+    policy = PolicyModel(sharded, temperature=temperature, chunk_tokens=chunk_tokens)
+    policy.row_layout = layout
+    return policy, line
 
 
-def _load_causal_lm(path: str, dtype: torch.dtype, attn_implementation: str) -> PreTrainedModel:
-    """Load the model with an attention of transformers' own, against which others are measured, and without dropout."""
+def _load_causal_lm(
+    path: str, config: PretrainedConfig, dtype: torch.dtype, attn_implementation: str
+) -> PreTrainedModel:
+    """Load the model with an attention of transformers' own, against which others are measured."""
     own = {"auto": ("sdpa", "eager"), VARLEN: ("sdpa", "eager")}.get(attn_implementation, (attn_implementation,))
     for number, kind in enumerate(own, start=1):
         try:
             model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(
-                path, config=_config_without_noise(path), dtype=dtype, attn_implementation=kind
+                path, config=config, dtype=dtype, attn_implementation=kind
             )
         except (OSError, ValueError, ImportError) as error:
             if number < len(own):
@@ -76,6 +97,23 @@ def _load_causal_lm(path: str, dtype: torch.dtype, attn_implementation: str) -> 
             ) from error
         return model
     raise AssertionError("there is always a kind to try")
+
+
+def first_layers(config: PretrainedConfig) -> PretrainedConfig:
+    """Return the configuration of a model's first layers: at least four, and one of each kind that it lists."""
+    short = copy.deepcopy(config)
+    part = short.get_text_config()
+    total = part.num_hidden_layers
+    count = min(total, _MEASURED_LAYERS)
+    per_layer = {name: value for name, value in vars(part).items() if isinstance(value, list) and len(value) == total}
+    for value in per_layer.values():
+        kinds = {str(kind): number for number, kind in reversed(list(enumerate(value, start=1)))}
+        if len(kinds) <= _MEASURED_LAYERS:
+            count = max(count, *kinds.values())
+    for name, value in per_layer.items():
+        setattr(part, name, value[:count])
+    part.num_hidden_layers = count
+    return short
 
 
 def _config_without_noise(path: str) -> PretrainedConfig:
