@@ -72,6 +72,8 @@ class Case:
     checkpointing: bool = False
     control: bool = True
     attention: str = "auto"
+    offload: bool = False
+    offload_parameters: bool = False
     dtype: str = "bfloat16"
     head_scale: float = 1.0
     """Factor on the embedding, which is tied to the head; a larger one makes peaked distributions."""
@@ -95,6 +97,7 @@ CASES = {
     "1.5b, masked attention": replace(_LARGE, attention="sdpa"),
     "1.5b, checkpointing": replace(_LARGE, checkpointing=True),
     "1.5b, rows of 2,304": replace(_LARGE, micro_tokens=2_304),
+    "1.5b, offload": replace(_LARGE, offload=True, offload_parameters=True),
     "1.5b, 16k tokens": replace(_LARGE, response_tokens=16_000, micro_tokens=16_384, groups=2, group_size=2),
 }
 
@@ -132,6 +135,8 @@ def make_engine(case: Case, path: str) -> LearningEngine:
         tokens_per_micro_batch=case.micro_tokens,
         gradient_checkpointing=case.checkpointing,
         attn_implementation=case.attention,
+        offload="cpu" if case.offload else "none",
+        offload_parameters=case.offload_parameters,
         step_control=control,
     )
     spec = LearnerSpec(

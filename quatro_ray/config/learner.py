@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Literal
 
 from pydantic import Field
@@ -76,9 +77,16 @@ class LearnerConfig(Section):
     """Recompute the activations of each layer in the backward pass: less memory, slower steps."""
     offload: Literal["none", "cpu"] = "none"
     """Device of the optimiser states. cpu: host memory, which frees GPU memory and slows the optimiser step."""
+    offload_parameters: bool = False
+    """Keep the weights in host memory too, and copy each layer to the GPU when it computes; needs offload=cpu."""
     start_deadline_s: float = Field(600, gt=0)
     """Seconds within which all ranks must start and load the policy or a checkpoint."""
     step_deadline_s: float = Field(600, gt=0)
     """Seconds within which one optimiser step must end; also the time-out of collectives. Raise it for big batches."""
     max_restarts: int = Field(3, ge=0)
     """Consecutive restarts of all ranks from the newest checkpoint without a step in between, before the run ends."""
+
+    def broken_rules(self) -> Iterator[str]:
+        """Yield a line if parameters would be offloaded without the optimiser."""
+        if self.offload_parameters and self.offload == "none":
+            yield "offload_parameters=true needs offload=cpu, because the optimiser updates the weights where they are"

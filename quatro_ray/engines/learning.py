@@ -170,8 +170,11 @@ class LearningEngine:
     def _deepspeed_config(self) -> dict[str, Any]:
         config = self._config
         zero: dict[str, Any] = {"stage": 3, "stage3_gather_16bit_weights_on_model_save": False}
+        host = {"device": "cpu", "pin_memory": self._device.type == "cuda"}
         if config.offload == "cpu":
-            zero["offload_optimizer"] = {"device": "cpu"}
+            zero["offload_optimizer"] = host
+        if config.offload_parameters:
+            zero["offload_param"] = host
         return {
             # micro-batches are packed by tokens, and their number is set by train_step for every step
             "train_micro_batch_size_per_gpu": 1,
