@@ -72,7 +72,7 @@ class LearnerActor(HostMixin):
         return pack(
             groups,
             lineage,
-            num_ranks=self._config.num_ranks,
+            num_ranks=self._config.num_ranks // self._config.sequence_parallel_size,
             tokens_per_micro_batch=tokens,
             row_layout=self._engine.row_layout,
             num_minibatches=self._config.num_minibatches,

@@ -32,6 +32,9 @@ class LearnerConfig(Section):
 
     num_ranks: int = Field(ge=1)
     """Learner processes, one per device on CUDA; weights, gradients and optimiser states are sharded over them."""
+    sequence_parallel_size: int = Field(1, ge=1)
+    """Ranks that share the tokens of each row (Ulysses), for responses whose activations fill a GPU. It divides
+    num_ranks; num_ranks/sequence_parallel_size rows are computed at a time."""
     learning_rate: float = Field(gt=0)
     """Peak learning rate of AdamW."""
     schedule: Literal["constant", "linear", "cosine"] = "constant"
@@ -87,6 +90,11 @@ class LearnerConfig(Section):
     """Consecutive restarts of all ranks from the newest checkpoint without a step in between, before the run ends."""
 
     def broken_rules(self) -> Iterator[str]:
-        """Yield a line if parameters would be offloaded without the optimiser."""
+        """Yield a line if parameters would be offloaded without the optimiser, or sequence groups do not divide."""
         if self.offload_parameters and self.offload == "none":
             yield "offload_parameters=true needs offload=cpu, because the optimiser updates the weights where they are"
+        if self.num_ranks % self.sequence_parallel_size:
+            yield (
+                f"sequence_parallel_size={self.sequence_parallel_size} must divide num_ranks={self.num_ranks}; change "
+                "one of the two"
+            )

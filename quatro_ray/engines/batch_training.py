@@ -22,6 +22,7 @@ from quatro_ray.engines.batches import MicroBatchTensors, Prepared, StepBatch, m
 from quatro_ray.engines.kl_probe import Probe
 from quatro_ray.engines.learner_spec import LearnerSpec
 from quatro_ray.engines.objectives import make_objective
+from quatro_ray.engines.sequence_parallel import Ranks
 from quatro_ray.engines.step_metrics import Collector
 from quatro_ray.engines.zero_engine import ZeroEngine
 from quatro_ray.engines.zero_step import ZeroStep
@@ -54,7 +55,7 @@ class BatchTrainer:
 
     Args:
         spec: that of the learner.
-        rank: this rank.
+        ranks: this rank and the others.
         device: where the model lies.
         engine: DeepSpeed's engine around the policy.
         reference: the reference policy; None if its KL is not part of the loss.
@@ -69,13 +70,13 @@ class BatchTrainer:
         self,
         spec: LearnerSpec,
         *,
-        rank: int,
+        ranks: Ranks,
         device: torch.device,
         engine: ZeroEngine,
         reference: ZeroEngine | None,
         row_layout: RowLayout,
     ) -> None:
-        self._spec, self._config, self._rank, self._device = spec, spec.config, rank, device
+        self._spec, self._config, self._ranks, self._device = spec, spec.config, ranks, device
         self._engine, self._reference, self._row_layout = engine, reference, row_layout
         self._objective = make_objective(spec.objective)
         self.step_control = _step_control(spec.config)
@@ -94,7 +95,7 @@ class BatchTrainer:
             whole = replace(whole, log_ratio=probe.log_ratio(whole.rollout_index), measured=probe.scored)
         prepared = self._objective.prepare(whole)
         dist.broadcast(prepared.advantage, src=0)  # all ranks must agree on whether to step, whatever user code does
-        shared = _Batch(whole, prepared, Collector(whole.valid.numel(), self._device), probe)
+        shared = _Batch(whole, prepared, Collector(whole.valid.numel(), self._device, self._ranks), probe)
         updates = [self._minibatch(shared, batch, rows, chosen) for chosen in batch.minibatches()]
         metrics = shared.collector.reduce(whole.rewards, whole.valid) | shared.prepared.diagnostics | _merged(updates)
         if self.entropy_control:
@@ -110,12 +111,12 @@ class BatchTrainer:
         start = [self.logprobs(row.micro) for row in rows]
         counts = [sum(int(micro.is_response.sum()) for micro in of_rank) for of_rank in batch.micro_batches]
         total = torch.zeros(sum(counts), dtype=torch.float64, device=self._device)
-        offset = sum(counts[: self._rank])
+        offset = sum(counts[: self._ranks.row_rank])
         for row, logprobs in zip(rows, start, strict=True):
             difference = (logprobs - row.micro.behavior_logprobs).double()[row.micro.is_response]
             total[offset : offset + len(difference)] = difference
             offset += len(difference)
-        dist.all_reduce(total)
+        self._ranks.sum(total)
         if len(batch.rows_per_minibatch) > 1:
             rows = [_Row(row.micro, logprobs) for row, logprobs in zip(rows, start, strict=True)]
         return list(rows), replace(whole, log_ratio=total)
@@ -169,7 +170,7 @@ class BatchTrainer:
         return Probe(
             micro_batches,
             (valid.shape[0], valid.shape[1]),
-            self._rank,
+            self._ranks,
             share=self._config.step_control.probe_share,
             limit=self._config.tokens_per_micro_batch,
             layout=self._row_layout,
@@ -205,7 +206,7 @@ class BatchTrainer:
 
     def own_rows(self, batch: LearnerBatch) -> list[MicroBatchTensors]:
         """Return the micro-batches of this rank."""
-        return [MicroBatchTensors.copy_from(micro, self._device) for micro in batch.micro_batches[self._rank]]
+        return [MicroBatchTensors.copy_from(micro, self._device) for micro in batch.micro_batches[self._ranks.row_rank]]
 
 
 def _queries(micro_batches: tuple[tuple[MicroBatch, ...], ...], valid: Tensor) -> Tensor:

@@ -13,13 +13,13 @@ from collections.abc import Callable, Iterator
 
 import numpy as np
 import torch
-import torch.distributed as dist
 from numpy.typing import NDArray
 from torch import Tensor
 
 from quatro_ray.algorithms.importance import sequence_sums
 from quatro_ray.algorithms.step_control import ProbeKl, rollout_kl
 from quatro_ray.engines.batches import MicroBatchTensors
+from quatro_ray.engines.sequence_parallel import Ranks
 from quatro_ray.types import MicroBatch, RowLayout
 
 
@@ -31,7 +31,7 @@ class Probe:
     Args:
         micro_batches: those of the step, of every rank.
         shape: (Q, G).
-        rank: this rank.
+        ranks: this rank and the others.
         share: fraction of each query's rollouts to measure the KL on, in (0, 1].
         limit: largest number of tokens in a row, padding included.
         layout: how the model reads a row.
@@ -48,7 +48,7 @@ class Probe:
         self,
         micro_batches: tuple[tuple[MicroBatch, ...], ...],
         shape: tuple[int, int],
-        rank: int,
+        ranks: Ranks,
         *,
         share: float,
         limit: int,
@@ -57,14 +57,14 @@ class Probe:
         logprobs: Callable[[MicroBatchTensors], Tensor],
         least_tokens: int = 0,
     ) -> None:
-        self._shape, self._logprobs, self._device = shape, logprobs, device
+        self._shape, self._ranks, self._logprobs, self._device = shape, ranks, logprobs, device
         tokens = _response_tokens(micro_batches, shape)
         sampled = tokens > 0
         measured = sampled & (sampled.cumsum(1) <= max(1, round(share * shape[1])))
         further = sampled & ~measured & (tokens.cumsum(1) - tokens < least_tokens)
         self.scored = torch.from_numpy(measured | further).to(device)
         rows = [
-            _own_rows(micro_batches, rank, chosen.flatten(), limit, layout) if chosen.any() else []
+            _own_rows(micro_batches, ranks.row_rank, chosen.flatten(), limit, layout) if chosen.any() else []
             for chosen in (measured, further)
         ]
         self._rows, self._further = ([MicroBatchTensors.copy_from(row, device) for row in part] for part in rows)
@@ -90,7 +90,7 @@ class Probe:
             here = torch.arange(len(cell), device=self._device)
             begin = torch.full_like(first, len(cell)).scatter_reduce_(0, cell, here, "amin")
             total[first[cell] + here - begin[cell]] = (start - row.behavior_logprobs).double()[row.is_response]
-        dist.all_reduce(total)
+        self._ranks.sum(total)
         return total
 
     def measure(self, query_staleness: Tensor) -> ProbeKl:
@@ -105,7 +105,7 @@ class Probe:
             index, response = row.rollout_index, row.is_response
             totals[0] += rollout_kl(self._logprobs(row), start, row.behavior_logprobs, response, index, num_cells)
             totals[1] += sequence_sums(response.double(), index, num_cells)
-        dist.all_reduce(totals)
+        self._ranks.sum(totals)
         kl, tokens = totals.view(2, *self._shape).sum(2)
         probed = tokens > 0
         return ProbeKl(kl[probed] / tokens[probed], query_staleness[probed])
@@ -119,15 +119,15 @@ def _response_tokens(micro_batches: tuple[tuple[MicroBatch, ...], ...], shape: t
 
 def _own_rows(
     micro_batches: tuple[tuple[MicroBatch, ...], ...],
-    rank: int,
+    row_rank: int,
     chosen: NDArray[np.bool_],
     limit: int,
     layout: RowLayout,
 ) -> list[MicroBatch]:
     """Return this rank's rows of the chosen rollouts, as many as every other rank has; chosen: bool [Q·G]."""
     rows = [list(_rows(of_rank, chosen, limit, layout)) for of_rank in micro_batches]
-    missing = max(map(len, rows)) - len(rows[rank])
-    return rows[rank] + [_counting_nothing(micro_batches[rank])] * missing
+    missing = max(map(len, rows)) - len(rows[row_rank])
+    return rows[row_rank] + [_counting_nothing(micro_batches[row_rank])] * missing
 
 
 def _rows(

@@ -25,8 +25,10 @@ from quatro_ray.engines.learner_spec import LearnerSpec
 from quatro_ray.engines.model_files import write_model
 from quatro_ray.engines.policy import PolicyModel, as_on_disk, persistent_buffers
 from quatro_ray.engines.policy_loading import load_policy
+from quatro_ray.engines.sequence_parallel import Ranks, SequenceGroup
+from quatro_ray.engines.varlen_attention import VARLEN
 from quatro_ray.engines.zero_engine import ZeroEngine
-from quatro_ray.errors import CheckpointError
+from quatro_ray.errors import CheckpointError, ConfigError
 from quatro_ray.types import LearnerBatch, RowLayout, StepMetrics
 from quatro_ray.weight_sync.agreement import Scored, fixed_sequences
 
@@ -57,8 +59,10 @@ class LearningEngine:
         self._spec = spec
         self._config = spec.config
         self._rank = rank
+        self._ranks = Ranks(rank, spec.config.num_ranks, spec.config.sequence_parallel_size)
         self._device = torch.device("cuda", 0) if spec.device == "cuda" else torch.device("cpu")
         self._started: _Loaded | None = None
+        self._sequence_group: SequenceGroup | None = None
         self.version = 0
 
     @property
@@ -88,6 +92,7 @@ class LearningEngine:
         # and a build that is killed leaves a lock in the home folder, on which every later start waits for ever
         deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
         deepspeed.init_distributed(dist_init_required=False)
+        self._sequence_group = self._ranks.make_group()
         policy = self._load_policy()
         optimizer = torch.optim.AdamW(
             policy.parameters(),
@@ -106,7 +111,7 @@ class LearningEngine:
         reference = self._load_reference() if self._config.reference_kl_coef > 0 else None
         trainer = BatchTrainer(
             self._spec,
-            rank=self._rank,
+            ranks=self._ranks,
             device=self._device,
             engine=engine,
             reference=reference,
@@ -144,6 +149,12 @@ class LearningEngine:
         pads = torch.tensor(float(policy.row_layout == "padded"), device=self._device)
         dist.all_reduce(pads, dist.ReduceOp.MAX)
         policy.row_layout = "padded" if pads else "packed"
+        policy.sequence_group = self._sequence_group
+        if policy.sequence_group and (policy.row_layout, policy.attention) != ("packed", VARLEN):
+            raise ConfigError(
+                f"learner.sequence_parallel_size={self._ranks.group_size}: needs a model that can be packed with the "
+                f"attention varlen; {line}; set it to 1"
+            )
         return policy
 
     def _load_reference(self) -> ZeroEngine:

@@ -14,12 +14,14 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional
 from transformers import AutoModelForCausalLM, PreTrainedModel
 from transformers.core_model_loading import revert_weight_conversion
 
 from quatro_ray.engines import varlen_attention
 from quatro_ray.engines.logprob_head import LogprobHead, logit_transform
 from quatro_ray.engines.model_files import write_model
+from quatro_ray.engines.sequence_parallel import SequenceGroup
 from quatro_ray.engines.varlen_attention import VARLEN
 from quatro_ray.types import RowLayout
 
@@ -38,6 +40,8 @@ class PolicyModel(nn.Module):
 
     Attributes:
         row_layout: how the sequences of a batch reach the decoder (engines/forward_check.py decides).
+        sequence_group: the ranks that share each row; None if this rank has it alone. All call `forward` with the
+            whole row and get the whole result.
     """
 
     def __init__(self, causal_lm: PreTrainedModel, *, temperature: float, chunk_tokens: int) -> None:
@@ -47,6 +51,7 @@ class PolicyModel(nn.Module):
         transform = logit_transform(causal_lm.config.get_text_config())
         causal_lm.set_output_embeddings(LogprobHead(head, transform, temperature, chunk_tokens))
         self.row_layout: RowLayout = "packed"
+        self.sequence_group: SequenceGroup | None = None
 
     def forward(
         self, token_ids: Tensor, position_ids: Tensor, target_ids: Tensor, counted: Tensor | None = None
@@ -59,24 +64,47 @@ class PolicyModel(nn.Module):
             target_ids: int64 [N].
             counted: bool [N], the targets that go through the head; the results are 0 elsewhere. None: all.
         """
+        if self.sequence_group is not None:
+            return self._shared(self.sequence_group, token_ids, position_ids, target_ids, counted)
         packed = self.row_layout == "packed"
         hidden = self._packed(token_ids, position_ids) if packed else self._padded(token_ids, position_ids)
+        return self._score(hidden, target_ids, counted)
+
+    def _shared(
+        self, group: SequenceGroup, token_ids: Tensor, position_ids: Tensor, target_ids: Tensor, counted: Tensor | None
+    ) -> tuple[Tensor, Tensor]:
+        """Compute this rank's tokens of the row, and join the results of the group."""
+        counted = torch.ones_like(token_ids, dtype=torch.bool) if counted is None else counted
+        padding = (0, -len(token_ids) % group.size)  # a sequence of its own
+        row = [functional.pad(values, padding) for values in (token_ids, position_ids, target_ids, counted)]
+        tokens, positions, targets, counts = (group.own(values) for values in row)
+        hidden = self._packed(tokens, positions, _lengths(row[1]))
+        logprobs, entropy = (group.gather(values) for values in self._score(hidden, targets, counts))
+        return logprobs[: len(token_ids)], entropy[: len(token_ids)]
+
+    def _score(self, hidden: Tensor, target_ids: Tensor, counted: Tensor | None) -> tuple[Tensor, Tensor]:
         head = self.causal_lm.get_output_embeddings()
         if counted is None:
             result: tuple[Tensor, Tensor] = head(hidden, target_ids)
             return result
         at = counted.nonzero()[:, 0]
         logprobs, entropy = head(hidden[at], target_ids[at])
-        zeros = torch.zeros(len(token_ids), dtype=torch.float32, device=hidden.device)
+        zeros = torch.zeros(len(target_ids), dtype=torch.float32, device=hidden.device)
         return zeros.index_put((at,), logprobs), zeros.index_put((at,), entropy)
 
-    def _packed(self, token_ids: Tensor, position_ids: Tensor) -> Tensor:
-        """Return the last hidden states [N, D] of one row; the model keeps sequences apart by their positions."""
+    def _packed(self, token_ids: Tensor, position_ids: Tensor, lengths_of_row: tuple[int, ...] | None = None) -> Tensor:
+        """Return the last hidden states [N, D] of one row; the model keeps sequences apart by their positions.
+
+        Args:
+            token_ids: int64 [N].
+            position_ids: int64 [N].
+            lengths_of_row: tokens of each sequence, if the group has more of the row than these N tokens.
+        """
         decoder = self.causal_lm.get_decoder()
         keywords: dict[str, Any] = {"position_ids": position_ids[None], "use_cache": False}
         if self.attention == VARLEN:
-            starts = (position_ids == 0).nonzero()[:, 0].tolist()
-            keywords["sequence_lengths"] = tuple(end - start for start, end in pairwise([*starts, len(position_ids)]))
+            keywords["sequence_lengths"] = lengths_of_row or _lengths(position_ids)
+            keywords["sequence_group"] = self.sequence_group
         hidden: Tensor = decoder(input_ids=token_ids[None], **keywords).last_hidden_state[0]
         return hidden
 
@@ -116,6 +144,12 @@ class PolicyModel(nn.Module):
     def parameters_by_name(self) -> dict[str, nn.Parameter]:
         """Return parameters by their names in transformers; a tied head appears once, as the embedding."""
         return {name.removeprefix(_PREFIX): p for name, p in self.named_parameters()}
+
+
+def _lengths(position_ids: Tensor) -> tuple[int, ...]:
+    """Return the tokens of each sequence of a row."""
+    starts = (position_ids == 0).nonzero()[:, 0].tolist()
+    return tuple(end - start for start, end in pairwise([*starts, len(position_ids)]))
 
 
 def convert_checkpoint(checkpoints: Path, tag: str, source: str | Path, path: Path) -> None:

@@ -57,9 +57,8 @@ def check_folder(config: Config) -> None:
         check_weights(Path(config.model.path))
 
 
-def check_tensor_parallel(config: Config) -> None:
-    """Raise ConfigError if the attention heads cannot be divided among generator.tensor_parallel_size devices."""
-    size = config.generator.tensor_parallel_size
+def check_heads(config: Config) -> None:
+    """Raise ConfigError if the attention heads cannot be divided among the devices that are to share them."""
     if isinstance(config.model, TinyModelConfig):
         heads: int | None = config.model.num_heads
         key_heads: int | None = max(1, config.model.num_heads // 2)
@@ -67,15 +66,17 @@ def check_tensor_parallel(config: Config) -> None:
         model = _load_config(config.model.path)
         heads = getattr(model, "num_attention_heads", None)
         key_heads = getattr(model, "num_key_value_heads", None)
-    if isinstance(heads, int) and heads % size:
-        raise ConfigError(
-            f"generator.tensor_parallel_size={size}: must divide the model's {heads} attention heads; choose a divisor"
-        )
-    if isinstance(key_heads, int) and key_heads % size and size % key_heads:
-        raise ConfigError(
-            f"generator.tensor_parallel_size={size}: must divide the model's {key_heads} key-value heads, or be a "
-            "multiple of them; choose another"
-        )
+    for name, size in (
+        ("generator.tensor_parallel_size", config.generator.tensor_parallel_size),
+        ("learner.sequence_parallel_size", config.learner.sequence_parallel_size),
+    ):
+        if isinstance(heads, int) and heads % size:
+            raise ConfigError(f"{name}={size}: must divide the model's {heads} attention heads; choose a divisor")
+        if isinstance(key_heads, int) and key_heads % size and size % key_heads:
+            raise ConfigError(
+                f"{name}={size}: must divide the model's {key_heads} key-value heads, or be a multiple of them; choose "
+                "another"
+            )
 
 
 def _load_config(path: str) -> PretrainedConfig:

@@ -6,12 +6,12 @@ Shape letters: Q queries, G rollouts of a query, N tokens of a micro-batch.
 from __future__ import annotations
 
 import torch
-import torch.distributed as dist
 from torch import Tensor
 
 from quatro_ray.algorithms.advantages import group_mean, realised_kl
 from quatro_ray.algorithms.importance import effective_sample_share, sequence_sums
 from quatro_ray.engines.batches import TokenBatch
+from quatro_ray.engines.sequence_parallel import Ranks
 from quatro_ray.types import StepMetrics
 
 _SUMS = (
@@ -31,6 +31,7 @@ class Collector:
 
     Args:
         num_cells: Q·G.
+        ranks: this rank and the others.
 
     Attributes:
         entropy: nats per token of the global batch, once `reduce` was called.
@@ -38,7 +39,8 @@ class Collector:
 
     entropy: float
 
-    def __init__(self, num_cells: int, device: torch.device) -> None:
+    def __init__(self, num_cells: int, device: torch.device, ranks: Ranks) -> None:
+        self._ranks = ranks
         self._sums = torch.zeros(len(_SUMS), dtype=torch.float64, device=device)
         self._log_ratio = torch.zeros(num_cells, dtype=torch.float64, device=device)
         self._staleness = torch.zeros(_MAX_STALENESS_BIN + 1, dtype=torch.float64, device=device)
@@ -88,7 +90,7 @@ class Collector:
             valid: bool [Q, G].
         """
         for tensor in (self._sums, self._log_ratio, self._staleness, self._ratios):
-            dist.all_reduce(tensor)
+            self._ranks.sum(tensor)
         total = dict(zip(_SUMS, self._sums.tolist(), strict=True))
         tokens = total["tokens"]
         log_ratio = self._log_ratio.view_as(rewards)

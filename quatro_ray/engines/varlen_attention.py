@@ -9,13 +9,15 @@ Shape letters: B rows, N tokens of a row, H query heads, K key-value heads, D he
 
 from __future__ import annotations
 
-from functools import lru_cache
+from functools import lru_cache, partial
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import AttentionInterface, AttentionMaskInterface
+
+from quatro_ray.engines.sequence_parallel import SequenceGroup
 
 VARLEN = "varlen"
 _NOT_COMPUTED = ("softcap", "s_aux", "position_bias", "head_mask", "cache")
@@ -44,6 +46,7 @@ def varlen_attention(
     sliding_window: int | None = None,
     is_causal: bool | None = None,
     sequence_lengths: tuple[int, ...] | None = None,
+    sequence_group: SequenceGroup | None = None,
     **others: Any,
 ) -> tuple[Tensor, None]:
     """Compute causal attention within each sequence.
@@ -59,6 +62,7 @@ def varlen_attention(
         sliding_window: a token attends to so many tokens, itself included; to all before it if None.
         is_causal: must not be False, here or as an attribute of the module.
         sequence_lengths: tokens of each sequence of the one row; None if each row is one sequence.
+        sequence_group: the ranks that share the row, of which this one has N tokens; None if it has all.
         others: further arguments of transformers.
 
     Returns:
@@ -75,11 +79,28 @@ def varlen_attention(
         raise UnsupportedAttentionError(f"a mask of {window} tokens that is no sliding window")
     if sequence_lengths is None:
         return _causal(query, key, value, dropout, scaling, window).transpose(1, 2), None
+    attend = partial(_attend_packed, lengths=sequence_lengths, dropout=dropout, scaling=scaling, window=window)
+    if sequence_group is not None:
+        return sequence_group.attend(attend, query, key, value), None
+    return attend(query, key, value), None
+
+
+def _attend_packed(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    *,
+    lengths: tuple[int, ...],
+    dropout: float,
+    scaling: float | None,
+    window: int | None,
+) -> Tensor:
+    """Return [1, N, H, D] for one row of sequences."""
     if query.is_cuda and query.dtype != torch.float32 and dropout == 0.0:
-        return _one_call(query, key, value, sequence_lengths, scaling, window), None
-    parts = zip(*(t.split(sequence_lengths, dim=2) for t in (query, key, value)), strict=True)
+        return _one_call(query, key, value, lengths, scaling, window)
+    parts = zip(*(t.split(lengths, dim=2) for t in (query, key, value)), strict=True)
     attended = [_causal(q, k, v, dropout, scaling, window) for q, k, v in parts]
-    return torch.cat([part.transpose(1, 2) for part in attended], dim=1), None
+    return torch.cat([part.transpose(1, 2) for part in attended], dim=1)
 
 
 def _window_in_place_of_a_mask(*, local_size: int | None = None, use_vmap: bool = False, **_: Any) -> Tensor | None:

@@ -18,8 +18,8 @@ from quatro_ray.engines.objective_check import check_objective
 from quatro_ray.engines.pretrained import (
     bos_token_of,
     check_folder,
+    check_heads,
     check_positions,
-    check_tensor_parallel,
     tokenizer_of,
 )
 from quatro_ray.environments.registry import check_environments
@@ -130,7 +130,7 @@ def _check_model(config: Config, problems: Problems) -> None:
 _CHECKS: tuple[Callable[[Config], None], ...] = (
     check_folder,
     check_positions,
-    check_tensor_parallel,
+    check_heads,
     check_engine_args,
 )
 """Checks that need nothing but the configuration; each raises ConfigError."""

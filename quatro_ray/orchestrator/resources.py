@@ -130,12 +130,13 @@ def describe(config: Config) -> str:
         lines.append(f"  {len(same)} × {role}: {each} each")
     for name in ("CPU", "GPU"):
         lines.append(f"  together {sum(b.resources.get(name, 0) for b in plan):g} {name}")
+    num_rows = learner.num_ranks // learner.sequence_parallel_size
     lines += [
         "batch",
         f"  {replay.groups_per_step} queries × {replay.group_size} rollouts = {rollouts} rollouts a step, "
         f"{config.run.num_steps} steps, {rollouts * config.run.num_steps:,} rollouts in all",
         f"  at most {longest} tokens a rollout, {rollouts * longest:,} a step, "
-        f"{-(-rollouts * longest // (learner.num_ranks * learner.tokens_per_micro_batch))} micro-batches a rank",
+        f"{-(-rollouts * longest // (num_rows * learner.tokens_per_micro_batch))} micro-batches a rank",
         f"  at most {ahead} groups ahead of the learner (staleness ≤ {replay.max_staleness}), "
         f"{generator.num_engines * generator.max_groups_in_flight} in the engines",
         "memory (estimates; activations and logits come on top)",

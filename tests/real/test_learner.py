@@ -35,12 +35,13 @@ class Learners:
         batch = pack(
             groups,
             Lineage.unbroken(0),
-            num_ranks=2,
+            num_ranks=2 // self.config.sequence_parallel_size,
             tokens_per_micro_batch=self.config.tokens_per_micro_batch,
             num_minibatches=self.config.num_minibatches,
         )
         found: dict[int, np.ndarray] = {}
-        for rank, per_rank in zip(batch.micro_batches, self.call("logprobs", groups), strict=True):
+        per_group = self.call("logprobs", groups)[:: self.config.sequence_parallel_size]
+        for rank, per_rank in zip(batch.micro_batches, per_group, strict=True):
             for micro, values in zip(rank, per_rank, strict=True):
                 for cell in set(micro.rollout_index.tolist()) - {-1}:
                     found[cell] = values[(micro.rollout_index == cell) & micro.is_response]
@@ -248,3 +249,22 @@ def test_objectives_that_need_the_whole_batch_or_versions(local_ray: None, model
     with learners(model_path, objective) as ranks:
         metrics = ranks.train(on_policy(ranks, random_groups()))
         assert metrics["step/skipped"] == 0 and metrics["step/grad_norm"] > 0
+
+
+def test_ranks_that_share_rows_compute_what_ranks_with_rows_of_their_own_do(local_ray: None, model_path: str) -> None:
+    """Ulysses over two ranks: sums over ranks count each row once, and step control moves the same distance."""
+    found = []
+    for size in (1, 2):
+        with learners(model_path, sequence_parallel_size=size, tokens_per_micro_batch=101) as ranks:
+            metrics = ranks.train(random_groups())
+            found.append((metrics, ranks.logprobs(random_groups())))
+    (plain, logprobs), (shared, logprobs_shared) = found
+    assert plain["step/micro_batches_per_rank"] < shared["step/micro_batches_per_rank"]
+    numbers = [
+        name for name, value in plain.items() if isinstance(value, float) and name.startswith(("step", "policy"))
+    ]
+    assert {"step/grad_norm", "step_control/kept", "policy/entropy"} <= set(numbers)
+    for name in set(numbers) - {"step/micro_batches_per_rank"}:
+        assert shared[name] == pytest.approx(plain[name], rel=1e-3, abs=1e-6), name
+    for cell, values in logprobs.items():
+        np.testing.assert_allclose(logprobs_shared[cell], values, atol=2e-3)

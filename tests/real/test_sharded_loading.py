@@ -2,51 +2,22 @@
 
 from __future__ import annotations
 
-import os
 import threading
 import time
-from collections.abc import Callable
-from concurrent.futures import ProcessPoolExecutor
-from datetime import timedelta
-from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-import torch.distributed as dist
 import transformers
 
 from benchmarks.models import make
 from quatro_ray.engines.policy_loading import load_policy
 from quatro_ray.errors import ConfigError
+from tests.real.ranks import on_two_ranks
 
-DEADLINE_S = 240
 ZERO_CONFIG = {"train_micro_batch_size_per_gpu": 1, "zero_optimization": {"stage": 3}}
 MODELS = ["Qwen2", "GPT-2", "Mixtral", "Qwen2-MoE", "DeepSeek-V3", "Gemma 3 (text)", "LFM2"]
-
-
-def on_two_ranks(work: Callable[[Path], Any], folder: Path) -> list[Any]:
-    """Call the function in two processes that form a group."""
-    with ProcessPoolExecutor(2, get_context("spawn")) as pool:
-        calls = [pool.submit(_joined, work, folder, rank) for rank in range(2)]
-        return [call.result(timeout=DEADLINE_S) for call in calls]
-
-
-def _joined(work: Callable[[Path], Any], folder: Path, rank: int) -> Any:
-    import deepspeed
-
-    os.environ["LOCAL_RANK"] = "0"
-    torch.set_num_threads(1)
-    transformers.logging.set_verbosity_error()
-    store = dist.FileStore(str(folder / "store"), 2)
-    dist.init_process_group("gloo", store=store, rank=rank, world_size=2, timeout=timedelta(seconds=60))
-    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
-    deepspeed.init_distributed(dist_init_required=False)
-    try:
-        return work(folder)
-    finally:
-        dist.destroy_process_group()
 
 
 def load(path: Path, **settings: Any) -> Any:
@@ -144,9 +115,3 @@ def test_weights_that_no_file_has_are_named_on_every_rank(tmp_path: Path) -> Non
     save_file(weights, tmp_path / "model.safetensors", metadata={"format": "pt"})
     for line in on_two_ranks(refusal, tmp_path):
         assert "its files have no weights for model.layers.1.mlp.up_proj.weight; give a folder" in line
-
-
-@pytest.fixture(autouse=True)
-def environment(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("OMP_NUM_THREADS", "1")
-    monkeypatch.setenv("MALLOC_MMAP_THRESHOLD_", "65536")  # bytes; memory of larger tensors returns when they are freed

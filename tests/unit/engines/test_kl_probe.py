@@ -12,6 +12,7 @@ from torch import Tensor
 
 from quatro_ray.engines.batches import MicroBatchTensors
 from quatro_ray.engines.kl_probe import Probe
+from quatro_ray.engines.sequence_parallel import Ranks
 from quatro_ray.replay.packing import pack
 from quatro_ray.replay.staleness import Lineage
 from quatro_ray.types import LearnerBatch, Rollout, RolloutGroup, RowLayout, Score, VersionSpan
@@ -57,7 +58,7 @@ def make_probe(
     return Probe(
         batch.micro_batches,
         (NUM_QUERIES, GROUP_SIZE),
-        rank,
+        Ranks(rank, num_ranks=len(batch.micro_batches)),
         share=share,
         limit=limit,
         layout=layout,

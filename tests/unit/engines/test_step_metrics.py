@@ -12,6 +12,7 @@ import torch
 import torch.distributed as dist
 
 from quatro_ray.engines.batches import TokenBatch
+from quatro_ray.engines.sequence_parallel import Ranks
 from quatro_ray.engines.step_metrics import RATIO_BINS, Collector
 
 REWARDS = torch.tensor([[1.0, 0.0], [1.0, 1.0]], dtype=torch.float64)
@@ -40,7 +41,7 @@ def one_rank() -> Iterator[None]:
 
 
 def measured(*batches: TokenBatch, valid: torch.Tensor = VALID, has_reference: bool = True) -> dict[str, Any]:
-    collector = Collector(4, torch.device("cpu"))
+    collector = Collector(4, torch.device("cpu"), Ranks(0, 1))
     for batch in batches:
         collector.add(batch, ENTROPY, LOSS, LIMITED)
         if has_reference:
@@ -92,7 +93,7 @@ def test_the_effective_sample_size_of_tokens_does_not_fall_with_length() -> None
         staleness=torch.ones_like(index),
         num_cells=4,
     )
-    collector = Collector(4, torch.device("cpu"))
+    collector = Collector(4, torch.device("cpu"), Ranks(0, 1))
     collector.add(long, torch.zeros(4 * n), torch.zeros(4 * n), torch.zeros(4 * n, dtype=torch.bool))
     found: dict[str, Any] = collector.reduce(REWARDS, VALID)
     assert found["rollout_corr/token_eff_sample_size"] == pytest.approx(math.exp(-0.01), abs=1e-3)
