@@ -35,6 +35,9 @@ class LearnerConfig(Section):
     sequence_parallel_size: int = Field(1, ge=1)
     """Ranks that share the tokens of each row (Ulysses), for responses whose activations fill a GPU. It divides
     num_ranks; num_ranks/sequence_parallel_size rows are computed at a time."""
+    hpz_partition_size: int = Field(1, ge=1)
+    """Ranks, mostly those of a node, that hold a copy of all weights together (ZeRO++ hpZ), so that backward passes
+    gather them from near; it divides num_ranks. 1: no copies, which takes least memory."""
     learning_rate: float = Field(gt=0)
     """Peak learning rate of AdamW."""
     schedule: Literal["constant", "linear", "cosine"] = "constant"
@@ -90,11 +93,9 @@ class LearnerConfig(Section):
     """Consecutive restarts of all ranks from the newest checkpoint without a step in between, before the run ends."""
 
     def broken_rules(self) -> Iterator[str]:
-        """Yield a line if parameters would be offloaded without the optimiser, or sequence groups do not divide."""
+        """Yield a line if parameters would be offloaded without the optimiser, or groups do not divide the ranks."""
         if self.offload_parameters and self.offload == "none":
             yield "offload_parameters=true needs offload=cpu, because the optimiser updates the weights where they are"
-        if self.num_ranks % self.sequence_parallel_size:
-            yield (
-                f"sequence_parallel_size={self.sequence_parallel_size} must divide num_ranks={self.num_ranks}; change "
-                "one of the two"
-            )
+        for name in ("sequence_parallel_size", "hpz_partition_size"):
+            if self.num_ranks % (size := getattr(self, name)):
+                yield f"{name}={size} must divide num_ranks={self.num_ranks}; change one of the two"

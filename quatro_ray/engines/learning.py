@@ -181,6 +181,8 @@ class LearningEngine:
     def _deepspeed_config(self) -> dict[str, Any]:
         config = self._config
         zero: dict[str, Any] = {"stage": 3, "stage3_gather_16bit_weights_on_model_save": False}
+        if config.hpz_partition_size > 1:
+            zero["zero_hpz_partition_size"] = config.hpz_partition_size
         host = {"device": "cpu", "pin_memory": self._device.type == "cuda"}
         if config.offload == "cpu":
             zero["offload_optimizer"] = host

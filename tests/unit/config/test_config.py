@@ -61,6 +61,7 @@ def test_overrides(tmp_path: Path) -> None:
         ("learner.attn_implementation=flash_attention_2", "needs cluster.device=cuda"),
         ("learner.offload_parameters=true", "needs offload=cpu"),
         ("learner.sequence_parallel_size=3", "must divide num_ranks"),
+        ("learner.hpz_partition_size=3", "must divide num_ranks"),
         ("learner.num_warmup_steps=3", "the learning rate would never be reached"),
         ("generator.engine_args={seed: 3}", "generator.engine_args may not contain seed"),
         (
