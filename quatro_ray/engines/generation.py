@@ -14,7 +14,7 @@ import numpy as np
 from quatro_ray.config import GeneratorConfig
 from quatro_ray.data.chat_template import encode_prompt, prompt_tail
 from quatro_ray.engines.engine_args import cpu_args
-from quatro_ray.engines.vllm_outputs import joined, sampled_so_far, shown_text, to_rollout
+from quatro_ray.engines.vllm_outputs import joined, request_params, sampled_so_far, shown_text, to_rollout
 from quatro_ray.failures import EngineDied
 from quatro_ray.seeding import seed_of
 from quatro_ray.types import EngineLoad, Query, Rollout, RolloutGroup, SamplingParams
@@ -186,21 +186,7 @@ class GenerationEngine:
     async def _complete(
         self, prompt_ids: list[int], sampling: SamplingParams, n: int, stop: Sequence[str] = ()
     ) -> tuple[Rollout, ...]:
-        from vllm import SamplingParams as VllmSamplingParams
-        from vllm.sampling_params import RequestOutputKind
-
-        params = VllmSamplingParams(
-            n=n,
-            temperature=sampling.temperature,
-            top_p=sampling.top_p,
-            max_tokens=sampling.max_tokens,
-            seed=sampling.seed,
-            stop=list(stop) or None,
-            include_stop_str_in_output=True,
-            skip_special_tokens=False,  # tags that rewards and stop strings look for may be special tokens
-            logprobs=0,  # only the sampled token's
-            output_kind=RequestOutputKind.FINAL_ONLY,
-        )
+        params = request_params(sampling, n, stop)
         # the salt keeps a request that starts under these weights from reading keys and values computed under others
         prompt = {"prompt_token_ids": prompt_ids, "cache_salt": f"v{self._version}"}
         request_id = uuid.uuid4().hex

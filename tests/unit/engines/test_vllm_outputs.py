@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from transformers import Qwen2Tokenizer
-from vllm.logprobs import Logprob
+from vllm.logprobs import FlatLogprobs, Logprob
 from vllm.outputs import CompletionOutput, WeightVersionSpan
 
 from quatro_ray.engines.tiny_tokenizer import make_tokenizer
-from quatro_ray.engines.vllm_outputs import joined, shown_text, to_rollout
-from quatro_ray.types import Rollout, VersionSpan
+from quatro_ray.engines.vllm_outputs import joined, request_params, shown_text, to_rollout
+from quatro_ray.types import Rollout, SamplingParams, VersionSpan
 
 
 def half(versions: list[int], first_token: int = 0, finish_reason: str = "") -> Rollout:
@@ -66,6 +68,13 @@ def tagged_tokenizer() -> Qwen2Tokenizer:
     return tokenizer
 
 
+def flat(ids: list[int]) -> FlatLogprobs:
+    logprobs = FlatLogprobs()
+    for token in ids:
+        logprobs.append({token: Logprob(-0.5)})
+    return logprobs
+
+
 def completion(ids: list[int], text: str, finish_reason: str, stop_reason: str | int | None = None) -> CompletionOutput:
     """An output as vLLM makes it."""
     return CompletionOutput(
@@ -73,7 +82,7 @@ def completion(ids: list[int], text: str, finish_reason: str, stop_reason: str |
         text=text,
         token_ids=ids,
         cumulative_logprob=None,
-        logprobs=[{token: Logprob(-0.5)} for token in ids],
+        logprobs=flat(ids),
         finish_reason=finish_reason,
         stop_reason=stop_reason,
         weight_versions=[WeightVersionSpan("0", 0, len(ids))],
@@ -99,3 +108,16 @@ def test_the_text_shows_special_tokens_but_not_the_end(
     assert (made.text, made.finish_reason) == (text, finish_reason)
     if not isinstance(stop_reason, str):
         assert shown_text(tokenizer, ids, finish_reason) == text
+
+
+def test_log_probs_of_other_tokens_are_an_error() -> None:
+    tokenizer = tagged_tokenizer()
+    wrong = replace(completion([1, 2], "", "length"), logprobs=flat([1, 3]))
+    with pytest.raises(RuntimeError, match="other tokens than it sampled"):
+        to_rollout(wrong, tokenizer)
+
+
+@pytest.mark.parametrize(("stop", "while_sampling"), [((), False), (("</think>",), True)])
+def test_text_is_made_while_sampling_only_to_find_stop_strings(stop: tuple[str, ...], while_sampling: bool) -> None:
+    params = request_params(SamplingParams(temperature=1.0, top_p=1.0, max_tokens=5, seed=None), 2, stop)
+    assert (params.detokenize, params.flat_logprobs) == (while_sampling, True)
