@@ -8,12 +8,10 @@ from typing import Annotated, Literal
 from pydantic import Field, field_validator
 
 from quatro_ray.config.base import Accepts, Section
+from quatro_ray.config.engine_args import refused
 
-_SET_BY_US = {
-    "model", "tokenizer", "dtype", "seed", "tensor_parallel_size", "max_num_seqs", "max_model_len",
-    "gpu_memory_utilization", "logprobs_mode", "weight_transfer_config", "enable_prefix_caching",
-    "kv_cache_memory_bytes", "hf_token",
-}  # fmt: skip
+CPU_KV_CACHE_GIB = 1.0
+"""Size of the key-value cache of an engine on CPU if kv_cache_gib is null."""
 
 
 class GeneratorConfig(Section):
@@ -39,13 +37,17 @@ class GeneratorConfig(Section):
     """Number format of the engines' weights and activations. float32 keeps engine and learner log-probabilities
     closest, and suits CPUs."""
     gpu_memory_utilization: float = Field(0.85, gt=0, lt=1)
-    """Share of a GPU's memory that an engine may use (ignored on CPU)."""
-    kv_cache_gib: float = Field(1.0, gt=0)
-    """Size of an engine's key-value cache on CPU, GiB (ignored on GPUs)."""
+    """Share of a GPU's memory that an engine may use, if kv_cache_gib is null (ignored on CPU)."""
+    kv_cache_gib: float | None = Field(None, gt=0)
+    """Size of an engine's key-value cache, GiB on each of its devices. null: 1 GiB on CPU, and on GPUs what
+    gpu_memory_utilization leaves."""
+    max_num_batched_tokens: int | None = Field(None, ge=1)
+    """Tokens that one engine computes in one step; prompts longer than that take several. null: 8,192 on GPUs, vLLM's
+    default on CPU."""
     deterministic: bool = False
     """Sample one sequence at a time without prefix cache, so the same seed gives the same bits. Slow; for tests."""
     engine_args: dict[str, object] = Field({}, repr=False)
-    """Further vLLM AsyncEngineArgs by name; those that quatro_ray sets itself are refused."""
+    """Further vLLM AsyncEngineArgs by name; those that quatro_ray sets or cannot serve are refused."""
     start_deadline_s: float = Field(600, gt=0)
     """Seconds within which an engine must load the model and be ready. Raise it for large models or slow disks."""
     group_deadline_s: float = Field(600, gt=0)
@@ -81,8 +83,4 @@ class GeneratorConfig(Section):
                 f"deterministic=true needs num_engines=1, not {self.num_engines}: with several engines, timing decides "
                 "which one takes a group; set num_engines to 1"
             )
-        if taken := sorted(_SET_BY_US & self.engine_args.keys()):
-            yield (
-                f"engine_args may not contain {', '.join(taken)}: quatro_ray sets these from its own fields, and a "
-                "token belongs in the environment (HF_TOKEN); remove them"
-            )
+        yield from refused(self.engine_args)

@@ -14,16 +14,19 @@ from collections.abc import Mapping
 from dataclasses import fields
 from typing import TYPE_CHECKING, NoReturn
 
-from quatro_ray.config import Config
+from quatro_ray.config import Config, GeneratorConfig
+from quatro_ray.config.generator import CPU_KV_CACHE_GIB
 from quatro_ray.errors import ConfigError
 
 if TYPE_CHECKING:
     from vllm.engine.arg_utils import AsyncEngineArgs
 
 _DEADLINE_S = 180.0
+_GPU_BATCHED_TOKENS = 8192
+"""vLLM's default for engines that are not servers is a quarter of it, at which prompts fill no GPU."""
 
 
-def cpu_args(kv_cache_gib: float, tensor_parallel_size: int = 1) -> dict[str, object]:
+def cpu_args(kv_cache_gib: float | None, tensor_parallel_size: int = 1) -> dict[str, object]:
     """Return the arguments of an engine that has no accelerator.
 
     The worker of a single device runs in the engine's own process. For `uni`, vLLM would take `mp`, because it could
@@ -31,13 +34,22 @@ def cpu_args(kv_cache_gib: float, tensor_parallel_size: int = 1) -> dict[str, ob
     process costs 10 CPU-seconds more at the start, and both processes spin while they wait for each other.
 
     Args:
-        kv_cache_gib: memory for keys and values, GiB.
+        kv_cache_gib: memory for keys and values, GiB; CPU_KV_CACHE_GIB if None.
         tensor_parallel_size: devices of the engine.
     """
-    args: dict[str, object] = {"kv_cache_memory_bytes": int(kv_cache_gib * 2**30), "enforce_eager": True}
+    size = int((kv_cache_gib or CPU_KV_CACHE_GIB) * 2**30)
+    args: dict[str, object] = {"kv_cache_memory_bytes": size, "enforce_eager": True}
     if tensor_parallel_size == 1:
         args["distributed_executor_backend"] = "vllm.v1.executor.uniproc_executor.UniProcExecutor"
     return args
+
+
+def gpu_args(config: GeneratorConfig) -> dict[str, object]:
+    """Return the arguments of an engine on GPUs."""
+    args: dict[str, object] = {"max_num_batched_tokens": config.max_num_batched_tokens or _GPU_BATCHED_TOKENS}
+    if config.kv_cache_gib is None:
+        return args | {"gpu_memory_utilization": config.gpu_memory_utilization}
+    return args | {"kv_cache_memory_bytes": int(config.kv_cache_gib * 2**30)}
 
 
 def check_engine_args(config: Config) -> None:

@@ -13,7 +13,7 @@ import numpy as np
 
 from quatro_ray.config import GeneratorConfig
 from quatro_ray.data.chat_template import encode_prompt, prompt_tail
-from quatro_ray.engines.engine_args import cpu_args
+from quatro_ray.engines.engine_args import cpu_args, gpu_args
 from quatro_ray.engines.vllm_outputs import joined, request_params, sampled_so_far, shown_text, to_rollout
 from quatro_ray.failures import EngineDied
 from quatro_ray.seeding import seed_of
@@ -91,8 +91,10 @@ class GenerationEngine:
             args["distributed_executor_backend"] = "mp"
         if self._device == "cpu":
             args |= cpu_args(config.kv_cache_gib, config.tensor_parallel_size)
+            if config.max_num_batched_tokens is not None:
+                args["max_num_batched_tokens"] = config.max_num_batched_tokens
         else:
-            args["gpu_memory_utilization"] = config.gpu_memory_utilization
+            args |= gpu_args(config)
         return args | config.engine_args
 
     async def generate(

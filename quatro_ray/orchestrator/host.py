@@ -9,6 +9,7 @@ from ray._private.accelerators import NvidiaGPUAcceleratorManager
 from ray._private.utils import get_num_cpus, get_system_memory
 
 from quatro_ray.config import Config
+from quatro_ray.config.generator import CPU_KV_CACHE_GIB
 from quatro_ray.errors import ConfigError
 from quatro_ray.orchestrator.resources import Bundle, bundles, num_parameters, weight_bytes_per_device
 
@@ -51,12 +52,13 @@ def _memory(config: Config, plan: Sequence[Bundle]) -> list[str]:
     if config.cluster.device != "cpu":
         return []
     engines = sum(b.role in ("generator", "evaluator") for b in plan)
-    each = config.generator.kv_cache_gib * 2**30
+    cache = config.generator.kv_cache_gib or CPU_KV_CACHE_GIB
+    each = cache * 2**30
     weights = weight_bytes_per_device(config, num_parameters(config) or 0) * config.generator.tensor_parallel_size
     need, have = engines * (each + weights), get_system_memory()
     if need <= have:
         return []
     return [
-        f"generator.kv_cache_gib={config.generator.kv_cache_gib:g}: weights, keys and values of {engines} engine(s) "
+        f"generator.kv_cache_gib={cache:g}: weights, keys and values of {engines} engine(s) "
         f"need {need / 2**30:.1f} GiB, and this machine has {have / 2**30:.1f} GiB; lower it"
     ]

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from quatro_ray.config import Config, ModelRewardConfig, PretrainedModelConfig, TinyModelConfig
+from quatro_ray.config.generator import CPU_KV_CACHE_GIB
 from quatro_ray.engines.weight_files import num_weights
 
 _BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
@@ -157,8 +158,9 @@ def _memory(config: Config) -> list[str]:
         + (" (optimiser part on the CPU)" if config.learner.offload == "cpu" else ""),
         f"  engine: {weights:.3f} GiB of weights a device",
     ]
-    if config.cluster.device == "cpu":
-        lines.append(f"  engine: {config.generator.kv_cache_gib:g} GiB of keys and values")
+    cache = config.generator.kv_cache_gib or (CPU_KV_CACHE_GIB if config.cluster.device == "cpu" else None)
+    if cache is not None:
+        lines.append(f"  engine: {cache:g} GiB of keys and values")
     else:
         lines.append(f"  engine: {config.generator.gpu_memory_utilization:.0%} of a GPU, weights included")
     return lines

@@ -64,6 +64,10 @@ def test_overrides(tmp_path: Path) -> None:
         ("learner.hpz_partition_size=3", "must divide num_ranks"),
         ("learner.num_warmup_steps=3", "the learning rate would never be reached"),
         ("generator.engine_args={seed: 3}", "generator.engine_args may not contain seed"),
+        ("generator.engine_args={pipeline_parallel_size: 2}", "use num_engines and tensor_parallel_size; remove them"),
+        ("generator.engine_args={data_parallel_size: 2}", "use num_engines and tensor_parallel_size; remove them"),
+        ("generator.engine_args={logits_processors: [x]}", "so importance ratios would be wrong; remove them"),
+        ("generator.engine_args={enable_lora: true}", "load no adapters and never sleep; remove them"),
         (
             "generator={deterministic: true, num_engines: 2, max_prompt_tokens: 4, max_response_tokens: 4}",
             "num_engines=1",

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
@@ -11,8 +12,8 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from quatro_ray.config import TinyModelConfig
-from quatro_ray.engines.engine_args import problems_of
+from quatro_ray.config import GeneratorConfig, TinyModelConfig, engine_args
+from quatro_ray.engines.engine_args import gpu_args, problems_of
 from quatro_ray.engines.tiny_model import make_model, save_pretrained
 from quatro_ray.engines.tiny_tokenizer import make_tokenizer
 from quatro_ray.engines.weight_files import check_weights, num_weights
@@ -166,3 +167,20 @@ def test_engine_arguments_are_read_by_vllms_own_parser(tmp_path: Path, folder: P
     assert "block_size" not in text
     good = {"max_num_batched_tokens": 64, "enforce_eager": True, "enable_chunked_prefill": False, "quantization": None}
     assert problems_of(good | {"compilation_config": {"cudagraph_capture_sizes": [1, 2]}}) == []
+
+
+def test_engines_on_gpus_get_a_cache_by_share_or_by_size() -> None:
+    def given(**settings: object) -> dict[str, object]:
+        return gpu_args(GeneratorConfig(max_prompt_tokens=4, max_response_tokens=4, **settings))
+
+    assert given() == {"max_num_batched_tokens": 8192, "gpu_memory_utilization": 0.85}
+    sized = given(kv_cache_gib=1.5, max_num_batched_tokens=4096)
+    assert sized == {"max_num_batched_tokens": 4096, "kv_cache_memory_bytes": 1610612736}
+
+
+def test_every_argument_that_is_refused_is_one_of_vllms() -> None:
+    from vllm.engine.arg_utils import AsyncEngineArgs
+
+    names = {field.name for field in fields(AsyncEngineArgs)}
+    assert set().union(*engine_args._REASONS.values()) <= names
+    assert any(name.startswith("data_parallel_") for name in names)
