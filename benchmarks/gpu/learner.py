@@ -99,6 +99,8 @@ CASES = {
     "1.5b, rows of 2,304": replace(_LARGE, micro_tokens=2_304),
     "1.5b, offload": replace(_LARGE, offload=True, offload_parameters=True),
     "1.5b, 16k tokens": replace(_LARGE, response_tokens=16_000, micro_tokens=16_384, groups=2, group_size=2),
+    "0.5b, 32k tokens": replace(_MEDIUM, response_tokens=32_000, micro_tokens=32_640, groups=1, checkpointing=True),
+    "1.5b, 32k tokens": replace(_LARGE, response_tokens=32_000, micro_tokens=32_640, groups=1, checkpointing=True),
 }
 
 
