@@ -298,12 +298,14 @@ class EngineLoad:
         num_generated_tokens: response tokens of finished groups, since the engine started.
         num_sampled_tokens: response tokens sampled since the engine started, unfinished groups included.
         is_alive: False if the engine's own process is gone.
+        kv_cache_usage: share of the key-value cache that requests hold, at the engine's last step.
     """
 
     num_running: int
     num_generated_tokens: int
     num_sampled_tokens: int
     is_alive: bool
+    kv_cache_usage: float = 0.0
 
 
 @dataclass(frozen=True)

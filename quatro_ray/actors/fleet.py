@@ -58,6 +58,7 @@ class EngineSlot:
         self.record = record
         self.lost_at = lost_at
         self.num_groups = 0
+        self.kv_cache_usage = 0.0
         self.is_updating = False
         self.progress = Progress(0, 0.0)
 
@@ -178,6 +179,9 @@ class Fleet:
     async def lend(self) -> AsyncIterator[Engine]:
         """Lend the healthy engine with the fewest groups; each takes at most `max_groups_in_flight`.
 
+        An engine whose key-value cache is fuller than `max_kv_cache_usage` takes no further group: it would wait in
+        the engine, where no other can take it.
+
         An EngineLost inside the `async with` marks the engine as lost and is raised again. The wait for a healthy
         engine has no deadline, because the learner's wait for groups has one.
         """
@@ -195,8 +199,10 @@ class Fleet:
             await self._notify()
 
     def _free(self) -> list[EngineSlot]:
-        limit = self._config.max_groups_in_flight
-        return [m for m in self.slots if m.record.state is Health.HEALTHY and m.num_groups < limit]
+        limit, fullest = self._config.max_groups_in_flight, self._config.max_kv_cache_usage
+        healthy = [m for m in self.slots if m.record.state is Health.HEALTHY]
+        # without a group an engine makes no step, and its last report is of no use
+        return [m for m in healthy if m.num_groups == 0 or (m.num_groups < limit and m.kv_cache_usage <= fullest)]
 
     def lost(self, slot: EngineSlot, why: str, *, core_died: bool = False) -> None:
         """End a lost engine and start its successor. Only the first call for an engine has an effect.
@@ -266,6 +272,8 @@ class Fleet:
                 return self.lost(slot, "its engine core died", core_died=True)
             if why := self._what_is_wrong(slot, load):
                 return self.lost(slot, why)
+            slot.kv_cache_usage = load.kv_cache_usage
+            await self._notify()
             if self._watcher is not None:
                 self._watcher.engine_load(slot.index, load)
             await asyncio.sleep(_LOOK_EVERY_S)

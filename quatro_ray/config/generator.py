@@ -33,6 +33,8 @@ class GeneratorConfig(Section):
     """Sequences that one engine decodes at the same time. Lower it if the key-value cache overflows."""
     max_groups_in_flight: int = Field(16, ge=1)
     """Groups handed to one engine at the same time; more keep it full across weight updates."""
+    max_kv_cache_usage: float = Field(0.9, gt=0, le=1)
+    """Share of an engine's key-value cache above which it gets no new group, until running ones have ended."""
     dtype: Literal["float32", "bfloat16", "float16"] = "bfloat16"
     """Number format of the engines' weights and activations. float32 keeps engine and learner log-probabilities
     closest, and suits CPUs."""

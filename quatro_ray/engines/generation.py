@@ -215,6 +215,7 @@ class GenerationEngine:
             num_generated_tokens=self._num_generated_tokens,
             num_sampled_tokens=self._counter.num_sampled_tokens if self._counter else 0,
             is_alive=self._llm is None or not self._llm.errored,
+            kv_cache_usage=self._counter.kv_cache_usage if self._counter else 0.0,
         )
 
     # Weight transfer: vLLM's own calls, in the order init → pause → start → update → finish → resume

@@ -1,4 +1,4 @@
-"""Count of the tokens that an engine has sampled, updated at each engine step: it shows that the engine is alive."""
+"""Reports of vLLM after each engine step: tokens sampled, which show that the engine is alive, and the cache in use."""
 
 from __future__ import annotations
 
@@ -8,10 +8,11 @@ from vllm.v1.metrics.loggers import StatLoggerBase
 
 
 class TokenCounter:
-    """Counts sampled tokens; pass its `factory` to AsyncLLM in `stat_loggers`."""
+    """Counts sampled tokens and keeps the cache usage; pass its `factory` to AsyncLLM in `stat_loggers`."""
 
     def __init__(self) -> None:
         self.num_sampled_tokens = 0
+        self.kv_cache_usage = 0.0
 
     def factory(self, vllm_config: Any, engine_index: int = 0) -> StatLoggerBase:
         """Return a logger that vLLM calls after each engine step and that adds to this counter."""
@@ -27,5 +28,7 @@ class _StatLogger(StatLoggerBase):
     ) -> None:
         if iteration_stats is not None:
             self._counter.num_sampled_tokens += iteration_stats.num_generation_tokens
+        if scheduler_stats is not None:
+            self._counter.kv_cache_usage = scheduler_stats.kv_cache_usage
 
     def log_engine_initialized(self) -> None: ...

@@ -63,6 +63,9 @@ class Placer:
             # vLLM compiles a helper for the first request otherwise: 20 s for nothing on a small model
             env["TORCHDYNAMO_DISABLE"] = "1"
             env["CUDA_VISIBLE_DEVICES"] = ""
+        elif role == "learner":
+            # rows of changing widths would leave holes in the GPU's memory that nothing fits into
+            env["PYTORCH_CUDA_ALLOC_CONF"] = "expandable_segments:True"
         return env
 
 
