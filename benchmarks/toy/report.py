@@ -73,10 +73,12 @@ def _lead(exception: str) -> float:
     return float(exception.rpartition(" ")[2])
 
 
-def _show(f: Figures | None) -> str:
+def _show(f: Figures | None, most: int) -> str:
+    """Format the figures of a method in a cell; `most`: seeds of the method that has most there."""
     if f is None:
         return "–"
-    return f"{f.final:.3f} / {f.pass_at_16:.3f} / {f.entropy:.2f}" + (f" †{f.collapsed}" if f.collapsed else "")
+    collapsed = f" †{f.collapsed}" if f.collapsed else ""
+    return f"{f.final:.3f} / {f.pass_at_16:.3f} / {f.entropy:.2f}{collapsed}" + f" ({f.num_runs})" * (f.num_runs < most)
 
 
 def _grid(table: Table, task: str, control: bool) -> str:
@@ -86,12 +88,13 @@ def _grid(table: Table, task: str, control: bool) -> str:
     what = "with step control" if control else "without step control, as published"
     lines = [
         f"\n**{task}, {what}**: final pass@1 / pass@16 / entropy in nats a token, means over seeds; †n: n runs "
-        "ended below their start.\n",
+        "ended below their start; (n): n seeds, where others have more, so not comparable.\n",
         "| | " + " | ".join(f"s = {c.staleness}, {c.multiple}×" for c in cells) + " |",
         "|---|" + "---|" * len(cells),
     ]
+    most = {c: max(f.num_runs for f in table[c].values()) for c in cells}
     for method in _ALL:
-        shown = [_show(table[c].get((method, control))) for c in cells]
+        shown = [_show(table[c].get((method, control)), most[c]) for c in cells]
         lines.append(f"| {method} | " + " | ".join(shown) + " |")
     return "\n".join(lines)
 
