@@ -194,7 +194,7 @@ class LearningEngine:
             "gradient_accumulation_steps": 1,
             "gradient_clipping": config.max_grad_norm,
             "bf16": {"enabled": config.dtype == "bfloat16"},
-            # the sum over micro-batches and ranks; one in bfloat16 is off by a percent after a hundred
+            # the sum over micro-batches; one in bfloat16 is off by a percent after a hundred
             "data_types": {"grad_accum_dtype": "fp32"},
             "zero_optimization": zero,
             "zero_allow_untested_optimizer": True,
