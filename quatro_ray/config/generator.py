@@ -39,7 +39,8 @@ class GeneratorConfig(Section):
     """Number format of the engines' weights and activations. float32 keeps engine and learner log-probabilities
     closest, and suits CPUs."""
     gpu_memory_utilization: float = Field(0.85, gt=0, lt=1)
-    """Share of a GPU's memory that an engine may use, if kv_cache_gib is null (ignored on CPU)."""
+    """Share of a GPU's memory that must be free when an engine starts, and that it takes if kv_cache_gib is null
+    (ignored on CPU)."""
     kv_cache_gib: float | None = Field(None, gt=0)
     """Size of an engine's key-value cache, GiB on each of its devices. null: 1 GiB on CPU, and on GPUs what
     gpu_memory_utilization leaves."""

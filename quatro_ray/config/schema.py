@@ -142,9 +142,11 @@ class Config(Section):
             )
             return
         rollouts = self.replay.groups_per_step // self.learner.num_minibatches * self.replay.group_size
-        if rollouts < self.learner.num_ranks:
+        size = self.learner.sequence_parallel_size
+        if rollouts < self.learner.num_ranks // size:
+            shared = f" // sequence_parallel_size={size}" if size > 1 else ""
             yield (
-                f"learner.num_ranks={self.learner.num_ranks} must be at most the rollouts of a step "
+                f"learner.num_ranks={self.learner.num_ranks}{shared} must be at most the rollouts of a step "
                 f"(replay.groups_per_step // learner.num_minibatches * group_size = {rollouts}), because every rank "
                 "needs one: lower it"
             )

@@ -46,9 +46,13 @@ def cpu_args(kv_cache_gib: float | None, tensor_parallel_size: int = 1) -> dict[
 
 def gpu_args(config: GeneratorConfig) -> dict[str, object]:
     """Return the arguments of an engine on GPUs."""
-    args: dict[str, object] = {"max_num_batched_tokens": config.max_num_batched_tokens or _GPU_BATCHED_TOKENS}
+    args: dict[str, object] = {
+        "max_num_batched_tokens": config.max_num_batched_tokens or _GPU_BATCHED_TOKENS,
+        # with a size of the cache too, because vLLM refuses to start if this share of the memory is not free
+        "gpu_memory_utilization": config.gpu_memory_utilization,
+    }
     if config.kv_cache_gib is None:
-        return args | {"gpu_memory_utilization": config.gpu_memory_utilization}
+        return args
     return args | {"kv_cache_memory_bytes": int(config.kv_cache_gib * 2**30)}
 
 

@@ -92,8 +92,8 @@ class LearningEngine:
         # and a build that is killed leaves a lock in the home folder, on which every later start waits for ever
         deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
         deepspeed.init_distributed(dist_init_required=False)
-        self._sequence_group = self._ranks.make_group()
-        policy = self._load_policy()
+        self._sequence_group = self._ranks.make_group(self._config.step_deadline_s)
+        policy = self._load_policy(self._deepspeed_config())
         optimizer = torch.optim.AdamW(
             policy.parameters(),
             lr=self._config.learning_rate,
@@ -133,7 +133,7 @@ class LearningEngine:
         """How batches are to be packed for this model (engines/forward_check.py measures it)."""
         return self._loaded.policy.row_layout
 
-    def _load_policy(self) -> PolicyModel:
+    def _load_policy(self, zero_config: dict[str, Any]) -> PolicyModel:
         """Load the starting policy; all ranks choose the same row layout."""
         policy, line = load_policy(
             self._spec.model_path,
@@ -143,26 +143,39 @@ class LearningEngine:
             chunk_tokens=self._config.logprob_chunk_tokens,
             gradient_checkpointing=self._config.gradient_checkpointing,
             device=self._device,
-            zero_config=self._deepspeed_config(),
+            zero_config=zero_config,
         )
         _logger.info("rank %d: %s", self._rank, line)
         pads = torch.tensor(float(policy.row_layout == "padded"), device=self._device)
         dist.all_reduce(pads, dist.ReduceOp.MAX)
         policy.row_layout = "padded" if pads else "packed"
         policy.sequence_group = self._sequence_group
-        if policy.sequence_group and (policy.row_layout, policy.attention) != ("packed", VARLEN):
-            raise ConfigError(
-                f"learner.sequence_parallel_size={self._ranks.group_size}: needs a model that can be packed with the "
-                f"attention varlen; {line}; set it to 1"
-            )
+        if policy.sequence_group:
+            self._check_sharing(policy, line)
         return policy
+
+    def _check_sharing(self, policy: PolicyModel, line: str) -> None:
+        """Raise ConfigError if ranks that share a row would compute something else than one rank."""
+        name = f"learner.sequence_parallel_size={self._ranks.group_size}"
+        if (policy.row_layout, policy.attention) != ("packed", VARLEN):
+            raise ConfigError(
+                f"{name}: needs a model that can be packed with the attention varlen; {line}; set it to 1"
+            )
+        rope = str(getattr(policy.causal_lm.config.get_text_config(), "rope_parameters", None))
+        if any(kind in rope for kind in ("longrope", "dynamic")):
+            raise ConfigError(
+                f"{name}: the model's RoPE depends on the longest position in a row, of which each rank sees a part; "
+                "set it to 1"
+            )
 
     def _load_reference(self) -> ZeroEngine:
         import deepspeed
 
-        reference = self._load_policy().requires_grad_(False)
+        config = self._deepspeed_config()
+        config["zero_optimization"].pop("zero_hpz_partition_size", None)  # copies are for backward passes
+        reference = self._load_policy(config).requires_grad_(False)
         engine: ZeroEngine
-        engine, *_ = deepspeed.initialize(model=reference, config=self._deepspeed_config(), dist_init_required=False)
+        engine, *_ = deepspeed.initialize(model=reference, config=config, dist_init_required=False)
         return engine
 
     def _schedule(self, optimizer: torch.optim.Optimizer) -> torch.optim.lr_scheduler.LRScheduler:
@@ -194,8 +207,9 @@ class LearningEngine:
             "gradient_accumulation_steps": 1,
             "gradient_clipping": config.max_grad_norm,
             "bf16": {"enabled": config.dtype == "bfloat16"},
-            # the sum over micro-batches; one in bfloat16 is off by a percent after a hundred
+            # the sums over micro-batches and ranks; one in bfloat16 is off by a percent after a hundred
             "data_types": {"grad_accum_dtype": "fp32"},
+            "communication_data_type": "fp32",
             "zero_optimization": zero,
             "zero_allow_untested_optimizer": True,
             "zero_force_ds_cpu_optimizer": False,

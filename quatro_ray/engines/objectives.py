@@ -16,7 +16,6 @@ from torch import Tensor
 
 from quatro_ray import config as c
 from quatro_ray.algorithms import advantages, losses
-from quatro_ray.algorithms.advantages import group_mean
 from quatro_ray.algorithms.aggregation import AggregationMode
 from quatro_ray.algorithms.kl_budget import drift_radius, tilt_budget, token_drift
 from quatro_ray.algorithms.losses import TokenLoss
@@ -73,8 +72,11 @@ def _quatro_advantages(config: c.QuatroConfig, batch: StepBatch) -> Prepared:
     assert batch.log_ratio is not None
     budget = tilt_budget(batch.rewards, batch.valid, config.tilt_share)
     measured = batch.valid if batch.measured is None else batch.measured
-    drift = batch.per_rollout(token_drift(batch.log_ratio)).sum(1) / measured.sum(1).clamp(min=1)
-    lengths = group_mean(batch.lengths(), batch.valid)
+    # both are of the same rollouts, so that the drift of a token weighs the same whichever were measured
+    drift, lengths = (
+        (values * measured).sum(1) / measured.sum(1).clamp(min=1)
+        for values in (batch.per_rollout(token_drift(batch.log_ratio)), batch.lengths())
+    )
     radius = drift_radius(
         config.drift_nats_per_token, config.staleness_exponent, lengths.clamp(min=1), batch.query_staleness()
     )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import logging
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -17,6 +18,7 @@ from quatro_ray.engines.varlen_attention import VARLEN
 from quatro_ray.errors import ConfigError
 from quatro_ray.types import RowLayout
 
+_logger = logging.getLogger(__name__)
 _MEASURED_LAYERS = 4
 """Layers of a sharded model that are measured whole, if these have all kinds of layers."""
 _NOISE = ("drop", "jitter")
@@ -57,8 +59,8 @@ def load_policy(
     """
     check_files(path)
     config = _config_without_noise(path)
-    measured = config if zero_config is None else first_layers(config)
-    causal_lm = _load_causal_lm(path, measured, dtype, attn_implementation).to(device or torch.device("cpu"))
+    measured = [config] if zero_config is None else [first_layers(config), config]
+    causal_lm = _load_first(path, measured, dtype, attn_implementation).to(device or torch.device("cpu"))
     check = ForwardCheck(causal_lm, f"model.path={path}", temperature)
     policy = PolicyModel(causal_lm, temperature=temperature, chunk_tokens=chunk_tokens)
     if gradient_checkpointing:
@@ -77,6 +79,18 @@ def load_policy(
     return policy, line
 
 
+def _load_first(
+    path: str, configs: Sequence[PretrainedConfig], dtype: torch.dtype, attn_implementation: str
+) -> PreTrainedModel:
+    """Load the model with the first configuration with which it loads; some have no first layers by themselves."""
+    for config in configs[:-1]:
+        try:
+            return _load_causal_lm(path, config, dtype, attn_implementation)
+        except ConfigError as error:
+            _logger.warning("%s: its first layers do not load alone, so it is measured whole (%s)", path, error)
+    return _load_causal_lm(path, configs[-1], dtype, attn_implementation)
+
+
 def _load_causal_lm(
     path: str, config: PretrainedConfig, dtype: torch.dtype, attn_implementation: str
 ) -> PreTrainedModel:
@@ -87,7 +101,7 @@ def _load_causal_lm(
             model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(
                 path, config=config, dtype=dtype, attn_implementation=kind
             )
-        except (OSError, ValueError, ImportError) as error:
+        except (OSError, ValueError, ImportError, RuntimeError) as error:
             if number < len(own):
                 continue
             reason = " ".join(str(error).split())[:300]
@@ -106,7 +120,8 @@ def first_layers(config: PretrainedConfig) -> PretrainedConfig:
     total = part.num_hidden_layers
     count = min(total, _MEASURED_LAYERS)
     per_layer = {name: value for name, value in vars(part).items() if isinstance(value, list) and len(value) == total}
-    for value in per_layer.values():
+    named = [getattr(part, name, None) for name in ("layer_types", "layers_block_type")]  # properties of some
+    for value in [*per_layer.values(), *(kinds for kinds in named if isinstance(kinds, list) and len(kinds) == total)]:
         kinds = {str(kind): number for number, kind in reversed(list(enumerate(value, start=1)))}
         if len(kinds) <= _MEASURED_LAYERS:
             count = max(count, *kinds.values())

@@ -7,11 +7,14 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from datetime import timedelta
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
+
+from quatro_ray.errors import ConfigError
 
 
 @dataclass(frozen=True)
@@ -39,12 +42,17 @@ class Ranks:
             of_rows.zero_()
         dist.all_reduce(of_rows)
 
-    def make_group(self) -> SequenceGroup | None:
-        """Return this rank's group, or None if it would be alone; a collective."""
+    def make_group(self, deadline_s: float) -> SequenceGroup | None:
+        """Return this rank's group, or None if it would be alone; a collective.
+
+        Args:
+            deadline_s: time-out of the group's collectives, seconds.
+        """
         if self.group_size == 1:
             return None
         firsts = range(0, self.num_ranks, self.group_size)
-        groups = [dist.new_group(list(range(first, first + self.group_size))) for first in firsts]
+        members = [list(range(first, first + self.group_size)) for first in firsts]
+        groups = [dist.new_group(of_group, timeout=timedelta(seconds=deadline_s)) for of_group in members]
         return SequenceGroup(groups[self.row_rank], self.rank % self.group_size, self.group_size)
 
 
@@ -82,13 +90,22 @@ class SequenceGroup:
 
         Returns:
             [1, N/P, H, D].
+
+        Raises:
+            ConfigError: the heads of this layer cannot be divided so; all ranks raise it.
         """
         from deepspeed.sequence.layer import DistributedAttention
 
         def on_all_tokens(*parts: Tensor) -> Tensor:
             return attend(*(part.transpose(1, 2) for part in parts))
 
-        copies = max(1, self.size // key.shape[1])
+        heads, key_heads = query.shape[1], key.shape[1]
+        if heads % self.size or (key_heads % self.size and self.size % key_heads):
+            raise ConfigError(
+                f"learner.sequence_parallel_size={self.size}: a layer of the model has {heads} attention heads and "
+                f"{key_heads} key-value heads, which cannot be divided so; choose another"
+            )
+        copies = max(1, self.size // key_heads)
         own = [query, key.repeat_interleave(copies, dim=1), value.repeat_interleave(copies, dim=1)]
         exchange = DistributedAttention(on_all_tokens, self.group, scatter_idx=2, gather_idx=1)
         attended: Tensor = exchange(*(part.transpose(1, 2).contiguous() for part in own), 0)

@@ -51,7 +51,16 @@ def build_sharded(
     from deepspeed.runtime.zero.partition_parameters import DeepSpeedTensorOverride
 
     folder = folder_with_weights(path)
-    sharding = zero.Init(
+
+    class Sharding(zero.Init):
+        """Gives every parameter the dtype of the run: DeepSpeed refuses a mixture, and some models name float32."""
+
+        def _zero_init_param(self, param: nn.Parameter) -> None:
+            if param.is_floating_point():
+                param.data = param.data.to(dtype)
+            super()._zero_init_param(param)
+
+    sharding = Sharding(
         config_dict_or_path=dict(zero_config),
         dtype=dtype,
         mem_efficient_linear=False,
@@ -80,7 +89,8 @@ def folder_with_weights(path: str) -> Path:
     from huggingface_hub import snapshot_download
 
     for suffix in ("safetensors", "bin"):
-        folder = Path(snapshot_download(path, allow_patterns=[f"*.{suffix}", f"*.{suffix}.index.json"]))
+        names = [f"{stem}*.{suffix}*" for stem in ("model", "pytorch_model")]  # not copies in other formats
+        folder = Path(snapshot_download(path, allow_patterns=names))
         if weight_files(folder):
             return folder
     raise ConfigError(f"model.path={path}: has neither safetensors nor bin files on the hub; choose another model")

@@ -126,6 +126,10 @@ def _causal(
     mask = None
     if window is not None and length > window:
         mask = torch.ones(length, length, dtype=torch.bool, device=query.device).tril().triu(1 - window)
+    if gqa and (mask is not None or key.shape[-1] != value.shape[-1] or query.is_cuda):
+        # otherwise torch would take a kernel that keeps all products of queries and keys
+        groups = query.shape[1] // key.shape[1]
+        key, value, gqa = key.repeat_interleave(groups, 1), value.repeat_interleave(groups, 1), False
     return F.scaled_dot_product_attention(
         query, key, value, mask, dropout, is_causal=mask is None, scale=scaling, enable_gqa=gqa
     )

@@ -93,8 +93,8 @@ def num_parameters(config: Config) -> int | None:
 def learner_bytes_per_rank(config: Config, parameters: int) -> int:
     """Return the bytes of a rank's ZeRO-3 model states.
 
-    These are weights, gradients, AdamW's float32 master copy and two moments; for step control, the float32 weights
-    before the step; and for a reference policy, one more copy of the weights.
+    These are weights, float32 gradients, AdamW's float32 master copy and two moments; for step control, the float32
+    weights before the step; for a reference policy, one more copy of the weights; and the rank's part of hpZ's copy.
 
     Args:
         config: its `learner` section gives the dtype, the number of ranks and which of these copies exist.
@@ -104,7 +104,9 @@ def learner_bytes_per_rank(config: Config, parameters: int) -> int:
     master = 0 if config.learner.dtype == "float32" else 4
     reference = width if config.learner.reference_kl_coef > 0 else 0
     before_step = 0 if config.learner.step_control.window_kl_nats_per_token is None else 4
-    return parameters * (width + width + master + 8 + before_step + reference) // config.learner.num_ranks
+    sharded = parameters * (width + 4 + master + 8 + before_step + reference) // config.learner.num_ranks
+    group = config.learner.hpz_partition_size
+    return sharded + (parameters * width // group if group > 1 else 0)
 
 
 def weight_bytes_per_device(config: Config, parameters: int) -> float:

@@ -31,7 +31,7 @@ def differences(name: Path) -> dict[str, Any]:
     causal_lm.get_decoder().layers[0].register_forward_pre_hook(lambda _, given: seen.append(given[0].shape[1]))
     causal_lm.get_output_embeddings().register_forward_pre_hook(lambda _, given: seen.append(len(given[0])))
     found = []
-    for group in (None, Ranks(dist.get_rank(), 2, 2).make_group()):
+    for group in (None, Ranks(dist.get_rank(), 2, 2).make_group(60)):
         policy.sequence_group = group
         policy.zero_grad()
         logprobs, entropy = policy(*row)

@@ -26,6 +26,18 @@ def load(path: Path, **settings: Any) -> Any:
     return policy
 
 
+def dtypes(folder: Path) -> set[str]:
+    """Those of the parameters of a model that names float32 for some of them, in a run in bfloat16."""
+    policy = load(folder, zero_config=ZERO_CONFIG | {"bf16": {"enabled": True}}, dtype=torch.bfloat16)
+    return {str(parameter.dtype) for parameter in policy.parameters()}
+
+
+def test_all_parameters_have_the_dtype_of_the_run(tmp_path: Path) -> None:
+    model = make("Bamba")
+    model.save_pretrained(tmp_path)
+    assert on_two_ranks(dtypes, tmp_path) == [{"torch.bfloat16"}] * 2
+
+
 def differing_tensors(folder: Path) -> dict[str, list[str]]:
     """Parameters and buffers, by architecture, that are not what transformers loads."""
     from deepspeed import zero
