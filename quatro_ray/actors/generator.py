@@ -72,6 +72,10 @@ class GeneratorActor(HostMixin):
         """Return the log-prob of each token but the first, in nats at temperature 1."""
         return await self._engine.score(sequences)
 
+    async def sampling_error(self, sequences: list[list[int]]) -> float:
+        """Return the mean difference of sampled tokens' log-probs from their scores, nats at temperature 1."""
+        return await self._engine.sampling_error(sequences)
+
     async def init_weight_transfer_engine(self, init_info: dict[str, Any]) -> None:
         """Connect the engine's workers to the learner; the back end defines the fields of `init_info`."""
         await self._engine.init_weight_transfer_engine(init_info)

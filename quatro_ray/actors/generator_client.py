@@ -72,6 +72,10 @@ class GeneratorClient:
         """Return the log-prob of each token but the first, in nats at temperature 1."""
         return await _alive(value_of(self.actor.score.remote(sequences)))
 
+    async def sampling_error(self, sequences: list[list[int]]) -> float:
+        """Return the mean difference of sampled tokens' log-probs from their scores, nats at temperature 1."""
+        return await _alive(value_of(self.actor.sampling_error.remote(sequences)))
+
     async def stacks(self) -> str:
         """Return the stack of every thread of the actor's process."""
         return await _alive(value_of(self.actor.stacks.remote()))

@@ -82,6 +82,10 @@ class Engine(Protocol):
         """Return the log-prob of each token but the first, given those before it, in nats at temperature 1."""
         ...
 
+    async def sampling_error(self, sequences: list[list[int]]) -> float:
+        """Return the mean difference of sampled tokens' log-probs from their scores, nats at temperature 1."""
+        ...
+
     async def stacks(self) -> str:
         """Return the stack of every thread of the actor's process, even while the actor is busy."""
         ...

@@ -93,7 +93,7 @@ class LearnerActor(HostMixin):
         Args:
             backend: vLLM's weight transfer back end, the same as that of the engines.
             generators: actor handles, in the order of their workers' ranks.
-            workers_per_engine: tensor-parallel size of an engine.
+            workers_per_engine: devices of an engine.
             master_address: host of rank 0, at which the workers meet it.
             master_port: a TCP port that is free on that host.
             config: gives the deadlines of the rendezvous and of each call of a transfer, in seconds.

@@ -31,7 +31,7 @@ class LearnerGroup:
     Args:
         spawn: makes the actors of all ranks, in the order of their ranks.
         backend: "nccl" or "gloo", for weight transfer.
-        workers_per_engine: tensor-parallel size of an engine.
+        workers_per_engine: devices of an engine.
     """
 
     def __init__(

@@ -10,17 +10,20 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator
 
 _SET_BY_US = {
-    "model", "tokenizer", "dtype", "seed", "tensor_parallel_size", "max_num_seqs", "max_model_len",
+    "model", "tokenizer", "dtype", "seed", "max_num_seqs", "max_model_len", "tensor_parallel_size",
+    "pipeline_parallel_size", "data_parallel_size",
     "gpu_memory_utilization", "logprobs_mode", "weight_transfer_config", "enable_prefix_caching",
     "kv_cache_memory_bytes", "max_num_batched_tokens", "hf_token",
 }  # fmt: skip
 _REASONS = {
     "quatro_ray sets these from its own fields, and a token belongs in the environment (HF_TOKEN)": _SET_BY_US,
-    "quatro_ray places engines, and gives each one tensor_parallel_size devices of one node; use num_engines and "
-    "tensor_parallel_size": {
-        "pipeline_parallel_size", "prefill_context_parallel_size", "decode_context_parallel_size", "nnodes",
-        "node_rank", "master_addr", "master_port", "device_ids", "distributed_executor_backend", "enable_elastic_ep",
-        "worker_cls",
+    "quatro_ray places each engine on devices of one node; use tensor_parallel_size, pipeline_parallel_size and "
+    "data_parallel_size of generator": {
+        "prefill_context_parallel_size", "decode_context_parallel_size", "nnodes", "node_rank", "master_addr",
+        "master_port", "device_ids", "distributed_executor_backend", "enable_elastic_ep", "worker_cls",
+        "data_parallel_rank", "data_parallel_start_rank", "data_parallel_size_local", "data_parallel_address",
+        "data_parallel_rpc_port", "data_parallel_hybrid_lb", "data_parallel_external_lb",
+        "data_parallel_multi_port_external_lb", "data_parallel_backend",
     },
     "they change what is sampled without a trace in the log-probs of tokens, so importance ratios would be wrong": {
         "logits_processors", "watermark_config", "override_generation_config", "diffusion_config",
@@ -30,16 +33,11 @@ _REASONS = {
         "ec_transfer_config", "load_format", "tokens_only",
     },
 }  # fmt: skip
-_PREFIXES = {"data_parallel_": "pipeline_parallel_size"}
-"""Names that begin so are treated as that argument is."""
 
 
 def refused(names: Iterable[str]) -> Iterator[str]:
     """Yield a line for each reason why some of these arguments may not be given."""
     given = sorted(names)
-    alike = {
-        name: next((like for prefix, like in _PREFIXES.items() if name.startswith(prefix)), name) for name in given
-    }
     for reason, group in _REASONS.items():
-        if taken := [name for name in given if alike[name] in group]:
+        if taken := [name for name in given if name in group]:
             yield f"engine_args may not contain {', '.join(taken)}: {reason}; remove them"

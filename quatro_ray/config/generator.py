@@ -20,7 +20,12 @@ class GeneratorConfig(Section):
     num_engines: int = Field(1, ge=1)
     """vLLM engines that sample for training. Raise it if the learner waits for groups."""
     tensor_parallel_size: int = Field(1, ge=1)
-    """Devices per engine. Raise it if the model does not fit on one."""
+    """Devices that share each layer of the model. Raise it if the model does not fit on one."""
+    pipeline_parallel_size: int = Field(1, ge=1)
+    """Stages of layers, each on tensor_parallel_size devices. For models whose heads cannot be divided further."""
+    data_parallel_size: int = Field(1, ge=1)
+    """Copies of an engine that share its requests, each on its own devices. For mixtures of experts, whose experts
+    `engine_args: {enable_expert_parallel: true}` divides among all of them; else raise num_engines."""
     temperature: float = Field(1.0, ge=0.01, le=2)
     """Sampling temperature of rollouts. The learner divides its logits by the same value, so ratios stay exact."""
     top_p: Annotated[float, Accepts("1")] = Field(1.0, gt=0, le=1)
@@ -67,6 +72,11 @@ class GeneratorConfig(Section):
     max_engines_lost: int = Field(2, ge=1)
     """A group on which more engines than this have died is dropped as `quarantined`."""
 
+    @property
+    def devices_per_engine(self) -> int:
+        """Devices of one engine, all on one node; each has a worker that receives the weights."""
+        return self.tensor_parallel_size * self.pipeline_parallel_size * self.data_parallel_size
+
     @field_validator("top_p")
     @classmethod
     def _samples_the_full_distribution(cls, top_p: float) -> float:
@@ -81,9 +91,10 @@ class GeneratorConfig(Section):
         """Yield a line for each broken rule about the number of engines and engine_args."""
         if self.min_engines > self.num_engines:
             yield f"min_engines={self.min_engines} must be at most num_engines={self.num_engines}: lower it"
-        if self.deterministic and self.num_engines > 1:
-            yield (
-                f"deterministic=true needs num_engines=1, not {self.num_engines}: with several engines, timing decides "
-                "which one takes a group; set num_engines to 1"
-            )
+        for name in ("num_engines", "data_parallel_size"):
+            if self.deterministic and (number := getattr(self, name)) > 1:
+                yield (
+                    f"deterministic=true needs {name}=1, not {number}: with several engines, timing decides which one "
+                    f"takes a group; set {name} to 1"
+                )
         yield from refused(self.engine_args)

@@ -172,6 +172,11 @@ class Config(Section):
         attention = self.learner.attn_implementation
         if attention in {"flash_attention_2", "flex_attention"}:
             yield f"learner.attn_implementation={attention} needs cluster.device=cuda: use auto"
+        if self.generator.engine_args.get("speculative_config") is not None:
+            yield (
+                "generator.engine_args.speculative_config needs cluster.device=cuda, because vLLM's engine on CPU then "
+                "samples from another distribution (docs/models.md): remove it"
+            )
 
     def _model_and_schedule_fit(self) -> Iterator[str]:
         if self.data.warmup is not None and not isinstance(self.model, TinyModelConfig):

@@ -26,7 +26,7 @@ _GPU_BATCHED_TOKENS = 8192
 """vLLM's default for engines that are not servers is a quarter of it, at which prompts fill no GPU."""
 
 
-def cpu_args(kv_cache_gib: float | None, tensor_parallel_size: int = 1) -> dict[str, object]:
+def cpu_args(kv_cache_gib: float | None, num_workers: int = 1) -> dict[str, object]:
     """Return the arguments of an engine that has no accelerator.
 
     The worker of a single device runs in the engine's own process. For `uni`, vLLM would take `mp`, because it could
@@ -35,11 +35,11 @@ def cpu_args(kv_cache_gib: float | None, tensor_parallel_size: int = 1) -> dict[
 
     Args:
         kv_cache_gib: memory for keys and values, GiB; CPU_KV_CACHE_GIB if None.
-        tensor_parallel_size: devices of the engine.
+        num_workers: workers of the engine, or of each of its data-parallel copies.
     """
     size = int((kv_cache_gib or CPU_KV_CACHE_GIB) * 2**30)
     args: dict[str, object] = {"kv_cache_memory_bytes": size, "enforce_eager": True}
-    if tensor_parallel_size == 1:
+    if num_workers == 1:
         args["distributed_executor_backend"] = "vllm.v1.executor.uniproc_executor.UniProcExecutor"
     return args
 

@@ -14,7 +14,9 @@ import numpy as np
 from quatro_ray.config import GeneratorConfig
 from quatro_ray.data.chat_template import encode_prompt, prompt_tail
 from quatro_ray.engines.engine_args import cpu_args, gpu_args
+from quatro_ray.engines.token_counter import TokenCounter
 from quatro_ray.engines.vllm_outputs import joined, request_params, sampled_so_far, shown_text, to_rollout
+from quatro_ray.errors import ConfigError
 from quatro_ray.failures import EngineDied
 from quatro_ray.seeding import seed_of
 from quatro_ray.types import EngineLoad, Query, Rollout, RolloutGroup, SamplingParams
@@ -22,7 +24,8 @@ from quatro_ray.types import EngineLoad, Query, Rollout, RolloutGroup, SamplingP
 if TYPE_CHECKING:
     from vllm.v1.engine.async_llm import AsyncLLM
 
-    from quatro_ray.engines.token_counter import TokenCounter
+_CHECKED_SAMPLES = 4
+"""Samples for each sequence of a check."""
 
 
 class GenerationEngine:
@@ -44,7 +47,7 @@ class GenerationEngine:
         self._version = -1
         self._num_running = 0
         self._num_generated_tokens = 0
-        self._counter: TokenCounter | None = None
+        self._counter = TokenCounter()
         self._llm: AsyncLLM | None = None
 
     @property
@@ -63,13 +66,23 @@ class GenerationEngine:
         from vllm.engine.arg_utils import AsyncEngineArgs
         from vllm.v1.engine.async_llm import AsyncLLM
 
-        from quatro_ray.engines.token_counter import TokenCounter
-
-        self._counter = TokenCounter()
         args = AsyncEngineArgs(**self._engine_args())
         self._llm = AsyncLLM.from_engine_args(args, stat_loggers=[self._counter.factory])
+        self._check_devices(self._llm.vllm_config.parallel_config.world_size_across_dp)
+        if self._device == "cpu" and self._config.pipeline_parallel_size > 1:
+            # vLLM 0.32 makes the buffers between the stages in a first pass, which it leaves out on CPU
+            await self.llm.collective_rpc("execute_dummy_batch")
         await self.llm.update_weight_version("0")
         self._version = 0
+
+    def _check_devices(self, resolved: int) -> None:
+        """Raise ConfigError if vLLM takes another number of devices than were reserved, and meet the learner so."""
+        if resolved != self._config.devices_per_engine:
+            raise ConfigError(
+                f"generator.engine_args: vLLM would give an engine {resolved} devices, and "
+                f"{self._config.devices_per_engine} are reserved (tensor_parallel_size x pipeline_parallel_size x "
+                "data_parallel_size); remove the argument that changes their number"
+            )
 
     def _engine_args(self) -> dict[str, Any]:
         config = self._config
@@ -78,6 +91,8 @@ class GenerationEngine:
             "dtype": config.dtype,
             "seed": self._seed,
             "tensor_parallel_size": config.tensor_parallel_size,
+            "pipeline_parallel_size": config.pipeline_parallel_size,
+            "data_parallel_size": config.data_parallel_size,
             "max_num_seqs": 1 if config.deterministic else config.max_num_seqs,
             "max_model_len": config.max_prompt_tokens + config.max_response_tokens,
             # log-probs of the distribution that was sampled from, after temperature and top-p
@@ -86,11 +101,12 @@ class GenerationEngine:
             "enable_prefix_caching": not config.deterministic,
             "disable_log_stats": True,
         }
-        if config.tensor_parallel_size > 1:
+        workers = config.tensor_parallel_size * config.pipeline_parallel_size
+        if workers > 1:
             # in a placement group vLLM would look for its own bundles by default; the actor already has the devices
             args["distributed_executor_backend"] = "mp"
         if self._device == "cpu":
-            args |= cpu_args(config.kv_cache_gib, config.tensor_parallel_size)
+            args |= cpu_args(config.kv_cache_gib, workers)
             if config.max_num_batched_tokens is not None:
                 args["max_num_batched_tokens"] = config.max_num_batched_tokens
         else:
@@ -213,9 +229,11 @@ class GenerationEngine:
         return EngineLoad(
             num_running=self._num_running,
             num_generated_tokens=self._num_generated_tokens,
-            num_sampled_tokens=self._counter.num_sampled_tokens if self._counter else 0,
+            num_sampled_tokens=self._counter.num_sampled_tokens,
             is_alive=self._llm is None or not self._llm.errored,
-            kv_cache_usage=self._counter.kv_cache_usage if self._counter else 0.0,
+            kv_cache_usage=self._counter.kv_cache_usage,
+            num_draft_tokens=self._counter.num_draft_tokens,
+            num_accepted_tokens=self._counter.num_accepted_tokens,
         )
 
     # Weight transfer: vLLM's own calls, in the order init → pause → start → update → finish → resume
@@ -280,6 +298,29 @@ class GenerationEngine:
             found = output.prompt_logprobs
         assert found is not None
         return [position[token].logprob for position, token in zip(found[1:], token_ids[1:], strict=True)]
+
+    async def sampling_error(self, sequences: list[list[int]]) -> float:
+        """Return by how much the behaviour log-probs of sampled tokens differ from the scores of the same tokens.
+
+        Speculative decoding and the like must not change them; `score` itself samples nothing.
+
+        Args:
+            sequences: of at least two tokens. The first half of each is a prompt, and the samples are as long as the
+                rest.
+
+        Returns:
+            The mean absolute difference, nats at temperature 1; NaN if any log-prob is.
+        """
+
+        async def differences(ids: list[int]) -> list[float]:
+            half = len(ids) // 2
+            sampling = SamplingParams(1.0, 1.0, len(ids) - half, 0)
+            rollouts = await self._complete(ids[:half], sampling, _CHECKED_SAMPLES)
+            scores = await self.score([[*ids[:half], *map(int, rollout.token_ids)] for rollout in rollouts])
+            pairs = zip(rollouts, scores, strict=True)
+            return [x for r, found in pairs for x in np.abs(r.behavior_logprobs - np.asarray(found[half - 1 :]))]
+
+        return float(np.mean(np.concatenate(await asyncio.gather(*map(differences, sequences)))))
 
     async def weight_checksums(self) -> dict[str, str]:
         """Return the SHA-256 of every worker's parameters by name."""

@@ -57,15 +57,22 @@ def check_folder(config: Config) -> None:
         check_weights(Path(config.model.path))
 
 
-def check_heads(config: Config) -> None:
-    """Raise ConfigError if the attention heads cannot be divided among the devices that are to share them."""
+def check_division(config: Config) -> None:
+    """Raise ConfigError if the layers or heads cannot be divided among the devices that are to share them."""
     if isinstance(config.model, TinyModelConfig):
+        layers: int | None = config.model.num_layers
         heads: int | None = config.model.num_heads
         key_heads: int | None = max(1, config.model.num_heads // 2)
     else:
         model = _load_config(config.model.path)
+        layers = getattr(model, "num_hidden_layers", None)
         heads = getattr(model, "num_attention_heads", None)
         key_heads = getattr(model, "num_key_value_heads", None)
+    stages = config.generator.pipeline_parallel_size
+    if isinstance(layers, int) and stages > layers:
+        raise ConfigError(
+            f"generator.pipeline_parallel_size={stages}: must be at most the model's {layers} layers; lower it"
+        )
     for name, size in (
         ("generator.tensor_parallel_size", config.generator.tensor_parallel_size),
         ("learner.sequence_parallel_size", config.learner.sequence_parallel_size),

@@ -21,8 +21,9 @@ from quatro_ray.evaluation.engine_pool import FixedPool, PoolLost
 from quatro_ray.evaluation.metrics import evaluate
 from quatro_ray.evaluation.sampler import Sampler
 from quatro_ray.seeding import seed_of
+from quatro_ray.telemetry.evaluation_result import EvaluationResult
 from quatro_ray.timeouts import within
-from quatro_ray.types import EvaluationResult, Query, SamplingParams
+from quatro_ray.types import Query, SamplingParams
 
 _SHUTDOWN_S = 30
 

@@ -10,7 +10,8 @@ from typing import Protocol
 
 import numpy as np
 
-from quatro_ray.types import EvaluationResult, GroupSummary, Query, SamplingParams
+from quatro_ray.telemetry.evaluation_result import EvaluationResult
+from quatro_ray.types import GroupSummary, Query, SamplingParams
 
 
 class Pools(Protocol):

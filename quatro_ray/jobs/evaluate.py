@@ -18,7 +18,8 @@ from quatro_ray.jobs.preflight import check_evaluation
 from quatro_ray.orchestrator.cluster import spawn_evaluation
 from quatro_ray.orchestrator.connection import connect
 from quatro_ray.telemetry.console import Progress
-from quatro_ray.types import EvaluationResult, Query
+from quatro_ray.telemetry.evaluation_result import EvaluationResult
+from quatro_ray.types import Query
 
 _logger = logging.getLogger(__name__)
 

@@ -17,8 +17,8 @@ from quatro_ray.engines.forward_measurement import measure_forward
 from quatro_ray.engines.objective_check import check_objective
 from quatro_ray.engines.pretrained import (
     bos_token_of,
+    check_division,
     check_folder,
-    check_heads,
     check_positions,
     tokenizer_of,
 )
@@ -130,7 +130,7 @@ def _check_model(config: Config, problems: Problems) -> None:
 _CHECKS: tuple[Callable[[Config], None], ...] = (
     check_folder,
     check_positions,
-    check_heads,
+    check_division,
     check_engine_args,
 )
 """Checks that need nothing but the configuration; each raises ConfigError."""

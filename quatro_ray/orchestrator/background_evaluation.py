@@ -10,8 +10,9 @@ from pathlib import Path
 from typing import Protocol
 
 from quatro_ray.telemetry.counters import Counters
+from quatro_ray.telemetry.evaluation_result import EvaluationResult
 from quatro_ray.telemetry.recorder import Recorder
-from quatro_ray.types import EvaluationResult, Query
+from quatro_ray.types import Query
 
 _MAX_PENDING = 2
 

@@ -170,7 +170,7 @@ async def spawn(config: Config, model_path: str) -> Cluster:
         config.learner,
         config.weight_sync,
         config.sync_backend,
-        config.generator.tensor_parallel_size,
+        config.generator.devices_per_engine,
     )
     scoring = ScoringActors.spawn(place, model_path)
     environments = scoring.by_source(config)

@@ -53,9 +53,8 @@ def _memory(config: Config, plan: Sequence[Bundle]) -> list[str]:
         return []
     engines = sum(b.role in ("generator", "evaluator") for b in plan)
     cache = config.generator.kv_cache_gib or CPU_KV_CACHE_GIB
-    each = cache * 2**30
-    weights = weight_bytes_per_device(config, num_parameters(config) or 0) * config.generator.tensor_parallel_size
-    need, have = engines * (each + weights), get_system_memory()
+    each = cache * 2**30 + weight_bytes_per_device(config, num_parameters(config) or 0)
+    need, have = engines * config.generator.devices_per_engine * each, get_system_memory()
     if need <= have:
         return []
     return [

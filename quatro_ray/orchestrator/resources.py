@@ -38,12 +38,8 @@ def bundles(config: Config) -> list[Bundle]:
         return [Bundle(role, i, {k: v for k, v in resources.items() if v} or {"CPU": 0.001}) for i in range(count)]
 
     return [
-        *make(
-            "generator", config.generator.num_engines, cluster.cpus_per_engine, config.generator.tensor_parallel_size
-        ),
-        *make(
-            "evaluator", config.evaluation.num_engines, cluster.cpus_per_engine, config.generator.tensor_parallel_size
-        ),
+        *make("generator", config.generator.num_engines, cluster.cpus_per_engine, config.generator.devices_per_engine),
+        *make("evaluator", config.evaluation.num_engines, cluster.cpus_per_engine, config.generator.devices_per_engine),
         *make("learner", config.learner.num_ranks, cluster.cpus_per_rank, 1),
         *(
             bundle
@@ -113,10 +109,11 @@ def weight_bytes_per_device(config: Config, parameters: int) -> float:
     """Return the bytes of an engine's weights on each of its devices.
 
     Args:
-        config: its `generator` section gives the dtype and the number of devices.
+        config: its `generator` section gives the dtype and the number of devices that divide the weights.
         parameters: number of the model's parameters.
     """
-    return parameters * _BYTES[config.generator.dtype] / config.generator.tensor_parallel_size
+    shares = config.generator.tensor_parallel_size * config.generator.pipeline_parallel_size
+    return parameters * _BYTES[config.generator.dtype] / shares
 
 
 def describe(config: Config) -> str:

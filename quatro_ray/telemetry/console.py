@@ -8,7 +8,8 @@ from typing import cast
 from rich.console import Console
 from rich.status import Status
 
-from quatro_ray.types import EvaluationResult, StepMetrics
+from quatro_ray.telemetry.evaluation_result import EvaluationResult
+from quatro_ray.types import StepMetrics
 
 _SECONDS_BETWEEN_LINES = 5.0
 

@@ -7,7 +7,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
-from quatro_ray.types import EvaluationResult, GenerationSummary, GroupSummary
+from quatro_ray.telemetry.evaluation_result import EvaluationResult
+from quatro_ray.types import GenerationSummary, GroupSummary
 
 
 @dataclass

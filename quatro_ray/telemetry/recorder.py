@@ -14,8 +14,9 @@ from typing import Any
 
 from quatro_ray.telemetry.append_log import AppendLog
 from quatro_ray.telemetry.console import Progress
+from quatro_ray.telemetry.evaluation_result import EvaluationResult
 from quatro_ray.telemetry.logs import without_secrets
-from quatro_ray.types import EngineLoad, EvaluationResult, StepMetrics
+from quatro_ray.types import EngineLoad, StepMetrics
 
 _OF_EVALUATIONS = ("evaluations", "evaluation_rollouts")
 _BY_STEP = ("metrics", "rollouts", *_OF_EVALUATIONS)

@@ -14,6 +14,8 @@ from collections.abc import Awaitable, Sequence
 from dataclasses import dataclass
 from typing import Any, Generic, Protocol, TypeVar
 
+import numpy as np
+
 from quatro_ray.config import WeightSyncConfig
 from quatro_ray.errors import WeightSyncError
 from quatro_ray.failures import TransferFailed
@@ -52,6 +54,10 @@ class Engine(Protocol):
 
     async def score(self, sequences: list[list[int]]) -> list[list[float]]:
         """Return the log-prob of each token but the first, in nats at temperature 1."""
+        ...
+
+    async def sampling_error(self, sequences: list[list[int]]) -> float:
+        """Return the mean difference of sampled tokens' log-probs from their scores, nats at temperature 1."""
         ...
 
 
@@ -102,7 +108,8 @@ class Update:
         num_in_flight: groups and turns of episodes that were paused and then continued.
         pause_s: time during which generation was paused, seconds.
         transfer_s: time of the transfer alone, seconds.
-        logprob_abs_diff: largest mean difference between an engine and the learner, nats; None without a check.
+        logprob_abs_diff: largest mean difference between an engine and the learner, or between an engine's sampled
+            log-probs and its scores, nats; None without a check.
     """
 
     version: int
@@ -211,13 +218,18 @@ class WeightSyncCoordinator(Generic[SlotT]):
         expected = await check.learner.score_fixed(check.max_tokens)
         if not expected:
             return slots, None
-        scores = await self._each(slots, "score", check.deadline_s, [s.token_ids for s in expected])
-        differences = {slot: mean_difference(expected, found) for slot, found in scores.items()}
-        for slot, difference in differences.items():
-            if difference <= check.max_nats:
+        sequences = [scored.token_ids for scored in expected]
+        scores = await self._each(slots, "score", check.deadline_s, sequences)
+        sampled = await self._each(list(scores), "sampling_error", check.deadline_s, sequences)
+        differences = {}
+        for slot, of_samples in sampled.items():
+            of_scores = mean_difference(expected, scores[slot])
+            differences[slot] = float(np.maximum(of_scores, of_samples))  # NaN if one of them is
+            if differences[slot] <= check.max_nats:
                 self._disagreements.pop(slot.index, None)
             else:
-                self._disagrees(slot, f"differs from the learner by {difference:.3g} nats under version {version}")
+                own = f", and what it samples from its own scores by {of_samples:.3g} nats,"
+                self._disagrees(slot, f"differs from the learner by {of_scores:.3g} nats{own} under version {version}")
         largest = max(differences.values(), default=None)
         agreeing = [slot for slot, difference in differences.items() if difference <= check.max_nats]
         to_refit = any(self._disagreements.get(slot.index) == 1 for slot in differences)
@@ -235,8 +247,9 @@ class WeightSyncCoordinator(Generic[SlotT]):
             self._lost(slot, f"{rule}, also after it got the weights again")
         else:
             raise WeightSyncError(
-                f"generator {slot.index} {rule}, also after a restart. The engine does not load weights right: see "
-                "docs/models.md, or set weight_sync.max_logprob_abs_diff if this is rounding"
+                f"generator {slot.index} {rule}, also after a restart. The engine does not load weights right, or an "
+                "argument in generator.engine_args changes what it samples: see docs/models.md, or set "
+                "weight_sync.max_logprob_abs_diff if this is rounding"
             )
 
     async def _connect(self, slots: list[SlotT]) -> None:

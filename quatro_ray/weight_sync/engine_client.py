@@ -21,7 +21,7 @@ class EngineClient:
         engines: handles that only `submit` looks into.
         submit: starts a call.
         wait: collects futures within a number of seconds, or raises.
-        workers_per_engine: tensor-parallel size; the workers of engine i are the ranks from 1 + i·size on.
+        workers_per_engine: devices of an engine; the workers of engine i are the ranks from 1 + i·size on.
         rendezvous_deadline_s: for connecting.
         transfer_deadline_s: for each of the calls of an update.
     """

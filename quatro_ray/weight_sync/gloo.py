@@ -27,7 +27,7 @@ from vllm.distributed.weight_transfer.base import (
 
 @dataclass(kw_only=True)
 class GlooInitInfo(WeightTransferInitInfo):
-    """Arguments for a worker to join; its rank is `rank_offset` plus its rank inside the engine."""
+    """Arguments for a worker to join; its rank is `rank_offset` plus its number inside the engine."""
 
     master_address: str
     master_port: int
@@ -83,7 +83,8 @@ class GlooWeightTransferEngine(WeightTransferEngine[GlooInitInfo, GlooUpdateInfo
 
     def init_transfer_engine(self, init_info: GlooInitInfo) -> None:
         """Join the process group; this blocks until the trainer joins, for at most `timeout_s`."""
-        rank = init_info.rank_offset + self.parallel_config.rank
+        parallel = self.parallel_config
+        rank = init_info.rank_offset + parallel.data_parallel_index * parallel.world_size + parallel.rank
         self._group = _join(
             init_info.master_address, init_info.master_port, rank, init_info.world_size, init_info.timeout_s
         )

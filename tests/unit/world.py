@@ -27,11 +27,11 @@ from quatro_ray.orchestrator.controller import Controller
 from quatro_ray.replay.buffer import ReplayBuffer
 from quatro_ray.telemetry.console import Progress
 from quatro_ray.telemetry.counters import Counters
+from quatro_ray.telemetry.evaluation_result import EvaluationResult
 from quatro_ray.telemetry.recorder import Recorder
 from quatro_ray.types import (
     DropReason,
     EngineLoad,
-    EvaluationResult,
     GenerationSummary,
     GroupSummary,
     Query,
@@ -138,6 +138,9 @@ class FakeGenerator:
         return self.version
 
     async def score(self, sequences: list[list[int]]) -> list[list[float]]:
+        raise NotImplementedError("the world has no tokens")
+
+    async def sampling_error(self, sequences: list[list[int]]) -> float:
         raise NotImplementedError("the world has no tokens")
 
     async def stacks(self) -> str:

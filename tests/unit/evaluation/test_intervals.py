@@ -5,7 +5,7 @@ import pytest
 from numpy.typing import NDArray
 
 from quatro_ray.evaluation.metrics import interval
-from quatro_ray.types import EvaluationResult
+from quatro_ray.telemetry.evaluation_result import EvaluationResult
 
 EXACT = 0.95
 DIFFICULTIES = [(0.5, 0.5), (0.1, 0.9), (0.3, 3.0), (2.0, 2.0), (20.0, 20.0), (1.0, 30.0)]

@@ -20,7 +20,7 @@ from quatro_ray.engines.weight_files import check_weights, num_weights
 from quatro_ray.errors import ConfigError
 from quatro_ray.jobs.preflight import check
 from quatro_ray.orchestrator.host import check_host
-from quatro_ray.orchestrator.resources import describe
+from quatro_ray.orchestrator.resources import bundles, describe, weight_bytes_per_device
 from tests.make import config
 
 
@@ -135,6 +135,19 @@ def test_heads_that_several_devices_cannot_share(tmp_path: Path, folder: Path) -
     change(folder, num_attention_heads=12, num_key_value_heads=6)
     over = {"generator": {"max_prompt_tokens": 16, "max_response_tokens": 8, "tensor_parallel_size": 4}}
     assert "must divide the model's 6 key-value heads, or be a multiple" in problems(tmp_path, folder, **over)
+
+
+def test_layers_that_several_stages_cannot_share(tmp_path: Path, folder: Path) -> None:
+    over = {"generator": {"max_prompt_tokens": 16, "max_response_tokens": 8, "pipeline_parallel_size": 8}}
+    assert "pipeline_parallel_size=8: must be at most the model's 2 layers" in problems(tmp_path, folder, **over)
+
+
+def test_an_engine_reserves_a_device_for_each_worker_of_each_copy(tmp_path: Path) -> None:
+    sizes = {"tensor_parallel_size": 2, "pipeline_parallel_size": 3, "data_parallel_size": 4}
+    planned = bundles(config(tmp_path, cluster={"device": "cuda"}, generator=sizes))
+    assert [b.resources["GPU"] for b in planned if b.role == "generator"] == [24]
+    per_device = weight_bytes_per_device(config(tmp_path, generator=sizes), 600)
+    assert per_device == 400  # float32, and each copy has all weights
 
 
 @pytest.mark.parametrize("kind", ["float32", "bfloat16"])

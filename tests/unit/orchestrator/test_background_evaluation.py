@@ -13,8 +13,8 @@ import pytest
 from quatro_ray.orchestrator.background_evaluation import BackgroundEvaluation
 from quatro_ray.telemetry.console import Progress
 from quatro_ray.telemetry.counters import Counters
+from quatro_ray.telemetry.evaluation_result import EvaluationResult
 from quatro_ray.telemetry.recorder import Recorder
-from quatro_ray.types import EvaluationResult
 
 
 def result(version: int, step: int) -> EvaluationResult:

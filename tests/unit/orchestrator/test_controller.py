@@ -12,7 +12,7 @@ from ray.exceptions import RayTaskError
 
 from quatro_ray.errors import ClusterError, StallError, WeightSyncError
 from quatro_ray.failures import TransferFailed
-from quatro_ray.types import EvaluationResult
+from quatro_ray.telemetry.evaluation_result import EvaluationResult
 from tests.unit.world import FakeEvaluator, FakeGenerator, World
 
 

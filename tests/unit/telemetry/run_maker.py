@@ -12,8 +12,9 @@ from typing import Any
 from quatro_ray.replay.batch_metrics import batch_metrics
 from quatro_ray.replay.serialization import readable
 from quatro_ray.telemetry.console import Progress
+from quatro_ray.telemetry.evaluation_result import EvaluationResult
 from quatro_ray.telemetry.recorder import Recorder
-from quatro_ray.types import EngineLoad, EvaluationResult, Query, RolloutGroup, Score, StepMetrics
+from quatro_ray.types import EngineLoad, Query, RolloutGroup, Score, StepMetrics
 from tests.make import group, rollout
 
 LONG_NAME = "questions_of_the_third_grade_with_a_very_long_name_indeed"

@@ -7,7 +7,8 @@ import json
 import pytest
 
 from quatro_ray.telemetry.counters import Counters, StepCounters
-from quatro_ray.types import DropReason, EvaluationResult, GenerationSummary, GroupSummary
+from quatro_ray.telemetry.evaluation_result import EvaluationResult
+from quatro_ray.types import DropReason, GenerationSummary, GroupSummary
 
 
 def summary(*values: float, timeouts: int = 0) -> GroupSummary:

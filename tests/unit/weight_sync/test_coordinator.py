@@ -20,6 +20,7 @@ class Engine:
         self.version, self.paused, self.calls = 0, False, []  # type: ignore[var-annotated]
         self.off_by: list[float] = []
         """By how many nats each of the next scores is wrong."""
+        self.sampling_off_by = 0.0
 
     async def _maybe_hang(self, name: str) -> None:
         self.calls.append(name)
@@ -43,6 +44,10 @@ class Engine:
         await self._maybe_hang("score")
         off = self.off_by.pop(0) if self.off_by else 0.0
         return [[-1.0 + off] * (len(ids) - 1) for ids in sequences]
+
+    async def sampling_error(self, sequences: list[list[int]]) -> float:
+        await self._maybe_hang("sampling_error")
+        return self.sampling_off_by
 
 
 class EngineSlot:
@@ -238,14 +243,15 @@ def test_one_that_still_differs_is_restarted_and_the_others_go_on() -> None:
     (update,), _ = checked(fleet, 1)
     assert [slot.index for slot in fleet.holding] == [1]
     (why,) = fleet.whys
-    assert "differs from the learner by 3 nats under version 1; at most 0.01 nats are rounding, also after it" in why
+    assert "differs from the learner by 3 nats, and what it samples" in why
+    assert "by 0 nats, under version 1; at most 0.01 nats are rounding, also after it" in why
     assert update.version == 1
 
 
 def test_one_that_differs_after_its_restart_ends_the_run_with_the_reason() -> None:
     fleet = Fleet(engine_off_by(3.0, 3.0))
     fleet.successors[0] = engine_off_by(2.5)
-    with pytest.raises(WeightSyncError, match=r"generator 0 differs from the learner by 2\.5 nats .* after a restart"):
+    with pytest.raises(WeightSyncError, match=r"generator 0 differs from the learner by 2\.5 nats.* after a restart"):
         checked(fleet, 1)
     assert not fleet.holding
 
@@ -263,10 +269,21 @@ def test_log_probs_that_are_not_numbers_are_a_difference() -> None:
     assert "differs from the learner by nan nats" in fleet.whys[0]
 
 
-def test_an_engine_that_does_not_score_in_time_is_lost() -> None:
-    fleet = Fleet(Engine(stuck_in="score"), Engine())
+@pytest.mark.parametrize("nats", [0.02, float("nan")])
+def test_sampled_log_probs_that_are_not_the_scores_are_a_difference(nats: float) -> None:
+    engine = Engine()
+    engine.sampling_off_by = nats
+    fleet = Fleet(engine, Engine())
     checked(fleet, 1)
-    assert fleet.whys == ["weight sync: 'score' missed its deadline of 0.1 s"]
+    assert [slot.index for slot in fleet.holding] == [1]
+    assert f"what it samples from its own scores by {nats:.3g} nats" in fleet.whys[0]
+
+
+@pytest.mark.parametrize("method", ["score", "sampling_error"])
+def test_an_engine_that_does_not_score_in_time_is_lost(method: str) -> None:
+    fleet = Fleet(Engine(stuck_in=method), Engine())
+    checked(fleet, 1)
+    assert fleet.whys == [f"weight sync: {method!r} missed its deadline of 0.1 s"]
 
 
 def test_engines_that_take_no_second_token_are_not_checked() -> None:
