@@ -86,18 +86,25 @@ class Client:
         self._call("finish_weight_update", 1)
 
 
-async def with_engine(path: Path, work: Callable[[Any], Any]) -> Any:
-    """Start an engine on a model, and return what the coroutine `work` returns for it."""
+async def with_engine(path: Path, work: Callable[[Any], Any], **settings: object) -> Any:
+    """Start an engine on a model, and return what the coroutine `work` returns for it.
+
+    Args:
+        path: folder of the model.
+        work: is called with the engine, once it is ready.
+        settings: fields of `generator` other than the default ones.
+    """
     from quatro_ray.config import GeneratorConfig
     from quatro_ray.engines.generation import GenerationEngine
 
-    config = GeneratorConfig(
-        max_prompt_tokens=_MAX_TOKENS,
-        max_response_tokens=16,
-        dtype="float32",
-        kv_cache_gib=0.1,
-        deterministic=True,  # no cache of prefixes, which would keep the keys and values of older weights
-    )
+    fields: dict[str, object] = {
+        "max_prompt_tokens": _MAX_TOKENS,
+        "max_response_tokens": 16,
+        "dtype": "float32",
+        "kv_cache_gib": 0.1,
+        "deterministic": True,  # no cache of prefixes, which would keep the keys and values of older weights
+    }
+    config = GeneratorConfig.model_validate(fields | settings)
     engine = GenerationEngine(str(path), config, device="cpu", sync_backend="gloo", seed=0)
     try:
         await engine.start()
@@ -123,7 +130,7 @@ def free_port() -> int:
         return int(server.getsockname()[1])
 
 
-def send(model: Any, engine: Any, loop: asyncio.AbstractEventLoop) -> None:
+def send(model: Any, engine: Any, loop: asyncio.AbstractEventLoop, num_workers: int = 1) -> None:
     """Send all weights, under their names and in their layout on disk, as a learner of one rank does."""
     from quatro_ray.engines.policy import as_on_disk
     from quatro_ray.weight_sync.sender import open_transfer
@@ -135,7 +142,7 @@ def send(model: Any, engine: Any, loop: asyncio.AbstractEventLoop) -> None:
         rank=0,
         master_address="127.0.0.1",
         master_port=free_port(),
-        num_workers=1,
+        num_workers=num_workers,
         deadline_s=DEADLINE_S,
         client=Client(engine, loop),  # type: ignore[arg-type]  # the calls that vLLM's trainer makes
         source=source,

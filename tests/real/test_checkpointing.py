@@ -159,7 +159,7 @@ def ranks(model_path: str, count: int, sub_group_size: int | None = None, **sett
     made = RankActor.options(num_cpus=0.25, runtime_env=env)  # type: ignore[attr-defined]
     actors = [made.remote(model_path, config, rank, sub_group_size) for rank in range(count)]
     try:
-        address, port = ray.get(actors[0].meeting_point.remote(), timeout=120)
+        address, port = ray.get(actors[0].meeting_point.remote(), timeout=300)
         ray.get([a.start.remote(address, port) for a in actors], timeout=240)
         yield Ranks(actors)
     finally:

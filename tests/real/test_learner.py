@@ -73,7 +73,7 @@ def learners(model_path: str, objective: str = "quatro", **settings: Any) -> Ite
     actors = [made.remote(spec, rank=i) for i in range(2)]
     try:
         head = [actors[0].address.remote(), actors[0].free_port.remote()]
-        address, port = ray.get(head, timeout=120)
+        address, port = ray.get(head, timeout=300)
         ray.get([a.start.remote(address, port) for a in actors], timeout=240)
         yield Learners(actors, config)
     finally:

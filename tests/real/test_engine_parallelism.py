@@ -1,7 +1,9 @@
-"""An engine of two workers receives each update whole: its log-probs are the learner's, version after version."""
+"""An engine of two devices receives each update whole: its log-probs are the learner's, version after version."""
 
 from dataclasses import replace
 from pathlib import Path
+
+import pytest
 
 from quatro_ray.config import TinyModelConfig
 from quatro_ray.engines.tiny_model import make_model, save_pretrained
@@ -26,11 +28,12 @@ def sample(ring: Ring) -> tuple[RolloutGroup, ...]:
     return (replace(group, rollouts=tuple(replace(r, score=Score(i % 2)) for i, r in enumerate(group.rollouts))),)
 
 
-def test_both_workers_follow_the_learner(local_ray: None, tmp_path: Path) -> None:
+@pytest.mark.parametrize("kind", ["tensor", "pipeline", "data"])
+def test_both_workers_follow_the_learner(local_ray: None, tmp_path: Path, kind: str) -> None:
     tokenizer = make_tokenizer()
     model = make_model(TinyModelConfig(kind="tiny", hidden_size=128, num_heads=4), tokenizer, 0)
     save_pretrained(model, tokenizer, tmp_path / "model")
-    ring = start_ring(config(tmp_path, generator={"tensor_parallel_size": 2}), str(tmp_path / "model"))
+    ring = start_ring(config(tmp_path, generator={f"{kind}_parallel_size": 2}), str(tmp_path / "model"))
     ring.cluster.fleet.started(synced=True)
     try:
         old = sample(ring)
