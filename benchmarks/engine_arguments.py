@@ -14,6 +14,7 @@ refuses it. The engine with weights in int8 needs the package torchao, and is le
 from __future__ import annotations
 
 import asyncio
+import copy
 import importlib.util
 import json
 import os
@@ -85,16 +86,16 @@ def measure(kind: str) -> dict[str, Any]:
     """Return what is found for one kind of engine, before and after an update."""
     import torch
 
-    from quatro_ray.config import TinyModelConfig
+    from quatro_ray.config import GeneratorConfig, TinyModelConfig
     from quatro_ray.engines.tiny_model import make_model, save_pretrained
     from quatro_ray.engines.tiny_tokenizer import make_tokenizer
     from quatro_ray.weight_sync.agreement import fixed_sequences
 
-    settings = json.loads(json.dumps(KINDS[kind]))
+    settings = copy.deepcopy(KINDS[kind])
     if "quantization" in settings.get("engine_args", {}):
         settings["engine_args"]["hf_overrides"] = int8_arguments()
-    devices = settings.get("tensor_parallel_size", 1) * settings.get("pipeline_parallel_size", 1)
-    devices *= settings.get("data_parallel_size", 1)
+    settings |= {"deterministic": False, "max_response_tokens": _TOKENS, "max_num_seqs": 64}
+    devices = GeneratorConfig.model_validate({"max_prompt_tokens": 1} | settings).devices_per_engine
     tokenizer = make_tokenizer()
     model = make_model(TinyModelConfig(kind="tiny", hidden_size=128, num_heads=4), tokenizer, 0).eval()
     with torch.no_grad():
@@ -113,7 +114,6 @@ def measure(kind: str) -> dict[str, Any]:
 
     with tempfile.TemporaryDirectory() as folder:
         save_pretrained(model, tokenizer, Path(folder))
-        settings |= {"deterministic": False, "max_response_tokens": _TOKENS, "max_num_seqs": 64}
         asyncio.run(with_engine(Path(folder), work, **settings))
     return found
 
@@ -122,7 +122,10 @@ def in_a_process(kind: str) -> dict[str, Any]:
     """Return what `measure` finds, in a process of its own."""
     command = [sys.executable, "-m", "benchmarks.engine_arguments", "--one", kind]
     environment = os.environ | ENV | {"TORCHDYNAMO_DISABLE": "1"}
-    done = subprocess.run(command, capture_output=True, text=True, timeout=DEADLINE_S, env=environment)
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, timeout=DEADLINE_S, env=environment)
+    except subprocess.TimeoutExpired:
+        raise SystemExit(f"{kind}: not ready after {DEADLINE_S} s") from None
     for line in reversed(done.stdout.splitlines()):
         if line.startswith('{"before"'):
             found: dict[str, Any] = json.loads(line)
@@ -142,10 +145,14 @@ def main() -> int:
     if sys.argv[1:2] == ["--one"]:
         print(json.dumps(measure(sys.argv[2])), flush=True)
         return 0
-    kinds = [kind for kind in KINDS if not sys.argv[1:] or kind in sys.argv[1:]]
-    if importlib.util.find_spec("torchao") is None:
+    if unknown := set(sys.argv[1:]) - set(KINDS):
+        raise SystemExit(f"{', '.join(sorted(unknown))}: must be one of {', '.join(map(repr, KINDS))}")
+    kinds = sys.argv[1:] or list(KINDS)
+    if any("torchao" in kind for kind in kinds) and importlib.util.find_spec("torchao") is None:
         kinds = [kind for kind in kinds if "torchao" not in kind]
         print("torchao is not installed: no engine with weights in int8")
+    if not kinds:
+        raise SystemExit("nothing was measured")
     print("| engine | nats before an update | after | deviations before | after | drafts accepted |\n|" + "---|" * 6)
     results = {}
     for kind in kinds:

@@ -76,7 +76,7 @@ class GenerationEngine:
         self._version = 0
 
     def _check_devices(self, resolved: int) -> None:
-        """Raise ConfigError if vLLM takes another number of devices than were reserved, and meet the learner so."""
+        """Raise ConfigError if vLLM's number of devices is not the one that was reserved, which the learner expects."""
         if resolved != self._config.devices_per_engine:
             raise ConfigError(
                 f"generator.engine_args: vLLM would give an engine {resolved} devices, and "
