@@ -26,12 +26,10 @@ class QuatroAdvantages:
 
     Attributes:
         advantage: float64 [Q, G], nats; 0 where invalid.
-        stabilizer: float64 [Q], in [0, 1], weight of −p_t log ρ_t in the advantage of a token.
         solution: the trust region's solution, from which the targets were taken.
     """
 
     advantage: Tensor
-    stabilizer: Tensor
     solution: trust_region.Solution
 
 
@@ -40,49 +38,50 @@ def group_mean(values: Tensor, valid: Tensor) -> Tensor:
     return (values * valid).sum(1) / valid.sum(1)
 
 
-def realised_kl(sequence_log_ratio: Tensor, valid: Tensor) -> Tensor:
-    """Estimate KL(β ‖ π_θ) of each query by mean(ρ − 1 − log ρ) ≥ 0.
-
-    Source: the estimator k3 of Schulman 2020, "Approximating KL divergence" (joschu.net/blog/kl-approx.html).
-
-    Args:
-        sequence_log_ratio: [Q, G], log ρ_i = log π_θ(y_i)/β(y_i), nats.
-        valid: bool [Q, G].
-
-    Returns:
-        [Q], nats per response.
-    """
-    # the clamp keeps exp finite if a rollout has become e³⁰ times likelier, which is far outside any budget anyway
-    excess = torch.expm1(sequence_log_ratio.clamp(max=30)) - sequence_log_ratio.clamp(max=30)
-    return group_mean(excess, valid)
-
-
 @torch.no_grad()
-def quatro(
-    rewards: Tensor, valid: Tensor, *, tilt_budget_nats: Tensor, drift_nats: Tensor, drift_radius_nats: Tensor
-) -> QuatroAdvantages:
-    """Return the centred targets t_i − mean t of QUATRO (arXiv 2602.04620), and the weights of its stabiliser.
+def quatro(rewards: Tensor, valid: Tensor, *, tilt_share: float) -> QuatroAdvantages:
+    """Return the centred targets t_i − mean t of QUATRO, t_i = log π*(y_i)/β(y_i); arXiv 2602.04620.
 
-    The advantage of a token is t_i − mean t − c_q p_t log ρ_t (losses.quatro): what the group says, less what the
-    policy has moved already. The targets t_i of a group sum to less than zero, which would push against everything
-    sampled; centring removes that. The weight c_q = min(1, drift/radius) grows as the policy moves away from its
-    samples. At 1, the advantage of a token with p_t = 1 is the residual of the exact solution, which vanishes at π*.
+    The targets t_i of a group sum to less than zero, which would push against everything sampled. Centring removes
+    that.
 
     Args:
         rewards: [Q, G].
         valid: bool [Q, G].
-        tilt_budget_nats: [Q], ε_q, the KL of the targets, nats per response; any value where all rewards are equal.
-        drift_nats: [Q], KL(β ‖ π_θ) since sampling, nats per response.
-        drift_radius_nats: [Q], > 0, drift at which the stabiliser has its full weight, nats per response.
+        tilt_share: κ, see `tilt_budget`, which is the KL of the targets.
     """
     rewards = without_rounding(rewards, valid)
     span = torch.where(valid, rewards, -torch.inf).amax(1) - torch.where(valid, rewards, torch.inf).amin(1)
     differs = span > 0
     cap = torch.where(differs, _MAX_GAP_NATS / span, 1.0)
-    solution = trust_region.solve(rewards, valid, torch.where(differs, tilt_budget_nats, 1.0), cap)
+    budget = torch.where(differs, tilt_budget(rewards, valid, tilt_share), 1.0)
+    solution = trust_region.solve(rewards, valid, budget, cap)
     target = solution.target_log_ratio
     centred = torch.where(valid, target - group_mean(target, valid)[:, None], 0.0)
-    return QuatroAdvantages(centred, (drift_nats / drift_radius_nats).clamp(max=1), solution)
+    return QuatroAdvantages(centred, solution)
+
+
+@torch.no_grad()
+def tilt_budget(rewards: Tensor, valid: Tensor, share: float) -> Tensor:
+    """Return ε_q = share · log(G/k), k being the number of rollouts that have the best reward of their group.
+
+    log(G/k) is the largest KL(w ‖ uniform) that any η reaches: all weight is on the best rollouts. So every group whose
+    rewards differ has an η at which the budget is met exactly, at any length of the responses.
+
+    Source: quatro_ray, docs/algorithm.md.
+
+    Args:
+        rewards: [Q, G].
+        valid: bool [Q, G].
+        share: κ, in (0, 1).
+
+    Returns:
+        float64 [Q], nats per response; 0 if all rewards of a group are equal.
+    """
+    rewards = without_rounding(rewards, valid)
+    best = torch.where(valid, rewards, -torch.inf).amax(1, keepdim=True)
+    is_best = (rewards == best) & valid
+    return -share * group_mean(is_best.double(), valid).log()
 
 
 @torch.no_grad()

@@ -86,3 +86,19 @@ def effective_sample_share(weights: Tensor, valid: Tensor) -> Tensor:
     """
     w = weights * valid
     return w.sum(-1).square() / (valid.sum(-1) * w.square().sum(-1)).clamp_min(torch.finfo(w.dtype).tiny)
+
+
+@torch.no_grad()
+def token_drift(log_ratio: Tensor) -> Tensor:
+    """Estimate KL(β ‖ π) of each token: ρ − 1 − log ρ, or ½ log² ρ if the token has become likelier; float64 [M].
+
+    The two agree to second order. The second one grows slowly, so one token whose ratio is far off cannot decide what
+    the drift of its query is.
+
+    Source: the estimators k3 and k2 of Schulman 2020, "Approximating KL divergence" (joschu.net/blog/kl-approx.html).
+
+    Args:
+        log_ratio: [M], log ρ_t = log π(y_t)/β(y_t), nats.
+    """
+    x = log_ratio.double()
+    return torch.where(x > 0, x.square() / 2, torch.expm1(x) - x)

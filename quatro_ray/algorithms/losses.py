@@ -35,31 +35,42 @@ def quatro(
     policy_logprobs: Tensor,
     behavior_logprobs: Tensor,
     advantage: Tensor,
-    stabilizer: Tensor,
     log_weight: Tensor,
     *,
+    max_shift: float,
     truncation: float,
 ) -> TokenLoss:
-    """Return −w_t (A_i − c_q p_t log ρ_t) log π_θ(y_t), p_t = max(π_θ, β), w_t = min(ρ_t, truncation).
+    """Return −M_t sg[w_t] A_i log π_θ(y_t), w_t = min(ρ_t, truncation), ρ_t = π_θ/β.
 
-    Everything but the last factor is detached. The log-ratio is that of the token alone: the sum over a response of
-    thousands of tokens has a variance that drowns the advantage. The probability p_t leaves rare tokens free: an error
-    that is rare at every token has to become rarer still before long responses are right (docs/algorithm.md).
+    The mask M_t is 0 for a token that would be pushed further from β (A > 0 with ρ > 1, or A < 0 with ρ < 1) and whose
+    probability has moved by more than `max_shift` already.
 
-    Source: QUATRO, arXiv 2602.04620; p_t is ours.
+    Source: the targets A_i are those of QUATRO, arXiv 2602.04620; the mask is that of DPPO, arXiv 2602.04879, eq. 12
+    and 13 (docs/algorithm.md).
 
     Args:
         policy_logprobs: [N], log π_θ(y_t), nats, with gradient.
         behavior_logprobs: [N], log β(y_t), nats, recorded when the token was sampled.
         advantage: [N], centred target of the token's rollout, nats (algorithms/advantages.py).
-        stabilizer: [N], c_q of the token's query, in [0, 1].
         log_weight: [N], log π_θ/β in nats, at the configured level (algorithms/importance.py:leveled).
+        max_shift: δ, largest |π_θ − β| at which a token is pushed outward, a probability.
         truncation: upper bound of w_t.
     """
     weight, cut = importance.truncated(log_weight.detach(), truncation)
-    policy = policy_logprobs.detach()
-    pull = torch.maximum(policy, behavior_logprobs).exp() * (policy - behavior_logprobs)
-    return TokenLoss(-weight * (advantage - stabilizer * pull) * policy_logprobs, cut)
+    dropped = _outward_beyond(policy_logprobs.detach(), behavior_logprobs, advantage, "tv", max_shift)
+    return TokenLoss(torch.where(dropped, 0.0, -weight * advantage * policy_logprobs), dropped | cut)
+
+
+def _outward_beyond(
+    policy_logprobs: Tensor,
+    behavior_logprobs: Tensor,
+    advantage: Tensor,
+    divergence: Divergence,
+    threshold: float,
+) -> Tensor:
+    """Tell which tokens have moved from β by more than the threshold and would be pushed further, bool [N]."""
+    outward = (policy_logprobs - behavior_logprobs) * advantage > 0
+    return outward & (binary_divergence(policy_logprobs, behavior_logprobs, divergence) > threshold)
 
 
 def clipped(
@@ -323,10 +334,8 @@ def dppo(
         upper: C, upper bound of ρ; ∞ for none.
     """
     policy = policy_logprobs.detach()
-    log_ratio = policy - behavior_logprobs
-    weight, cut = importance.truncated(log_ratio, upper)
-    far = binary_divergence(policy, behavior_logprobs, divergence) > threshold
-    dropped = far & (log_ratio * advantage > 0)
+    weight, cut = importance.truncated(policy - behavior_logprobs, upper)
+    dropped = _outward_beyond(policy, behavior_logprobs, advantage, divergence, threshold)
     return TokenLoss(torch.where(dropped, 0.0, -weight * advantage * policy_logprobs), dropped | cut)
 
 

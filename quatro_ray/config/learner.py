@@ -24,7 +24,7 @@ class StepControlConfig(Section):
     """Upper bound of one step's KL however fresh its samples are, nats per token."""
     probe_share: float = Field(0.125, gt=0, le=1)
     """Share of each query's rollouts on which the KL is measured. It costs a pass without gradient over them before the
-    step, which also gives QUATRO's drift, and mostly one after it; raise it if the measured KL is noisy."""
+    step, and mostly one after it; raise it if the measured KL is noisy."""
 
 
 class LearnerConfig(Section):

@@ -22,7 +22,8 @@ class ImportanceConfig(Section):
     """Upper bound of a weight; a bound below 1 would shrink on-policy samples. Lower it if gradients are noisy."""
 
 
-_SPLIT = "set tilt_share for how far one group may tilt the policy, drift_nats_per_token for how far it may drift"
+_SPLIT = "set tilt_share for how far one group may tilt the policy, max_token_shift for how far a token may move"
+_MASK = "max_token_shift stops tokens that have moved too far, at any length and staleness"
 
 
 class QuatroConfig(Section):
@@ -32,22 +33,21 @@ class QuatroConfig(Section):
         "kl_budget_nats": _SPLIT,
         "kl_budget_unit": _SPLIT,
         "headroom_exponent": "tilt_share gives hard queries more room by itself",
-        "shrink_by_ess": "drift_nats_per_token limits drift, which is what lowered the effective sample size",
+        "shrink_by_ess": _MASK,
         "max_eta": "tilt_share bounds every target, on any scale of rewards",
         "eta_cap": "tilt_share bounds every target, on any scale of rewards",
-        "stabilizer": "the stabiliser grows with drift; set drift_nats_per_token",
+        "stabilizer": _MASK,
+        "drift_nats_per_token": _MASK,
+        "staleness_exponent": f"{_MASK}; learner.step_control.window_kl_nats_per_token gives old samples shorter steps",
     }
 
     kind: Literal["quatro"]
     tilt_share: float = Field(0.3, gt=0, lt=1)
     """κ: the targets of a query have a KL of κ log(G/k) nats a response, k of its G rollouts having the best reward.
     log(G/k) is the most that a group allows. Lower it to keep more entropy."""
-    drift_nats_per_token: float = Field(0.006, gt=0)
-    """ε_0: KL since sampling at which the stabiliser has its full weight, on fresh samples, in nats per token. Lower it
-    to hold the policy closer to its samples."""
-    staleness_exponent: float = Field(1.0, ge=0, le=2)
-    """Exponent a: the room for drift is ε_0 (1 + staleness)^a. 1: room for as many steps as the samples are old. 0: no
-    dependence on versions."""
+    max_token_shift: float = Field(0.15, gt=0, le=1)
+    """δ: a token whose probability has moved by more than this since it was sampled is not pushed further. Lower it to
+    stop tokens earlier. 1: none is stopped."""
     importance: ImportanceConfig = ImportanceConfig()
     """Weights π_θ/β of the per-token losses."""
 

@@ -28,9 +28,6 @@ from quatro_ray.engines.zero_engine import ZeroEngine
 from quatro_ray.engines.zero_step import ZeroStep
 from quatro_ray.types import LearnerBatch, MicroBatch, RowLayout, StepMetrics
 
-_LEAST_DRIFT_TOKENS = 256
-"""Response tokens of a query on which its drift is measured at least, if it has so many."""
-
 
 @dataclass(frozen=True)
 class _Row:
@@ -42,12 +39,11 @@ class _Row:
 
 @dataclass(frozen=True)
 class _Batch:
-    """The parts of a batch that all its micro-batches share; the probe, if it was needed before the step."""
+    """The parts of a batch that all its micro-batches share."""
 
     whole: StepBatch
     prepared: Prepared
     collector: Collector
-    probe: Probe | None
 
 
 class BatchTrainer:
@@ -87,15 +83,11 @@ class BatchTrainer:
         learning_rate = self._engine.optimizer.param_groups[0]["lr"]  # step() sets that of the next step
         whole = make_step_batch(batch, self._device)
         rows = [_Row(micro, None) for micro in self.own_rows(batch)]
-        probe = None
-        if len(batch.rows_per_minibatch) > 1 or self._objective.log_ratio_of == "all":
+        if len(batch.rows_per_minibatch) > 1 or self._objective.needs_log_ratio:
             rows, whole = self._score_all(batch, rows, whole)
-        elif self._objective.log_ratio_of == "some":
-            probe = self._probe(batch.micro_batches, whole.valid, _LEAST_DRIFT_TOKENS)
-            whole = replace(whole, log_ratio=probe.log_ratio(whole.rollout_index), measured=probe.scored)
         prepared = self._objective.prepare(whole)
         dist.broadcast(prepared.advantage, src=0)  # all ranks must agree on whether to step, whatever user code does
-        shared = _Batch(whole, prepared, Collector(whole.valid.numel(), self._device, self._ranks), probe)
+        shared = _Batch(whole, prepared, Collector(whole.valid.numel(), self._device, self._ranks))
         updates = [self._minibatch(shared, batch, rows, chosen) for chosen in batch.minibatches()]
         metrics = shared.collector.reduce(whole.rewards, whole.valid) | shared.prepared.diagnostics | _merged(updates)
         if self.entropy_control:
@@ -144,9 +136,7 @@ class BatchTrainer:
     ) -> StepMetrics:
         """Take one optimiser step, under step control; return the metrics of the update."""
         engine = self._engine
-        probe = None
-        if self.step_control:
-            probe = shared.probe or self._probe(micro_batches, shared.whole.valid)
+        probe = self._probe(micro_batches, shared.whole.valid) if self.step_control else None
         for number, row in enumerate(rows, start=1):
             engine.set_gradient_accumulation_boundary(number == len(rows))
             loss = self._loss(row, shared, size)
@@ -166,7 +156,7 @@ class BatchTrainer:
             metrics |= self.step_control.control(lambda: probe.measure(staleness), before.move_to).metrics()
         return metrics
 
-    def _probe(self, micro_batches: tuple[tuple[MicroBatch, ...], ...], valid: Tensor, least_tokens: int = 0) -> Probe:
+    def _probe(self, micro_batches: tuple[tuple[MicroBatch, ...], ...], valid: Tensor) -> Probe:
         return Probe(
             micro_batches,
             (valid.shape[0], valid.shape[1]),
@@ -176,7 +166,6 @@ class BatchTrainer:
             layout=self._row_layout,
             device=self._device,
             logprobs=self.logprobs,
-            least_tokens=least_tokens,
         )
 
     def _loss(self, row: _Row, shared: _Batch, size: BatchSize) -> Tensor:

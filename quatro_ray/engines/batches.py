@@ -66,8 +66,7 @@ class StepBatch:
         valid: bool [Q, G], False where a group is smaller than G.
         rollout_index: int64 [M], cell of the flat [Q·G] list of rollouts.
         staleness: int64 [M], optimiser steps.
-        log_ratio: float64 [M], log π_k − log β, nats, 0 where it was not measured; None unless the objective needs it.
-        measured: bool [Q, G], rollouts whose `log_ratio` was measured; None: all.
+        log_ratio: float64 [M], log π_k − log β, nats; None unless the objective needs it.
     """
 
     rewards: Tensor
@@ -75,7 +74,6 @@ class StepBatch:
     rollout_index: Tensor
     staleness: Tensor
     log_ratio: Tensor | None = None
-    measured: Tensor | None = None
 
     def per_rollout(self, values: Tensor) -> Tensor:
         """Sum values [M] over the tokens of each rollout: float64 [Q, G]."""
@@ -108,13 +106,11 @@ class Prepared:
 
     Attributes:
         advantage: float64 [Q, G].
-        stabilizer: float64 [Q], weight of the stabiliser −p_t log ρ_t; 0 if None. Only QUATRO uses it.
         constant: one number that the token loss needs; only M2PO uses it.
         diagnostics: metrics of the step, mostly one value per query.
     """
 
     advantage: Tensor
-    stabilizer: Tensor | None = None
     constant: float = 0.0
     diagnostics: StepMetrics = field(default_factory=dict)
 
@@ -132,7 +128,6 @@ class TokenBatch:
         policy_logprobs: float32, log π_θ of the targets with gradient; 0 where not `is_response`.
         behavior_logprobs: float32, log β of the targets; 0 where not `is_response`.
         advantage: float32, that of the token's rollout.
-        stabilizer: float32, that of the token's query; see `Prepared`.
         is_response: bool.
         rollout_index: int64, −1 in padding.
         staleness: int64, optimiser steps; 0 where not `is_response`.
@@ -144,7 +139,6 @@ class TokenBatch:
     policy_logprobs: Tensor
     behavior_logprobs: Tensor
     advantage: Tensor
-    stabilizer: Tensor
     is_response: Tensor
     rollout_index: Tensor
     staleness: Tensor
@@ -192,13 +186,11 @@ def make_token_batch(
         start_logprobs: float32 [N], nats; see `TokenBatch`.
     """
     advantage = prepared.advantage
-    stabilizer = torch.zeros_like(advantage[:, 0]) if prepared.stabilizer is None else prepared.stabilizer
     cell = micro.rollout_index.clamp(min=0)
     return TokenBatch(
         policy_logprobs=torch.where(micro.is_response, policy_logprobs, 0.0),
         behavior_logprobs=micro.behavior_logprobs,
         advantage=advantage.flatten()[cell].to(policy_logprobs.dtype),
-        stabilizer=stabilizer[cell // advantage.shape[1]].to(policy_logprobs.dtype),
         is_response=micro.is_response,
         rollout_index=micro.rollout_index,
         staleness=micro.staleness,

@@ -1,10 +1,9 @@
 """KL(π_k ‖ π_k+1) measured on part of the step's batch, with few forward passes and one all-reduce.
 
 The same rows are scored before the step and after it, because the kernels of a GPU depend on the shape of their input:
-against log-probs from other rows, the KL of a step of length 0 would not be 0. The log-probs before the step also tell
-how far the policy has drifted from its samples.
+against log-probs from other rows, the KL of a step of length 0 would not be 0.
 
-Shape letters: N tokens of a row, M response tokens of the batch, Q queries, G rollouts of a query.
+Shape letters: N tokens of a row, Q queries, G rollouts of a query.
 """
 
 from __future__ import annotations
@@ -38,10 +37,6 @@ class Probe:
         device: where the rows are put.
         logprobs: maps a row to the log-probs of its targets under the present weights, float32 [N], nats, 0 outside
             responses; a collective. Called here for the log-probs before the step.
-        least_tokens: further rollouts of a query are scored before the step, until so many response tokens of it are.
-
-    Attributes:
-        scored: bool [Q, G], the rollouts that were scored before the step.
     """
 
     def __init__(
@@ -55,43 +50,13 @@ class Probe:
         layout: RowLayout,
         device: torch.device,
         logprobs: Callable[[MicroBatchTensors], Tensor],
-        least_tokens: int = 0,
     ) -> None:
         self._shape, self._ranks, self._logprobs, self._device = shape, ranks, logprobs, device
-        tokens = _response_tokens(micro_batches, shape)
-        sampled = tokens > 0
-        measured = sampled & (sampled.cumsum(1) <= max(1, round(share * shape[1])))
-        further = sampled & ~measured & (tokens.cumsum(1) - tokens < least_tokens)
-        self.scored = torch.from_numpy(measured | further).to(device)
-        rows = [
-            _own_rows(micro_batches, ranks.row_rank, chosen.flatten(), limit, layout) if chosen.any() else []
-            for chosen in (measured, further)
-        ]
-        self._rows, self._further = ([MicroBatchTensors.copy_from(row, device) for row in part] for part in rows)
+        sampled = _response_tokens(micro_batches, shape) > 0
+        chosen = sampled & (sampled.cumsum(1) <= max(1, round(share * shape[1])))
+        rows = _own_rows(micro_batches, ranks.row_rank, chosen.flatten(), limit, layout)
+        self._rows = [MicroBatchTensors.copy_from(row, device) for row in rows]
         self._start = [logprobs(row) for row in self._rows]
-        self._further_start = [logprobs(row) for row in self._further]
-
-    def log_ratio(self, rollout_index: Tensor) -> Tensor:
-        """Return log π_k − log β of the response tokens of the batch, float64 [M], nats; a collective.
-
-        Args:
-            rollout_index: int64 [M], cells of all response tokens of the batch, each rollout's behind each other.
-
-        Returns:
-            0 for tokens of rollouts that are not `scored`.
-        """
-        places = torch.arange(len(rollout_index), device=self._device)
-        first = torch.full((self._shape[0] * self._shape[1],), len(places), device=self._device)
-        first.scatter_reduce_(0, rollout_index, places, "amin")
-        total = torch.zeros(len(places), dtype=torch.float64, device=self._device)
-        starts = [*self._start, *self._further_start]
-        for row, start in zip([*self._rows, *self._further], starts, strict=True):
-            cell = row.rollout_index[row.is_response]
-            here = torch.arange(len(cell), device=self._device)
-            begin = torch.full_like(first, len(cell)).scatter_reduce_(0, cell, here, "amin")
-            total[first[cell] + here - begin[cell]] = (start - row.behavior_logprobs).double()[row.is_response]
-        self._ranks.sum(total)
-        return total
 
     def measure(self, query_staleness: Tensor) -> ProbeKl:
         """Compare the present weights with those at the start of the step; a collective.

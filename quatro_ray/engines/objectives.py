@@ -9,15 +9,13 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import partial
-from typing import Any, Literal
+from typing import Any
 
 from torch import Tensor
 
 from quatro_ray import config as c
 from quatro_ray.algorithms import advantages, losses
 from quatro_ray.algorithms.aggregation import AggregationMode
-from quatro_ray.algorithms.kl_budget import drift_radius, tilt_budget, token_drift
 from quatro_ray.algorithms.losses import TokenLoss
 from quatro_ray.algorithms.trust_region import Solution, Status
 from quatro_ray.engines.batches import Prepared, StepBatch, TokenBatch
@@ -40,56 +38,34 @@ class Objective:
     Attributes:
         token_loss: maps the tokens of a micro-batch and `Prepared.constant` to losses [N], not normalised.
         prepare: maps the global batch to advantages; GRPO's if a method has none of its own.
-        log_ratio_of: the rollouts whose StepBatch.log_ratio `prepare` reads. Those of all cost one more forward pass,
-            those of some hardly more than step control's probe.
+        needs_log_ratio: whether `prepare` reads StepBatch.log_ratio, which costs one more forward pass.
         loss_agg_mode: aggregation of the paper, used unless learner.loss_agg_mode names another.
     """
 
     token_loss: Callable[[TokenBatch, float], TokenLoss]
     prepare: Callable[[StepBatch], Prepared] = _group_normalised
-    log_ratio_of: Literal["none", "some", "all"] = "none"
+    needs_log_ratio: bool = False
     loss_agg_mode: AggregationMode = "token_mean"
 
 
 def quatro(config: c.QuatroConfig) -> Objective:
-    """Build QUATRO (arXiv 2602.04620): targets of each query's trust region, a stabiliser, and truncated weights."""
+    """Build QUATRO (arXiv 2602.04620): targets of each query's trust region, a mask, and truncated weights."""
+
+    def prepare(batch: StepBatch) -> Prepared:
+        result = advantages.quatro(batch.rewards, batch.valid, tilt_share=config.tilt_share)
+        return Prepared(result.advantage, diagnostics=_trust_region_metrics(result.solution, batch.valid))
 
     def loss(t: TokenBatch, _: float) -> TokenLoss:
         return losses.quatro(
             t.policy_logprobs,
             t.behavior_logprobs,
             t.advantage,
-            t.stabilizer,
             t.log_ratio(config.importance.level),
+            max_shift=config.max_token_shift,
             truncation=config.importance.truncation,
         )
 
-    prepare = partial(_quatro_advantages, config)
-    return Objective(loss, prepare, log_ratio_of="some", loss_agg_mode="prompt_mean")
-
-
-def _quatro_advantages(config: c.QuatroConfig, batch: StepBatch) -> Prepared:
-    assert batch.log_ratio is not None
-    budget = tilt_budget(batch.rewards, batch.valid, config.tilt_share)
-    measured = batch.valid if batch.measured is None else batch.measured
-    # both are of the same rollouts, so that the drift of a token weighs the same whichever were measured
-    drift, lengths = (
-        (values * measured).sum(1) / measured.sum(1).clamp(min=1)
-        for values in (batch.per_rollout(token_drift(batch.log_ratio)), batch.lengths())
-    )
-    radius = drift_radius(
-        config.drift_nats_per_token, config.staleness_exponent, lengths.clamp(min=1), batch.query_staleness()
-    )
-    result = advantages.quatro(
-        batch.rewards, batch.valid, tilt_budget_nats=budget, drift_nats=drift, drift_radius_nats=radius
-    )
-    diagnostics = _trust_region_metrics(result.solution, batch.valid) | {
-        "trust_region/drift_nats": drift.tolist(),
-        "trust_region/drift_radius_nats": radius.tolist(),
-        "trust_region/stabilizer": result.stabilizer.tolist(),
-        "trust_region/frac_beyond_radius": float((drift > radius).double().mean()),
-    }
-    return Prepared(result.advantage, result.stabilizer, diagnostics=diagnostics)
+    return Objective(loss, prepare, loss_agg_mode="prompt_mean")
 
 
 def _trust_region_metrics(solution: Solution, valid: Tensor) -> StepMetrics:
@@ -232,7 +208,7 @@ def m2po(config: c.M2poConfig) -> Objective:
             dual_clip=config.dual_clip,
         )
 
-    return Objective(loss, prepare=prepare, log_ratio_of="all")
+    return Objective(loss, prepare=prepare, needs_log_ratio=True)
 
 
 def sapo(config: c.SapoConfig) -> Objective:
@@ -303,7 +279,7 @@ def user(config: c.UserObjectiveConfig) -> Objective:
     def token_loss(t: TokenBatch, _: float) -> TokenLoss:
         return loss(t)
 
-    return Objective(token_loss, prepare=prepare, log_ratio_of="all" if config.needs_log_ratio else "none")
+    return Objective(token_loss, prepare=prepare, needs_log_ratio=config.needs_log_ratio)
 
 
 OBJECTIVES: dict[str, Callable[[Any], Objective]] = {

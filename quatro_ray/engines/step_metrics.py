@@ -8,8 +8,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from quatro_ray.algorithms.advantages import group_mean, realised_kl
-from quatro_ray.algorithms.importance import effective_sample_share, sequence_sums
+from quatro_ray.algorithms.advantages import group_mean
+from quatro_ray.algorithms.importance import effective_sample_share, sequence_sums, token_drift
 from quatro_ray.engines.batches import TokenBatch
 from quatro_ray.engines.sequence_parallel import Ranks
 from quatro_ray.types import StepMetrics
@@ -43,6 +43,7 @@ class Collector:
         self._ranks = ranks
         self._sums = torch.zeros(len(_SUMS), dtype=torch.float64, device=device)
         self._log_ratio = torch.zeros(num_cells, dtype=torch.float64, device=device)
+        self._drift = torch.zeros_like(self._log_ratio)
         self._staleness = torch.zeros(_MAX_STALENESS_BIN + 1, dtype=torch.float64, device=device)
         self._ratios = torch.zeros(RATIO_BINS, dtype=torch.float64, device=device)
         self._has_reference = False
@@ -69,6 +70,7 @@ class Collector:
         self._add("weight", weight)
         self._add("squared_weight", weight.square())
         self._log_ratio += sequence_sums(difference, t.rollout_index, len(self._log_ratio))
+        self._drift += sequence_sums(token_drift(difference), t.rollout_index, len(self._drift))
         self._staleness += _counts(t.staleness[mask], _MAX_STALENESS_BIN + 1)
         self._ratios += _counts((difference[mask] / RATIO_BIN_NATS).round().long() + RATIO_BINS // 2, RATIO_BINS)
 
@@ -89,7 +91,7 @@ class Collector:
             rewards: float64 [Q, G].
             valid: bool [Q, G].
         """
-        for tensor in (self._sums, self._log_ratio, self._staleness, self._ratios):
+        for tensor in (self._sums, self._log_ratio, self._drift, self._staleness, self._ratios):
             self._ranks.sum(tensor)
         total = dict(zip(_SUMS, self._sums.tolist(), strict=True))
         tokens = total["tokens"]
@@ -105,7 +107,7 @@ class Collector:
             "policy_gradient/loss": total["loss"] / tokens,  # does not measure progress
             "policy_gradient/limited_share": total["limited"] / tokens,
             "policy/entropy": self.entropy,
-            "policy/realised_kl_nats": realised_kl(log_ratio, valid).tolist(),
+            "policy/realised_kl_nats": group_mean(self._drift.view_as(rewards), valid).tolist(),
             **({"policy/reference_kl": total["reference_kl"] / tokens} if self._has_reference else {}),
             "rollout_corr/eff_sample_size": float(effective_sample_share(weights[valid], valid[valid])),
             # weights of whole responses degenerate with length, those of tokens do not

@@ -75,18 +75,16 @@ def _policy(m: Sequence[Record]) -> list[str | None]:
 
 def _trust_region(m: Sequence[Record]) -> list[str | None]:
     drift = {
-        "drift, mean": mean("trust_region/drift_nats"),
-        "drift, largest": largest("trust_region/drift_nats"),
-        "radius, mean": mean("trust_region/drift_radius_nats"),
+        "drift, mean": mean("policy/realised_kl_nats"),
+        "drift, largest": largest("policy/realised_kl_nats"),
     }
     control = {"share of budget": scalar("step_control/share_of_budget"), "kept": scalar("step_control/kept")}
-    bound_by = {name: scalar(f"trust_region/frac_{name}") for name in ("active", "slack", "void", "beyond_radius")}
+    bound_by = {name: scalar(f"trust_region/frac_{name}") for name in ("active", "slack", "void")}
     return [
-        lines("Drift since sampling, per query, against its radius", m, drift, "nats", scale="log"),
+        lines("Drift since sampling, per query", m, drift, "nats a response", scale="log"),
         lines("Step control: KL of the optimiser's step over its budget, and what was kept", m, control),
         lines("Queries by what bound their trust region", m, bound_by, scale="share"),
         plots.histogram("Targets t", _flat(m, "trust_region/target_log_ratio"), "log π*/β, nats"),
-        plots.histogram("Weights of the stabiliser", _flat(m, "trust_region/stabilizer"), "drift/radius, at most 1"),
         plots.histogram("η of informative queries", _flat(m, "trust_region/eta"), "1/λ, 1/reward"),
     ]
 

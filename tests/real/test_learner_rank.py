@@ -98,7 +98,7 @@ def tokens_of_passes(engine: LearningEngine) -> tuple[int, list[int]]:
 
 
 def test_a_step_passes_over_its_tokens_once_and_over_the_probe_twice() -> None:
-    """The probe is one of eight rollouts of each query, about 390 tokens, which is enough to measure the drift on."""
+    """The probe is one of eight rollouts of each query, about 390 tokens."""
     total, passes = on_a_rank(tokens_of_passes, LONG)
     assert total <= sum(passes) <= 1.35 * total
     total, passes = on_a_rank(tokens_of_passes, replace(LONG, control=False))

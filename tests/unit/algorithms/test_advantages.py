@@ -6,7 +6,6 @@ import pytest
 import torch
 
 from quatro_ray.algorithms import advantages, importance
-from quatro_ray.algorithms.kl_budget import drift_radius, tilt_budget, token_drift
 from quatro_ray.algorithms.trust_region import Status
 
 
@@ -23,18 +22,8 @@ def test_group_centred_golden_in_a_ragged_group() -> None:
     assert out[0].tolist() == [0.5, -0.5, 0.0, 0.0]
 
 
-def quatro(
-    rewards: torch.Tensor, drift: float = 0.0, radius: float = 1.0, share: float = 0.3
-) -> advantages.QuatroAdvantages:
-    valid = torch.ones(rewards.shape, dtype=torch.bool)
-    queries = torch.ones(len(rewards), dtype=torch.float64)
-    return advantages.quatro(
-        rewards,
-        valid,
-        tilt_budget_nats=tilt_budget(rewards, valid, share),
-        drift_nats=drift * queries,
-        drift_radius_nats=radius * queries,
-    )
+def quatro(rewards: torch.Tensor, share: float = 0.3) -> advantages.QuatroAdvantages:
+    return advantages.quatro(rewards, torch.ones(rewards.shape, dtype=torch.bool), tilt_share=share)
 
 
 def binary(successes: int, group_size: int = 16) -> torch.Tensor:
@@ -46,11 +35,6 @@ def test_advantages_are_centred_targets_that_meet_their_budget() -> None:
     target = result.solution.target_log_ratio
     torch.testing.assert_close(result.advantage, target - target.mean())
     assert float(result.solution.kl_nats) == pytest.approx(0.3 * math.log(4), rel=1e-8)
-
-
-def test_the_stabiliser_grows_with_drift_up_to_its_full_weight() -> None:
-    weights = [float(quatro(binary(4), drift=drift, radius=2.0).stabilizer) for drift in (0.0, 0.5, 2.0, 9.0)]
-    assert weights == [0.0, 0.25, 1.0, 1.0]
 
 
 def test_every_informative_query_is_active() -> None:
@@ -95,12 +79,7 @@ def test_tilt_budget_is_a_share_of_what_the_group_allows() -> None:
     rewards = torch.tensor([[1.0, 0, 0, 0], [1, 1, 0, 0], [0.2, 0.9, 0.9, 5.0], [2, 2, 2, 2]])
     valid = torch.tensor([[True] * 4, [True] * 4, [True, True, True, False], [True] * 4])
     expected = [0.5 * math.log(4), 0.5 * math.log(2), 0.5 * math.log(3 / 2), 0.0]
-    assert tilt_budget(rewards, valid, 0.5).tolist() == pytest.approx(expected)
-
-
-def test_drift_radius_golden() -> None:
-    lengths, staleness = torch.tensor([3.0, 6.0]), torch.tensor([0.0, 3.0])
-    assert drift_radius(0.5, 0.5, lengths, staleness).tolist() == [1.5, 6.0]  # (1 + 3)^½ = 2
+    assert advantages.tilt_budget(rewards, valid, 0.5).tolist() == pytest.approx(expected)
 
 
 def test_token_drift_estimates_a_kl_and_no_single_token_decides_it() -> None:
@@ -108,14 +87,9 @@ def test_token_drift_estimates_a_kl_and_no_single_token_decides_it() -> None:
     behavior, policy = torch.log_softmax(torch.randn(2, 5, dtype=torch.float64) * 0.2, dim=-1)
     tokens = torch.multinomial(behavior.exp(), 200_000, replacement=True)
     exact = float((behavior.exp() * (behavior - policy)).sum())
-    assert float(token_drift((policy - behavior)[tokens]).mean()) == pytest.approx(exact, rel=0.1)
-    assert token_drift(torch.tensor([12.0, -12.0, 0.0])).tolist() == pytest.approx([72.0, 11.0, 0.0], rel=1e-5)
-
-
-def test_realised_kl_golden() -> None:
-    """mean(ρ − 1 − log ρ) of ρ = e and ρ = 1."""
-    got = advantages.realised_kl(torch.tensor([[1.0, 0.0]]), torch.ones(1, 2, dtype=torch.bool))
-    assert float(got[0]) == pytest.approx((math.e - 2) / 2, rel=1e-6)
+    assert float(importance.token_drift((policy - behavior)[tokens]).mean()) == pytest.approx(exact, rel=0.1)
+    far = importance.token_drift(torch.tensor([12.0, -12.0, 0.0]))
+    assert far.tolist() == pytest.approx([72.0, 11.0, 0.0], rel=1e-5)
 
 
 def test_importance_levels() -> None:

@@ -28,35 +28,32 @@ def check(got: TokenLoss, loss: list[float], limited: list[bool]) -> None:
 
 
 def test_quatro() -> None:
-    """−w (A − c p log ρ) log π with w = min(ρ, 1.2) = 1.2, 1.2, 0.5, 0.5 and p = 0.6, 0.6, 0.4, 0.4."""
+    """−w A log π with w = min(ρ, 1.2) = 1.2, 1.2, 0.5, 0.5; π = 0.6, 0.6, 0.2, 0.2 has moved by 0.2 from β = 0.4."""
     policy, behavior = RATIOS + math.log(0.4), torch.full_like(RATIOS, math.log(0.4))
-    zero = torch.zeros_like(RATIOS)
-    got = losses.quatro(policy, behavior, SIGNS, zero, RATIOS, truncation=1.2)
     up, down = math.log(0.6), math.log(0.2)
+    got = losses.quatro(policy, behavior, SIGNS, RATIOS, max_shift=0.25, truncation=1.2)
     check(got, [-1.2 * up, 1.2 * up, -0.5 * down, 0.5 * down], [True, True, False, False])
-    got = losses.quatro(policy, behavior, SIGNS, zero + 0.5, RATIOS, truncation=1.2)
-    rose, fell = 0.3 * math.log(1.5), 0.2 * math.log(0.5)
-    expected = [-1.2 * (1 - rose) * up, 1.2 * (1 + rose) * up, -0.5 * (1 - fell) * down, 0.5 * (1 + fell) * down]
-    check(got, expected, [True, True, False, False])
+    got = losses.quatro(policy, behavior, SIGNS, RATIOS, max_shift=0.15, truncation=1.2)
+    check(got, [0, 1.2 * up, -0.5 * down, 0], [True, True, False, True])
 
 
-def test_the_stabiliser_of_quatro_turns_the_push_once_a_token_is_past_its_target() -> None:
-    policy = torch.tensor([0.3, 0.95]).log().requires_grad_()
-    behavior, one = torch.full((2,), 0.1).log(), torch.ones(2)
-    loss = losses.quatro(policy, behavior, one, one, torch.zeros(2), truncation=2.0).loss
-    (got,) = torch.autograd.grad(loss.sum(), policy)
-    assert got.tolist() == pytest.approx([0.3 * math.log(3) - 1, 0.95 * math.log(9.5) - 1])
-    assert got[0] < 0 < got[1]
-
-
-def test_the_stabiliser_of_quatro_leaves_rare_tokens_free() -> None:
-    """An error of probability 0.002 that has become a tenth as likely is still pushed down by nearly all of A."""
-    policy = torch.tensor([0.0002]).log().requires_grad_()
-    loss = losses.quatro(
-        policy, torch.tensor([0.002]).log(), -torch.ones(1) / 3, torch.ones(1), torch.zeros(1), truncation=2.0
-    ).loss
-    (got,) = torch.autograd.grad(loss.sum(), policy)
-    assert 0.98 / 3 < float(got) < 1 / 3
+def test_the_mask_of_quatro_is_that_of_dppo_and_leaves_rare_tokens_free() -> None:
+    """An error of probability 0.002 that is a tenth as likely now is still pushed down."""
+    torch.manual_seed(0)
+    policy, behavior = torch.rand(2, 500).log()
+    advantage = torch.randn(500)
+    ratio = policy - behavior
+    ours = losses.quatro(policy, behavior, advantage, ratio, max_shift=0.15, truncation=2.0)
+    theirs = losses.dppo(policy, behavior, advantage, divergence="tv", threshold=0.15, upper=2.0)
+    assert torch.equal(ours.loss, theirs.loss)
+    free = losses.quatro(policy, behavior, advantage, ratio, max_shift=1.0, truncation=2.0)
+    assert bool((free.loss != 0).all())
+    assert 0.2 < float((ours.loss == 0).double().mean()) < 0.5
+    rare = torch.tensor([0.0002]).log().requires_grad_()
+    behind = torch.tensor([0.002]).log()
+    loss = losses.quatro(rare, behind, -torch.ones(1), torch.zeros(1), max_shift=0.15, truncation=2.0).loss
+    (got,) = torch.autograd.grad(loss.sum(), rare)
+    assert float(got) == 1.0
 
 
 def test_clipped() -> None:
@@ -272,8 +269,10 @@ NONE = torch.zeros_like(START)
 # For losses whose weights are detached, the gradient by numbers must hold the weights still: they are taken at START.
 WITH_GRADIENT: dict[str, tuple[Callable[[Tensor], Tensor], Callable[[Tensor], Tensor]]] = {
     "quatro": (
-        lambda x: losses.quatro(x, NONE, ADVANTAGE, NONE + 0.5, x, truncation=1.2).loss,
-        lambda x: -START.exp().clamp(max=1.2) * (ADVANTAGE - 0.5 * START.exp().clamp(min=1) * START) * x,
+        lambda x: losses.quatro(x - 1, NONE - 1, ADVANTAGE, x, max_shift=0.14, truncation=1.2).loss,
+        lambda x: (
+            -START.exp().clamp(max=1.2) * ADVANTAGE * (x - 1) * ~((START.abs() > 0.4) & (START * ADVANTAGE > 0))
+        ),
     ),
     "clipped": (lambda x: losses.clipped(x, ADVANTAGE, **CLIP).loss,) * 2,
     "gspo": (
@@ -335,6 +334,6 @@ def test_no_loss_lets_an_exploded_ratio_through_as_infinity() -> None:
         losses.sapo(far, zero, **one, tau_positive=1.0, tau_negative=1.0),
         losses.dppo(far, zero, **one, divergence="kl", threshold=1e9, upper=math.inf),
         losses.drpo(far, zero, **one, threshold=1.0, upper=math.inf),
-        losses.quatro(far, zero, torch.ones(1), zero, far, truncation=2.0),
+        losses.quatro(far, zero, torch.ones(1), far, max_shift=1.0, truncation=2.0),
     ):
         assert torch.isfinite(got.loss).all()

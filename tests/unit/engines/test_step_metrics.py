@@ -22,7 +22,6 @@ TOKENS = TokenBatch(
     policy_logprobs=torch.tensor([-1.0, -2.0, -1.5, -0.5, -1.0, 0.0, 0.0]),
     behavior_logprobs=torch.tensor([-1.0, -2.5, -1.0, -0.5, -1.0, 0.0, 0.0]),
     advantage=torch.zeros(7),
-    stabilizer=torch.zeros(7),
     is_response=torch.tensor([True, True, True, True, True, False, False]),
     rollout_index=torch.tensor([0, 0, 1, 2, 3, 3, -1]),
     staleness=torch.tensor([0, 0, 2, 1, 300, 0, 0]),
@@ -71,7 +70,7 @@ def test_ratios_by_response_and_by_token() -> None:
     of_tokens = [1.0, math.exp(0.5), math.exp(-0.5), 1.0, 1.0]
     share = sum(of_tokens) ** 2 / (5 * sum(w * w for w in of_tokens))
     assert found["rollout_corr/token_eff_sample_size"] == pytest.approx(share, rel=1e-6)
-    kl = (math.exp(0.5) - 1 - 0.5 + math.exp(-0.5) - 1 + 0.5) / 2
+    kl = (0.5**2 / 2 + math.exp(-0.5) - 1 + 0.5) / 2
     assert found["policy/realised_kl_nats"] == pytest.approx([kl, 0.0], rel=1e-6)
     counts = found["rollout_corr/log_ratio_tokens"]
     middle = RATIO_BINS // 2
@@ -87,7 +86,6 @@ def test_the_effective_sample_size_of_tokens_does_not_fall_with_length() -> None
         policy_logprobs=0.1 * torch.randn(4 * n),
         behavior_logprobs=torch.zeros(4 * n),
         advantage=torch.zeros(4 * n),
-        stabilizer=torch.zeros(4 * n),
         is_response=torch.ones(4 * n, dtype=torch.bool),
         rollout_index=index,
         staleness=torch.ones_like(index),

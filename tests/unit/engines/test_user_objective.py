@@ -28,7 +28,6 @@ TOKENS = TokenBatch(
     policy_logprobs=torch.tensor([-1.0, -2.0, -0.5], requires_grad=True),
     behavior_logprobs=torch.tensor([-1.0, -1.5, -0.5]),
     advantage=torch.tensor([1.0, -1.0, 0.0]),
-    stabilizer=torch.zeros(3),
     is_response=torch.tensor([True, True, True]),
     rollout_index=torch.tensor([0, 1, 2]),
     staleness=torch.zeros(3, dtype=torch.int64),

@@ -98,7 +98,7 @@ def test_shares_are_on_a_linear_axis_from_0_to_1(monkeypatch: pytest.MonkeyPatch
         axes = drawn[title].axes[0]
         assert axes.get_yscale() == "linear"
         assert axes.get_ylim() == pytest.approx((-0.02, 1.02))
-    assert drawn["Drift since sampling, per query, against its radius"].axes[0].get_yscale() == "log"
+    assert drawn["Drift since sampling, per query"].axes[0].get_yscale() == "log"
 
 
 def test_what_a_run_has_no_data_for_is_left_out(tmp_path: Path) -> None:
