@@ -25,7 +25,7 @@ import typer
 from benchmarks.toy.grid import NUM_STEPS, Spec, all_specs
 
 FIGURES = Path(__file__).parent / "figures" / "study.jsonl"
-START_POLICIES = Path("runs") / "study"
+START_POLICIES = Path(__file__).parent / "figures" / "starts"
 app = typer.Typer(add_completion=False, help=__doc__)
 
 

@@ -66,17 +66,16 @@ class Spec:
 def all_specs() -> list[Spec]:
     """Return all runs, the most informative first. All methods of a cell and seed follow each other."""
     first, *others = SEEDS
-    shorter, longest, stale = TASKS[:2], TASKS[2:], STALENESS[1:]
+    shortest, shorter, longest, stale = TASKS[:1], TASKS[:2], TASKS[2:], STALENESS[1:]
     specs = [*_cells(shorter, STALENESS, (1,), (True,), first)]
     specs += _cells(longest, stale[::-1], (1,), (True,), first)
+    specs += _cells(shorter, stale, (10,), (True, False), first)
+    specs += _cells(shortest, stale, (1,), (False,), first)
     for seed in others:
         specs += _cells(shorter, stale, (1,), (True,), seed)
-    specs += _cells(shorter, stale, (10,), (True, False), first)
-    specs += _cells(longest, stale[::-1], (1,), (True,), others[0])
-    specs += _cells(shorter, stale, (1,), (False,), first)
+    for seed in others:
+        specs += _cells(longest, stale[::-1], (1,), (True,), seed)
     specs += _cells(longest, STALENESS[:1], (1,), (True,), first)
-    specs += _cells(longest, stale, (1,), (True,), others[1])
-    specs += _cells(longest, stale[:1], (10,), (True, False), first)
     return specs
 
 

@@ -12,13 +12,14 @@ import reasoning_gym
 import torch
 
 from benchmarks import study
-from benchmarks.study import finished
-from benchmarks.toy.grid import Spec, all_specs
+from benchmarks.study import START_POLICIES, finished
+from benchmarks.toy.grid import SEEDS, TASKS, Spec, all_specs
 from benchmarks.toy.model import ToyModel
 from benchmarks.toy.report import write_report
 from benchmarks.toy.summary import Cell, claims, tabulate
 from benchmarks.toy.tasks import make_task
 from benchmarks.toy.trainer import ToyTrainer
+from benchmarks.toy.warmup import start_policy
 
 
 @pytest.fixture(scope="module")
@@ -78,10 +79,17 @@ def test_staleness_is_exact(model: ToyModel, staleness: int, monkeypatch: pytest
 
 def test_specs_are_distinct_and_valid() -> None:
     specs = all_specs()
-    assert len({s.key for s in specs}) == len(specs) == 315
+    assert len({s.key for s in specs}) == len(specs) == 279
     for spec in {s.method: s for s in specs}.values():
         spec.objective()
         spec.learner()
+
+
+@pytest.mark.parametrize("task", TASKS)
+def test_starting_policies_are_files_of_the_repository(task: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("benchmarks.toy.warmup._warm_up", lambda *_: pytest.fail("it would be trained"))
+    first, *others = [start_policy(task, seed, START_POLICIES).state_dict() for seed in SEEDS]
+    assert all(not torch.equal(first["tokens.weight"], other["tokens.weight"]) for other in others)
 
 
 def make_run(method: str, finals: list[float], control: bool = True, seed: int = 0, **changes: Any) -> dict[str, Any]:
@@ -170,7 +178,7 @@ def test_the_report_replaces_only_its_part(tmp_path: Path) -> None:
     runs = [make_run("quatro", [0.2, 0.6]), make_run("grpo", [0.2, 0.1], control=False)]
     write_report(runs, tmp_path)
     text = (tmp_path / "results.md").read_text()
-    assert text.startswith("before\n<!-- study: begin -->\n2 of 315 runs")
+    assert text.startswith("before\n<!-- study: begin -->\n2 of 279 runs")
     assert text.endswith("<!-- study: end -->\nafter\n") and "of last time" not in text
     assert "| quatro | 0.600 / 0.900 / 0.50 |" in text
     assert "0.100 / 0.900 / 0.50 †1" in text
