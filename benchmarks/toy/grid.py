@@ -69,10 +69,10 @@ def all_specs() -> list[Spec]:
     shortest, shorter, longest, stale = TASKS[:1], TASKS[:2], TASKS[2:], STALENESS[1:]
     specs = [*_cells(shorter, STALENESS, (1,), (True,), first)]
     specs += _cells(longest, stale[::-1], (1,), (True,), first)
-    specs += _cells(shorter, stale, (10,), (True, False), first)
-    specs += _cells(shortest, stale, (1,), (False,), first)
     for seed in others:
         specs += _cells(shorter, stale, (1,), (True,), seed)
+    specs += _cells(shorter, stale, (10,), (True, False), first)
+    specs += _cells(shortest, stale, (1,), (False,), first)
     for seed in others:
         specs += _cells(longest, stale[::-1], (1,), (True,), seed)
     specs += _cells(longest, STALENESS[:1], (1,), (True,), first)
