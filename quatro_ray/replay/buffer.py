@@ -192,11 +192,7 @@ class ReplayBuffer:
         """Drop the ready groups that exceed the maximum staleness, and return their entries."""
         if self._config.on_stale == "train":
             return []
-        stale = [
-            entry
-            for entry in self.ledger.entries(S.READY)
-            if entry.oldest_version is not None and lineage.is_expired(entry.oldest_version, self._config.max_staleness)
-        ]
+        stale = self.ledger.older_than(lineage.oldest_within(self._config.max_staleness))
         ids = [e.group_id for e in stale]
         self.ledger.move(ids, S.DROPPED, reason=DropReason.STALE, learner_version=lineage.version)
         return stale
@@ -215,12 +211,12 @@ class ReplayBuffer:
             A summary and the batch, or None twice while fewer than B groups are ready.
         """
         lineage = self.ledger.versions.lineage(version)
-        batch = [e for e in self.ledger.entries(S.LEASED) if e.learner_version == version]
+        batch = self.ledger.of_learner(S.LEASED, version)
         if not batch:
             self.expire(lineage)
-            batch = self.ledger.entries(S.READY, limit=self._config.groups_per_step)
-            if len(batch) < self._config.groups_per_step:
+            if self.ledger.counts()[S.READY] < self._config.groups_per_step:
                 return None, None
+            batch = self.ledger.entries(S.READY, limit=self._config.groups_per_step)
         groups = tuple(serialization.from_bytes(self.ledger.payload(e.group_id)) for e in batch)
         self.ledger.move([e.group_id for e in batch], S.LEASED, learner_version=version)
         samples = [serialization.readable(g) for g in groups[:num_samples]]
@@ -229,7 +225,8 @@ class ReplayBuffer:
 
     def _expired_metrics(self, version: int) -> StepMetrics:
         """Return the metrics of groups that expired while a batch for `version` was awaited."""
-        expired = [serialization.from_bytes(self.ledger.payload(i)) for i in self.ledger.expired_at(version)]
+        dropped = [e for e in self.ledger.of_learner(S.DROPPED, version) if e.reason is DropReason.STALE]
+        expired = [serialization.from_bytes(self.ledger.payload(e.group_id)) for e in dropped]
         return dict(drop_metrics(DropReason.STALE, expired))
 
     def _age_metrics(self, batch: Sequence[Entry], lineage: Lineage) -> StepMetrics:
@@ -253,12 +250,12 @@ class ReplayBuffer:
         Raises:
             LedgerError: no batch is leased from `version`.
         """
-        leased = [e.group_id for e in self.ledger.entries(S.LEASED) if e.learner_version == version]
+        leased = [e.group_id for e in self.ledger.of_learner(S.LEASED, version)]
         if leased:
             with self.ledger.transaction():
                 self.ledger.move(leased, S.TRAINED)
                 self.ledger.versions.add_step(version)
-        elif not any(e.learner_version == version for e in self.ledger.entries(S.TRAINED)):
+        elif not self.ledger.of_learner(S.TRAINED, version):
             raise LedgerError(f"no group is leased to the step from version {version}")
         return version + 1
 
@@ -277,27 +274,23 @@ class ReplayBuffer:
             if versions.newest() > known:
                 return FallBack(versions.newest(), versions.step_of(version), 0, 0)
             again = [*self.ledger.entries(S.READY), *self.ledger.entries(S.LEASED)]
-            trained = [
-                e
-                for e in self.ledger.entries(S.TRAINED)
-                if e.learner_version is not None and e.learner_version >= version
-            ]
-            stored = self.ledger.with_payload()
+            trained = self.ledger.of_learner(S.TRAINED, version, or_later=True)
             lineage = versions.lineage(version)
-            lost = [e.group_id for e in [*again, *trained] if not self._can_be_trained(e, lineage, stored)]
-            kept = {e.group_id for e in trained} - set(lost)
-            self.ledger.move(lost, S.PENDING)
-            self.ledger.move([e.group_id for e in [*again, *trained] if e.group_id not in set(lost)], S.READY)
+            lost = {e.group_id for e in [*again, *trained] if not self._can_be_trained(e, lineage)}
+            kept = {e.group_id for e in trained} - lost
+            self.ledger.move(sorted(lost), S.PENDING)
+            self.ledger.move([e.group_id for e in [*again, *trained] if e.group_id not in lost], S.READY)
             number = versions.add_fall_back(version)
         return FallBack(number, versions.step_of(version), len(kept), len(lost))
 
-    def _can_be_trained(self, entry: Entry, lineage: Lineage, stored: set[int]) -> bool:
+    def _can_be_trained(self, entry: Entry, lineage: Lineage) -> bool:
         """Return whether the group's rollouts are stored and all its tokens belong to `lineage`.
 
         The newest token is enough: when the group was stored, all its tokens belonged to the learner's lineage then, of
         which `lineage` is a part.
         """
-        return entry.group_id in stored and entry.newest_version is not None and lineage.holds(entry.newest_version)
+        held = entry.newest_version is not None and lineage.holds(entry.newest_version)
+        return held and self.ledger.has_payload(entry.group_id)
 
     def recover(self) -> RecoveredState:
         """Move all groups in progress back to pending after the loss of a controller; return the ledger's state."""

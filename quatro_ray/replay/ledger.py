@@ -11,7 +11,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from quatro_ray.errors import DiskFull, LedgerError
-from quatro_ray.replay.versions import SCHEMA as VERSIONS_SCHEMA
+from quatro_ray.replay import schema
 from quatro_ray.replay.versions import Versions
 from quatro_ray.types import DropReason, GroupState, Query
 
@@ -26,26 +26,6 @@ TRANSITIONS: dict[GroupState, frozenset[GroupState]] = {
     S.DROPPED: frozenset(),
 }
 """The allowed moves. A move to the present state changes nothing: it is a call repeated after its answer was lost."""
-
-_SCHEMA = """
-CREATE TABLE IF NOT EXISTS groups (
-    group_id INTEGER PRIMARY KEY,    -- chosen by the caller, so that admitting again changes nothing
-    query TEXT NOT NULL,             -- JSON
-    state TEXT NOT NULL,
-    reason TEXT,                     -- of a drop
-    learner_version INTEGER,         -- of a lease or an expiry: the version that the step trains from
-    admitted_version INTEGER NOT NULL,
-    oldest_version INTEGER,          -- of its tokens, once generated
-    newest_version INTEGER,
-    num_tokens INTEGER,              -- response tokens, once generated
-    mean_reward REAL,                -- once verified
-    admitted_at REAL NOT NULL,       -- seconds since the epoch
-    ready_at REAL,
-    payload BLOB                     -- replay/serialization.py, from ready on
-);
-CREATE INDEX IF NOT EXISTS by_state ON groups (state, group_id);
-CREATE TABLE IF NOT EXISTS owner (epoch INTEGER NOT NULL);
-"""
 
 
 @dataclass(frozen=True)
@@ -98,17 +78,11 @@ class Ledger:
         self._db = sqlite3.connect(path, isolation_level=None, check_same_thread=False)
         self._db.execute("PRAGMA journal_mode=WAL")
         self._db.execute("PRAGMA synchronous=NORMAL")
-        self._db.executescript(_SCHEMA + VERSIONS_SCHEMA)
-        self._migrate()
+        self._db.execute("PRAGMA secure_delete=OFF")  # a default of Debian's; it would write zeros over freed rollouts
+        schema.prepare(self._db)
         self._clock = clock
         self.versions = Versions(self._db)
         self._epoch = self._take_over()
-
-    def _migrate(self) -> None:
-        """Rename the column `step` of older ledgers, which held the learner's version and not its optimiser step."""
-        columns = {row[1] for row in self._db.execute("PRAGMA table_info(groups)")}
-        if "step" in columns:
-            self._db.execute("ALTER TABLE groups RENAME COLUMN step TO learner_version")
 
     def _take_over(self) -> int:
         self._db.execute("BEGIN IMMEDIATE")
@@ -166,13 +140,15 @@ class Ledger:
 
     def num_tokens(self) -> int:
         """Return the response tokens of all groups that were ever ready; a group made again counts once."""
-        (total,) = self._db.execute("SELECT COALESCE(SUM(num_tokens), 0) FROM groups").fetchone()
-        return int(total)
+        return self._tally("tokens").get("", 0)
 
     def num_admitted(self) -> dict[str, int]:
         """Return the number of groups by the source of their queries."""
-        rows = self._db.execute("SELECT json_extract(query, '$.source'), COUNT(*) FROM groups GROUP BY 1")
-        return dict(rows.fetchall())
+        return self._tally("source")
+
+    def _tally(self, kind: str) -> dict[str, int]:
+        """Return the totals of a kind that are not 0; replay/schema.py keeps them."""
+        return dict(self._db.execute("SELECT name, total FROM tally WHERE kind = ? AND total <> 0", (kind,)))
 
     def move(
         self,
@@ -226,19 +202,11 @@ class Ledger:
         """
         with self.transaction():
             if self._is_new(group_id, S.READY):
+                self._db.execute("INSERT OR REPLACE INTO payloads VALUES (?, ?)", (group_id, payload))
                 self._db.execute(
-                    "UPDATE groups SET state = ?, payload = ?, oldest_version = ?, newest_version = ?, "
-                    "num_tokens = ?, mean_reward = ?, ready_at = ? WHERE group_id = ?",
-                    (
-                        S.READY,
-                        payload,
-                        oldest_version,
-                        newest_version,
-                        num_tokens,
-                        mean_reward,
-                        self._clock(),
-                        group_id,
-                    ),
+                    "UPDATE groups SET state = ?, oldest_version = ?, newest_version = ?, num_tokens = ?, "
+                    "mean_reward = ?, ready_at = ? WHERE group_id = ?",
+                    (S.READY, oldest_version, newest_version, num_tokens, mean_reward, self._clock(), group_id),
                 )
 
     def _is_new(self, group_id: int, to: GroupState) -> bool:
@@ -252,41 +220,51 @@ class Ledger:
 
     def entries(self, state: GroupState, limit: int = -1) -> list[Entry]:
         """Return at most `limit` groups in a state (-1: all), by the version of the oldest token, then by id."""
-        rows = self._db.execute(
-            f"SELECT {_ENTRY} FROM groups WHERE state = ? ORDER BY oldest_version, group_id LIMIT ?", (state, limit)
+        return self._entries("state = ? ORDER BY oldest_version, group_id LIMIT ?", (state, limit))
+
+    def of_learner(self, state: GroupState, version: int, *, or_later: bool = False) -> list[Entry]:
+        """Return the groups in a state whose lease or expiry has this `learner_version`, in the order of `entries`.
+
+        Args:
+            state: the state.
+            version: the learner's version.
+            or_later: return those of later versions too.
+        """
+        comparison = ">=" if or_later else "="
+        return self._entries(
+            f"state = ? AND learner_version {comparison} ? ORDER BY oldest_version, group_id", (state, version)
         )
+
+    def older_than(self, version: int) -> list[Entry]:
+        """Return the ready groups whose oldest token is of an earlier version, in the order of `entries`."""
+        return self._entries(
+            "state = ? AND oldest_version < ? ORDER BY oldest_version, group_id", (GroupState.READY, version)
+        )
+
+    def _entries(self, where: str, values: tuple[str | int, ...]) -> list[Entry]:
+        rows = self._db.execute(f"SELECT {_ENTRY} FROM groups WHERE {where}", values)
         return [Entry(r[0], GroupState(r[1]), DropReason(r[2]) if r[2] else None, *r[3:]) for r in rows]
 
     def payload(self, group_id: int) -> bytes:
         """Return the stored rollouts of a group, or raise LedgerError if there are none."""
-        row = self._db.execute("SELECT payload FROM groups WHERE group_id = ?", (group_id,)).fetchone()
-        if row is None or row[0] is None:
+        row = self._db.execute("SELECT payload FROM payloads WHERE group_id = ?", (group_id,)).fetchone()
+        if row is None:
             raise LedgerError(f"group {group_id} has no stored rollouts")
         return bytes(row[0])
 
-    def with_payload(self) -> set[int]:
-        """Return the ids of the groups whose rollouts are stored."""
-        return {row[0] for row in self._db.execute("SELECT group_id FROM groups WHERE payload IS NOT NULL")}
+    def has_payload(self, group_id: int) -> bool:
+        """Return whether the rollouts of a group are stored."""
+        return self._db.execute("SELECT 1 FROM payloads WHERE group_id = ?", (group_id,)).fetchone() is not None
 
     def counts(self) -> dict[GroupState, int]:
         """Return the number of groups for every state."""
-        found = dict(self._db.execute("SELECT state, COUNT(*) FROM groups GROUP BY state"))
+        found = self._tally("state")
         return {state: found.get(state, 0) for state in GroupState}
 
     def drops(self) -> dict[DropReason, int]:
         """Return the number of dropped groups for every reason."""
-        found = dict(
-            self._db.execute("SELECT reason, COUNT(*) FROM groups WHERE state = ? GROUP BY reason", (S.DROPPED,))
-        )
+        found = self._tally("reason")
         return {reason: found.get(reason, 0) for reason in DropReason}
-
-    def expired_at(self, version: int) -> list[int]:
-        """Return the ids of the groups that were dropped as stale for a step from `version`."""
-        rows = self._db.execute(
-            "SELECT group_id FROM groups WHERE state = ? AND reason = ? AND learner_version = ? ORDER BY group_id",
-            (S.DROPPED, DropReason.STALE, version),
-        )
-        return [row[0] for row in rows]
 
     def queries(self, state: GroupState) -> list[tuple[int, Query]]:
         """Return ids and queries of the groups in a state, by id."""
@@ -294,16 +272,17 @@ class Ledger:
         return [(group_id, Query(**json.loads(query))) for group_id, query in rows]
 
     def forget_payloads(self, version: int) -> int:
-        """Free the rollouts of groups trained before `version`, and return the number of groups.
+        """Free the rollouts of groups trained, or expired, before `version`, and return the number of groups.
 
-        A fall-back to a version older than that generates these groups again.
+        A fall-back to a version older than that generates the trained ones again.
         """
         with self.transaction():
-            cursor = self._db.execute(
-                "UPDATE groups SET payload = NULL WHERE state = ? AND learner_version < ? AND payload IS NOT NULL",
-                (S.TRAINED, version),
-            )
-            return cursor.rowcount
+            # CROSS JOIN keeps the order: the payloads that are left are few, the trained groups are not
+            return self._db.execute(
+                "DELETE FROM payloads WHERE group_id IN (SELECT group_id FROM payloads "
+                "CROSS JOIN groups USING (group_id) WHERE state IN (?, ?) AND learner_version < ?)",
+                (S.TRAINED, S.DROPPED, version),
+            ).rowcount
 
     def flush(self) -> None:
         """Write all commits to the disk, so that they survive a crash of the machine, not only of the process.

@@ -66,9 +66,14 @@ class Lineage:
         age: NDArray[np.int64] = self.step - (versions + offsets[which])
         return age
 
-    def is_expired(self, oldest_version: int, max_staleness: int) -> bool:
-        """Return whether a group with this oldest version exceeds the maximum staleness; it then stays expired."""
-        return int(self.staleness(np.array([oldest_version]))[0]) > max_staleness
+    def oldest_within(self, max_staleness: int) -> int:
+        """Return the oldest version of the lineage that is at most `max_staleness` optimiser steps old.
+
+        Groups with an older token have expired, and stay expired.
+        """
+        step = self.step - max_staleness
+        stretch = next(s for s in self.stretches if step <= s.step + s.last - s.first)
+        return stretch.first + max(0, step - stretch.step)
 
 
 def capacity(*, max_staleness: int, step: int, groups_per_step: int, num_live: int) -> int:

@@ -1,5 +1,6 @@
 """The ledger and the buffer: a random interleaving of everything that can happen, and the cases by hand."""
 
+from collections import Counter
 from dataclasses import replace
 from pathlib import Path
 
@@ -145,6 +146,15 @@ class RingMachine(RuleBasedStateMachine):
         assert sum(self.buffer.ledger.drops().values()) == counts[S.DROPPED]
 
     @invariant()
+    def totals_are_those_of_the_groups(self) -> None:
+        ledger = self.buffer.ledger
+        entries = [e for state in GroupState for e in ledger.entries(state)]
+        assert {s: n for s, n in ledger.counts().items() if n} == Counter(e.state for e in entries)
+        assert {r: n for r, n in ledger.drops().items() if n} == Counter(e.reason for e in entries if e.reason)
+        assert ledger.num_tokens() == sum(e.num_tokens or 0 for e in entries)
+        assert sum(ledger.num_admitted().values()) == len(entries)
+
+    @invariant()
     def none_trained_twice(self) -> None:
         """And each on the line of the learner, every step of which has its groups."""
         assert {e.group_id: e.learner_version for e in self.buffer.ledger.entries(S.TRAINED)} == self.trained
@@ -187,6 +197,16 @@ def to_ready(buffer: ReplayBuffer, count: int, version: int = 0) -> list[int]:
         buffer.generated(i)
         buffer.ready(group(i, rollout(version=version), rollout(version=version, newer_from=newer_from)))
     return ids
+
+
+def test_the_oldest_version_within_a_staleness() -> None:
+    """Versions 4 and 5 are abandoned: 6 is 3 under a new number, and 7 the step after it."""
+    for line in (Lineage.unbroken(9), Lineage((Stretch(0, 3, 0), Stretch(6, 8, 3)))):
+        versions = [v for s in line.stretches for v in range(s.first, s.last + 1)]
+        ages = line.staleness(np.array(versions)).tolist()
+        for max_staleness in range(line.step + 3):
+            expected = min(v for v, age in zip(versions, ages, strict=True) if age <= max_staleness)
+            assert line.oldest_within(max_staleness) == expected
 
 
 def test_capacity_is_the_formula() -> None:
@@ -360,6 +380,43 @@ def test_bytes_and_back() -> None:
     assert [r.sampled is None for r in after.rollouts] == [True, True, False]
     assert after.rollouts[2].versions().tolist() == [4, -1]
     assert (after.oldest_version, after.newest_version) == (3, 5)
+
+
+def test_rollouts_in_the_table_of_groups_are_moved_out_of_it(tmp_path: Path) -> None:
+    """An older ledger also had no totals."""
+    path = tmp_path / "ledger.sqlite"
+    buffer = make_buffer(path)
+    ids = to_ready(buffer, 3)
+    buffer.drop(ids[2], DropReason.RUN_ENDED)
+    expected = [buffer.ledger.payload(i) for i in ids]
+    seen = (buffer.ledger.counts(), buffer.ledger.drops(), buffer.ledger.num_tokens(), buffer.ledger.num_admitted())
+    db = buffer.ledger._db
+    db.executescript(
+        "ALTER TABLE groups ADD COLUMN payload BLOB;"
+        "UPDATE groups SET payload = (SELECT payload FROM payloads WHERE payloads.group_id = groups.group_id);"
+        "DROP TABLE payloads; DROP TRIGGER tally_admission; DROP TRIGGER tally_state; DROP TRIGGER tally_reason;"
+        "DROP TRIGGER tally_tokens; DROP TABLE tally; DROP INDEX by_age; DROP INDEX by_learner_version;"
+        "CREATE INDEX by_state ON groups (state, group_id);"
+    )
+    buffer.ledger.close()
+
+    for _ in range(2):
+        again = Ledger(path)
+        assert [again.payload(i) for i in ids] == expected
+        assert seen == (again.counts(), again.drops(), again.num_tokens(), again.num_admitted())
+        again.close()
+
+
+def test_rollouts_are_freed_that_no_checkpoint_needs(tmp_path: Path) -> None:
+    buffer = make_buffer(tmp_path / "ledger.sqlite")
+    ids = to_ready(buffer, 4)
+    buffer.lease(0)
+    buffer.commit(0)
+    buffer.ledger.versions.add_step(1)
+    assert buffer.lease(2) == (None, None), "the other two have expired"
+    assert buffer.absorbed(1) == 2
+    assert [buffer.ledger.has_payload(i) for i in ids] == [False, False, True, True]
+    assert (buffer.absorbed(2), buffer.absorbed(3)) == (0, 2)
 
 
 def test_an_older_ledger_is_read_and_its_column_renamed(tmp_path: Path) -> None:
