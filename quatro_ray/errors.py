@@ -1,5 +1,7 @@
 """The exceptions that a user can see. Each message names what is wrong, the rule, and what to do."""
 
+from __future__ import annotations
+
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 
@@ -32,6 +34,10 @@ class SeveralErrors(ConfigError):
     def __init__(self, errors: Sequence[QuatroError]) -> None:
         super().__init__("\n  ".join([f"{len(errors)} problems", *map(str, errors)]))
         self.errors = tuple(errors)
+
+    def __reduce__(self) -> tuple[type[SeveralErrors], tuple[tuple[QuatroError, ...]]]:
+        """Pickle the errors, of which the message is made."""
+        return SeveralErrors, (self.errors,)
 
 
 class ClusterError(QuatroError):

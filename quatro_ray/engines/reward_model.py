@@ -7,8 +7,6 @@ import math
 import uuid
 from typing import TYPE_CHECKING, Any, Literal
 
-from transformers import AutoConfig
-
 from quatro_ray.config import ModelRewardConfig
 from quatro_ray.data.chat_template import encode_conversation
 from quatro_ray.engines.engine_args import cpu_args
@@ -46,6 +44,7 @@ class RewardModelEngine:
         Raises:
             ConfigError: the model does not give exactly one score to a text.
         """
+        from transformers import AutoConfig
         from vllm.engine.arg_utils import AsyncEngineArgs
         from vllm.v1.engine.async_llm import AsyncLLM
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from quatro_ray.config import Config, PretrainedModelConfig
@@ -25,6 +24,7 @@ from quatro_ray.engines.pretrained import (
 from quatro_ray.environments.registry import check_environments
 from quatro_ray.errors import Problems
 from quatro_ray.jobs.fingerprints import fingerprints
+from quatro_ray.jobs.prepared import Prepared
 from quatro_ray.jobs.run_directory import check_run_dir
 from quatro_ray.orchestrator.host import check_host
 from quatro_ray.orchestrator.resources import evaluation_bundles
@@ -32,23 +32,6 @@ from quatro_ray.telemetry.console import Progress
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
-
-
-@dataclass(frozen=True)
-class Prepared:
-    """The data and the tokenizer that the checks have loaded.
-
-    Attributes:
-        dataset: all queries, without those whose prompts are too long.
-        tokenizer: that of the model to train.
-        inputs: fingerprints of data and model, by which a resumed run notices changes.
-        notes: findings that a user should see but that do not end the run, one line each.
-    """
-
-    dataset: Dataset
-    tokenizer: PreTrainedTokenizerBase
-    inputs: dict[str, str]
-    notes: tuple[str, ...]
 
 
 def check(config: Config) -> Prepared:
@@ -59,7 +42,7 @@ def check(config: Config) -> Prepared:
         QuatroError: one check failed.
     """
     problems = Problems()
-    dataset, tokenizer, notes = _check_data(config, problems)
+    dataset, notes = _check_data(config, problems)
     _check_model(config, problems)
     with problems.collect():
         check_objective(config.objective)
@@ -71,9 +54,8 @@ def check(config: Config) -> Prepared:
     problems.refuse()
     measure_forward(config)
     assert dataset is not None
-    assert tokenizer is not None
     assert inputs is not None
-    return Prepared(dataset, tokenizer, inputs, notes)
+    return Prepared(dataset, inputs, notes)
 
 
 def check_evaluation(config: Config, model_path: str) -> Dataset:
@@ -89,7 +71,7 @@ def check_evaluation(config: Config, model_path: str) -> Dataset:
     """
     config = config.model_copy(update={"model": PretrainedModelConfig(kind="pretrained", path=model_path)})
     problems = Problems()
-    dataset, _, _ = _check_data(config, problems)
+    dataset, _ = _check_data(config, problems)
     _check_model(config, problems)
     with problems.collect():
         check_host(config, evaluation_bundles(config))
@@ -98,10 +80,8 @@ def check_evaluation(config: Config, model_path: str) -> Dataset:
     return dataset
 
 
-def _check_data(
-    config: Config, problems: Problems
-) -> tuple[Dataset | None, PreTrainedTokenizerBase | None, tuple[str, ...]]:
-    """Check environments, rewards, data and tokenizer; return what could be loaded, and notes."""
+def _check_data(config: Config, problems: Problems) -> tuple[Dataset | None, tuple[str, ...]]:
+    """Check environments, rewards, data and tokenizer; return the queries if they could be loaded, and notes."""
     dataset: Dataset | None = None
     tokenizer: PreTrainedTokenizerBase | None = None
     notes: tuple[str, ...] = ()
@@ -118,7 +98,7 @@ def _check_data(
         with problems.collect():
             dataset = fit_prompts(dataset, tokenizer, config)
             notes = tuple(special_token_notes(dataset, tokenizer, bos_token_of(config)))
-    return dataset, tokenizer, notes
+    return dataset, notes
 
 
 def _check_model(config: Config, problems: Problems) -> None:

@@ -18,7 +18,7 @@ from quatro_ray.data.dataset import Dataset, QueryStream
 from quatro_ray.data.registry import describe
 from quatro_ray.engines.checkpoint_store import replace_folder
 from quatro_ray.errors import ClusterError, last_line
-from quatro_ray.jobs.preflight import Prepared, check
+from quatro_ray.jobs.prepared import Prepared, prepare
 from quatro_ray.jobs.run_directory import only_writer, prepare_run_dir
 from quatro_ray.orchestrator.cluster import spawn
 from quatro_ray.orchestrator.connection import connect
@@ -44,7 +44,7 @@ def train(config: Config, *, verbose: bool = False) -> Path:
     Raises:
         QuatroError: an error that the user can cause, with a message of one line.
     """
-    prepared = check(config)
+    prepared = prepare(config)
     resume = prepare_run_dir(config, prepared.inputs)
     with only_writer(config):
         return _train(config, prepared, resume=resume, verbose=verbose)
