@@ -96,7 +96,10 @@ class Fleet:
         self._tasks: asyncio.TaskGroup | None = None
         self._running: set[asyncio.Task[None]] = set()
         self._closed = False
-        self._changed = asyncio.Condition()
+        self._room = asyncio.Condition()
+        """Wakes groups that wait for an engine, as many as may find room."""
+        self._syncable = asyncio.Condition()
+        """Wakes the task that waits for an engine that can take weights."""
         self._watcher: EventSink | None = None
         self.joining = asyncio.Event()
         """Set when a restarted engine waits for weights; the task that sends them clears it."""
@@ -161,8 +164,8 @@ class Fleet:
 
     async def some_to_sync(self) -> list[EngineSlot]:
         """Wait until an engine can take weights. The caller bounds the wait."""
-        async with self._changed:
-            await self._changed.wait_for(self.to_sync)
+        async with self._syncable:
+            await self._syncable.wait_for(self.to_sync)
         return self.to_sync()
 
     async def synced(self, slot: EngineSlot) -> None:
@@ -173,7 +176,7 @@ class Fleet:
             slot.lost_at = None
         if slot.record.state in (Health.SYNCING, Health.HEALTHY):
             self._to(slot, Health.HEALTHY)
-            await self._notify()
+            await self._offer(self._places(slot))
 
     @asynccontextmanager
     async def lend(self) -> AsyncIterator[Engine]:
@@ -185,8 +188,8 @@ class Fleet:
         An EngineLost inside the `async with` marks the engine as lost and is raised again. The wait for a healthy
         engine has no deadline, because the learner's wait for groups has one.
         """
-        async with self._changed:
-            await self._changed.wait_for(self._free)
+        async with self._room:
+            await self._room.wait_for(self._free)
             slot = min(self._free(), key=lambda m: m.num_groups)
             slot.num_groups += 1
         try:
@@ -196,13 +199,19 @@ class Fleet:
             raise
         finally:
             slot.num_groups -= 1
-            await self._notify()
+            await self._offer(1)
 
     def _free(self) -> list[EngineSlot]:
-        limit, fullest = self._config.max_groups_in_flight, self._config.max_kv_cache_usage
-        healthy = [m for m in self.slots if m.record.state is Health.HEALTHY]
+        return [m for m in self.slots if self._places(m) > 0]
+
+    def _places(self, slot: EngineSlot) -> int:
+        """Return how many more groups an engine takes."""
+        if slot.record.state is not Health.HEALTHY:
+            return 0
         # without a group an engine makes no step, and its last report is of no use
-        return [m for m in healthy if m.num_groups == 0 or (m.num_groups < limit and m.kv_cache_usage <= fullest)]
+        if slot.num_groups > 0 and slot.kv_cache_usage > self._config.max_kv_cache_usage:
+            return 0
+        return self._config.max_groups_in_flight - slot.num_groups
 
     def lost(self, slot: EngineSlot, why: str, *, core_died: bool = False) -> None:
         """End a lost engine and start its successor. Only the first call for an engine has an effect.
@@ -247,7 +256,8 @@ class Fleet:
         self._to(slot, Health.SYNCING)
         self._run(self._watch(slot))
         self.joining.set()
-        await self._notify()
+        async with self._syncable:
+            self._syncable.notify_all()
 
     def _give_up(self, dead: EngineSlot, why: str) -> None:
         self._tell("given_up", dead, why=why)
@@ -273,7 +283,7 @@ class Fleet:
             if why := self._what_is_wrong(slot, load):
                 return self.lost(slot, why)
             slot.kv_cache_usage = load.kv_cache_usage
-            await self._notify()
+            await self._offer(self._places(slot))  # also makes up for a group that was cancelled when it was woken
             if self._watcher is not None:
                 self._watcher.engine_load(slot.index, load)
             await asyncio.sleep(_LOOK_EVERY_S)
@@ -289,9 +299,10 @@ class Fleet:
     def _to(self, slot: EngineSlot, state: Health) -> None:
         slot.record = slot.record.to(state, self._clock(), self._policy)
 
-    async def _notify(self) -> None:
-        async with self._changed:
-            self._changed.notify_all()
+    async def _offer(self, num_places: int) -> None:
+        """Wake so many waiting groups; to wake all of them for each place costs more than the groups themselves."""
+        async with self._room:
+            self._room.notify(num_places)
 
     def _tell(self, event: str, slot: EngineSlot, **detail: Any) -> None:
         if self._watcher is not None:
