@@ -118,7 +118,9 @@ def claims(runs: Iterable[Run]) -> dict[str, Any]:
         "within 0.02 of the best in every cell": _ahead(pairs, "final", MARGIN),
         "above every baseline that collapses as published": [
             f"{_name(cell)}: {p.key[0]}" for cell, p in collapsing if p.lead("final") >= 0
-        ],
+        ]
+        if any(not p.key[1] for of in pairs.values() for p in of)
+        else [_NOT_RUN],
         "at 250 tokens above QUATRO with one budget": _ahead(long, "final", 0.0) if any(long.values()) else [_NOT_RUN],
         "highest entropy of those within 0.02": _ahead(close, "entropy", 0.0),
         "highest pass@16 of those within 0.02": _ahead(close, "pass_at_16", 0.0),
