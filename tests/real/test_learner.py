@@ -253,12 +253,14 @@ def test_objectives_that_need_the_whole_batch_or_versions(local_ray: None, model
 
 def test_ways_to_divide_the_work_change_no_number(local_ray: None, model_path: str) -> None:
     """Ulysses over two ranks, where sums over ranks count each row once; and hpZ, whose copies a step makes stale."""
-    found = []
+    found: list[tuple[dict[str, Any], dict[int, np.ndarray]]] = []
+    groups = random_groups()
     ways: list[dict[str, Any]] = [{}, {"sequence_parallel_size": 2}, {"hpz_partition_size": 2}]
     for settings in ways:
-        with learners(model_path, tokens_per_micro_batch=101, **settings) as ranks:
-            metrics = ranks.train(random_groups())
-            found.append((metrics, ranks.logprobs(random_groups())))
+        with learners(model_path, tokens_per_micro_batch=101, learning_rate=1e-3, **settings) as ranks:
+            groups = groups if found else on_policy(ranks, groups)
+            metrics = ranks.train(groups)
+            found.append((metrics, ranks.logprobs(groups)))
     (plain, logprobs), (shared, _), _ = found
     assert plain["step/micro_batches_per_rank"] < shared["step/micro_batches_per_rank"]
     assert plain["step_control/kept"] < 1
