@@ -69,9 +69,9 @@ END;
 def prepare(db: sqlite3.Connection) -> None:
     """Create the tables that are missing, and bring those of an older ledger to the present form."""
     db.executescript(_GROUPS + _PAYLOADS + VERSIONS)
-    columns = {row[1] for row in db.execute("PRAGMA table_info(groups)")}
-    db.execute("BEGIN IMMEDIATE")
-    try:
+    with db:  # all of it, or nothing
+        db.execute("BEGIN IMMEDIATE")
+        columns = {row[1] for row in db.execute("PRAGMA table_info(groups)")}
         if "step" in columns:  # it always held the learner's version
             db.execute("ALTER TABLE groups RENAME COLUMN step TO learner_version")
         if "payload" in columns:
@@ -80,10 +80,6 @@ def prepare(db: sqlite3.Connection) -> None:
         _run(db, _INDEXES)
         if not db.execute("SELECT 1 FROM sqlite_master WHERE name = 'tally'").fetchone():
             _run(db, _TALLY)
-        db.execute("COMMIT")
-    except BaseException:
-        db.execute("ROLLBACK")
-        raise
 
 
 def _run(db: sqlite3.Connection, script: str) -> None:
