@@ -4,14 +4,15 @@
 
 The task is that of benchmarks/toy/chain.py with ten symbols, in letters: the prompt is two increments and a state, the
 response adds the increments in turn, and the reward is 1 if the last state is right. The starting policy is a tiny
-model that was trained on chains with random errors, so that it knows more than it shows. Every method and seed is one
-run of `quatro-ray train` with benchmarks/long_responses.yaml. The starting policy and runs that have ended are kept in
-runs/long_responses and not made again. The last line is JSON; the exit status is 1 if the mean of QUATRO's runs ends
-more than 0.02 below that of another method, or one of them ends below its start.
+model that was trained on chains with random errors, so that it knows more than it shows; its weights are a file, as
+those of the study are. Every method and seed is one run of `quatro-ray train` with benchmarks/long_responses.yaml. Runs
+that have ended are kept in runs/long_responses and not made again. The last line is JSON; the exit status is 1 if the
+mean of QUATRO's runs ends more than 0.02 below that of another method, or one of them ends below its start.
 """
 
 from __future__ import annotations
 
+import copy
 import json
 import subprocess
 import sys
@@ -22,7 +23,9 @@ from typing import Annotated, Any
 import torch
 import torch.nn.functional as F
 import typer
+from safetensors.torch import load_model, save_model
 from torch import Tensor
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from benchmarks.toy.chain import all_prompts, chains, demonstrations
 from quatro_ray.config import TinyModelConfig
@@ -39,6 +42,7 @@ _WARMUP_STEPS, _WARMUP_BATCH, _WARMUP_LEARNING_RATE = 8000, 64, 4e-3
 _RUN_TIMEOUT_S = 3600
 _CONFIG = Path("benchmarks/long_responses.yaml")
 _FOLDER = Path("runs/long_responses")
+_START = Path("benchmarks/figures/starts/long_responses.safetensors")
 # GSPO's range as in the study; the paper's is for responses of thousands of tokens
 _SETTINGS = {"gspo": {"clip_low": 0.1, "clip_high": 0.15}}
 
@@ -84,11 +88,17 @@ def make_data() -> Tensor:
 
 
 def make_start(prompts: Tensor) -> None:
-    """Train and save the starting policy, unless it exists; it takes about 20 minutes on one core."""
-    if (path := _FOLDER / "start").exists():
-        return
+    """Write the starting policy as a model folder. If its file is missing, it is trained, for 20 minutes of a core."""
     tokenizer = make_tokenizer()
     model = make_model(TinyModelConfig(kind="tiny"), tokenizer, seed=0)
+    if not _START.exists():
+        _warm_up(model, tokenizer, prompts)
+        save_model(copy.deepcopy(model).half(), str(_START))
+    load_model(model, _START)
+    save_pretrained(model, tokenizer, _FOLDER / "start")
+
+
+def _warm_up(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, prompts: Tensor) -> None:
     optimizer = torch.optim.AdamW(model.parameters(), lr=_WARMUP_LEARNING_RATE, weight_decay=0.01)
     generator = torch.Generator().manual_seed(0)
     for step in range(_WARMUP_STEPS):
@@ -107,9 +117,6 @@ def make_start(prompts: Tensor) -> None:
         optimizer.step()
         if step % 500 == 0:
             print(f"starting policy, step {step} of {_WARMUP_STEPS}: loss {loss.item():.3f}", flush=True)
-    beside = path.with_name("start.part")
-    save_pretrained(model, tokenizer, beside)
-    beside.rename(path)
 
 
 def run_dir(method: str, seed: int) -> Path:
