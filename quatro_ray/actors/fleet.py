@@ -8,7 +8,7 @@ from __future__ import annotations
 import asyncio
 import time
 from collections.abc import AsyncIterator, Callable, Coroutine
-from contextlib import asynccontextmanager
+from contextlib import AbstractAsyncContextManager, asynccontextmanager
 from typing import Any, Protocol
 
 from quatro_ray.actors.interfaces import Engine
@@ -16,6 +16,7 @@ from quatro_ray.actors.restart_policy import Health, Progress, Record, RestartPo
 from quatro_ray.config import GeneratorConfig
 from quatro_ray.errors import ClusterError, last_line
 from quatro_ray.failures import EngineLost
+from quatro_ray.telemetry.activity import IDLE, Activity
 from quatro_ray.timeouts import within
 from quatro_ray.types import EngineLoad
 
@@ -44,20 +45,30 @@ class EventSink(Protocol):
 class EngineSlot:
     """One life of an engine; its successor is another slot with the same index."""
 
-    def __init__(self, index: int, client: Engine, record: Record, lost_at: float | None = None) -> None:
+    def __init__(
+        self,
+        index: int,
+        client: Engine,
+        record: Record,
+        on_change: Callable[[EngineSlot], None],
+        lost_at: float | None = None,
+    ) -> None:
         """Create the slot.
 
         Args:
             index: position in `Fleet.slots`, and the number in the engine's name "generator N".
             client: calls the engine; a successor has its own client.
             record: health of the engine; it keeps the failures and starts of earlier lives.
+            on_change: called when `state()` may have changed.
             lost_at: time at which the last healthy engine of this index was lost, in seconds of the fleet's clock.
         """
         self.index = index
         self.client = client
         self.record = record
+        self._on_change = on_change
         self.lost_at = lost_at
         self.num_groups = 0
+        self.num_evaluated = 0
         self.kv_cache_usage = 0.0
         self.is_updating = False
         self.progress = Progress(0, 0.0)
@@ -65,10 +76,33 @@ class EngineSlot:
     def update_begins(self) -> None:
         """Expect no progress: a weight update pauses the engine."""
         self.is_updating = True
+        self._on_change(self)
 
     def update_ends(self) -> None:
         """Expect progress again."""
         self.is_updating = False
+        self._on_change(self)
+
+    def count(self, num_groups: int, *, evaluates: bool) -> None:
+        """Add groups to those that the engine works on, or subtract them."""
+        self.num_groups += num_groups
+        self.num_evaluated += num_groups if evaluates else 0
+        self._on_change(self)
+
+    def state(self) -> str:
+        """Return what the engine does, as metrics and timeline name it."""
+        match self.record.state:
+            case Health.STARTING:
+                return "start"
+            case Health.DEAD:
+                return "lost"
+            case _ if self.is_updating:
+                return "paused"
+            case Health.SYNCING:
+                return "wait_weights"
+            case _ if self.num_groups == 0:
+                return IDLE
+        return "evaluate" if self.num_evaluated == self.num_groups else "busy"
 
 
 class Fleet:
@@ -104,9 +138,15 @@ class Fleet:
         self.joining = asyncio.Event()
         """Set when a restarted engine waits for weights; the task that sends them clears it."""
         self.num_lost = 0
-        self.slots = [
-            EngineSlot(i, spawn(i), Record(Health.STARTING, clock(), incarnation=1)) for i in range(config.num_engines)
-        ]
+        self.activity = Activity(clock)
+        first = Record(Health.STARTING, clock(), incarnation=1)
+        self.slots = [EngineSlot(i, spawn(i), first, self._changed) for i in range(config.num_engines)]
+        for slot in self.slots:
+            self._changed(slot)
+
+    def _changed(self, slot: EngineSlot) -> None:
+        if slot is self.slots[slot.index]:  # a life that is over may still return its groups
+            self.activity.enter(slot.index, slot.state())
 
     def started(self, *, synced: bool) -> None:
         """Record that all engines run.
@@ -178,8 +218,12 @@ class Fleet:
             self._to(slot, Health.HEALTHY)
             await self._offer(self._places(slot))
 
+    def for_evaluation(self) -> _ForEvaluation:
+        """Return the same engines, for groups that are not trained on; the time they take is counted apart."""
+        return _ForEvaluation(self)
+
     @asynccontextmanager
-    async def lend(self) -> AsyncIterator[Engine]:
+    async def lend(self, *, evaluates: bool = False) -> AsyncIterator[Engine]:
         """Lend the healthy engine with the fewest groups; each takes at most `max_groups_in_flight`.
 
         An engine whose key-value cache is fuller than `max_kv_cache_usage` takes no further group: it would wait in
@@ -191,14 +235,14 @@ class Fleet:
         async with self._room:
             await self._room.wait_for(self._free)
             slot = min(self._free(), key=lambda m: m.num_groups)
-            slot.num_groups += 1
+            slot.count(1, evaluates=evaluates)
         try:
             yield slot.client
         except EngineLost as error:
             self.lost(slot, str(error), core_died=error.core_died)
             raise
         finally:
-            slot.num_groups -= 1
+            slot.count(-1, evaluates=evaluates)
             await self._offer(1)
 
     def _free(self) -> list[EngineSlot]:
@@ -244,9 +288,9 @@ class Fleet:
         if dead.record.is_given_up(self._policy):
             return self._give_up(dead, why)
         await asyncio.sleep(self._policy.delay_s(dead.record.failures))
-        slot = EngineSlot(dead.index, self._spawn(dead.index), dead.record, dead.lost_at)
-        self._to(slot, Health.STARTING)
+        slot = EngineSlot(dead.index, self._spawn(dead.index), dead.record, self._changed, dead.lost_at)
         self.slots[dead.index] = slot
+        self._to(slot, Health.STARTING)
         try:
             await within(self._config.start_deadline_s, slot.client.start())
         except TimeoutError:
@@ -298,6 +342,7 @@ class Fleet:
 
     def _to(self, slot: EngineSlot, state: Health) -> None:
         slot.record = slot.record.to(state, self._clock(), self._policy)
+        self._changed(slot)
 
     async def _offer(self, num_places: int) -> None:
         """Wake so many waiting groups; to wake all of them for each place costs more than the groups themselves."""
@@ -307,3 +352,11 @@ class Fleet:
     def _tell(self, event: str, slot: EngineSlot, **detail: Any) -> None:
         if self._watcher is not None:
             self._watcher.event(event, f"generator {slot.index}", **detail)
+
+
+class _ForEvaluation:
+    def __init__(self, fleet: Fleet) -> None:
+        self._fleet = fleet
+
+    def lend(self) -> AbstractAsyncContextManager[Engine]:
+        return self._fleet.lend(evaluates=True)

@@ -13,6 +13,7 @@ from typing import Any, Protocol
 
 from quatro_ray.engines.checkpoint_store import Digests
 from quatro_ray.replay.buffer import FallBack, LeaseSummary, RecoveredState, ReplayStats
+from quatro_ray.telemetry.activity import Activity
 from quatro_ray.types import (
     DropReason,
     EngineLoad,
@@ -107,6 +108,7 @@ class Verifiers(Protocol):
     """Scores groups (actors/verifier_pool.py)."""
 
     num_replaced: int
+    activity: Activity
 
     async def score(self, group: GroupRef) -> tuple[GroupSummary, ScoredGroup]:
         """Return the summary of the scores and the scored group, or raise VerifierFailed after the last retry."""

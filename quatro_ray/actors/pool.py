@@ -11,6 +11,7 @@ from ray.actor import ActorHandle
 from ray.exceptions import RayError, RayTaskError
 
 from quatro_ray.actors.calls import ACTOR_DIED, value_of
+from quatro_ray.telemetry.activity import IDLE, Activity
 from quatro_ray.timeouts import within
 
 
@@ -28,7 +29,11 @@ class ActorPool:
         self.actors = [spawn() for _ in range(num_actors)]
         self._starting: dict[ActorHandle, asyncio.Task[None]] = {}
         self._loads = dict.fromkeys(self.actors, 0)
+        self._numbers = {actor: i for i, actor in enumerate(self.actors)}
+        self.activity = Activity()
         self.num_replaced = 0
+        for actor in self.actors:
+            self.activity.enter(self._numbers[actor], IDLE)
 
     @asynccontextmanager
     async def least_loaded(self) -> AsyncIterator[ActorHandle]:
@@ -39,7 +44,7 @@ class ActorPool:
             RayError: a new actor did not start; it is replaced too.
         """
         actor = min(self._loads, key=self._loads.__getitem__)
-        self._loads[actor] += 1
+        self._count(actor, 1)
         try:
             await self._started(actor)
             yield actor
@@ -50,7 +55,11 @@ class ActorPool:
             raise
         finally:
             if actor in self._loads:
-                self._loads[actor] -= 1
+                self._count(actor, -1)
+
+    def _count(self, actor: ActorHandle, change: int) -> None:
+        self._loads[actor] += change
+        self.activity.enter(self._numbers[actor], "busy" if self._loads[actor] else IDLE)
 
     async def _started(self, actor: ActorHandle) -> None:
         """Wait until the actor runs. Its start is requested once, and does not count against its work's deadline."""
@@ -78,3 +87,5 @@ class ActorPool:
         new = self._spawn()
         self.actors.append(new)
         self._loads[new] = 0
+        self._numbers[new] = self._numbers.pop(actor)
+        self.activity.enter(self._numbers[new], IDLE)

@@ -28,7 +28,7 @@ _LEFT_BY_A_START = _RESULTS | {
     ".writer", "checkpoints", "config.yaml", "evaluation_rollouts.jsonl", "evaluations.jsonl", "events.jsonl",
     "inputs.json",
     "ledger.sqlite", "ledger.sqlite-shm", "ledger.sqlite-wal", "model", "model.writing", "notes.log", "stall.txt",
-    "tensorboard", "timeline.jsonl",
+    "tensorboard", "timeline.jsonl", "timeline.1.jsonl",
 }  # fmt: skip
 """All that a run may have written before it admitted its first group."""
 

@@ -73,10 +73,10 @@ def _train(config: Config, prepared: Prepared, *, resume: bool, verbose: bool) -
             ) from error
         raise
     finally:
-        recorder.seconds["total"] = recorder.now()
+        seconds, shares = recorder.seconds(), recorder.time_shares()
         recorder.close()
         ray.shutdown()
-    summary = summarise(counters, stats, memory | {"controller": own_peak_rss_bytes()}, dict(recorder.seconds))
+    summary = summarise(counters, stats, memory | {"controller": own_peak_rss_bytes()}, seconds, shares)
     (run_dir / "summary.json").write_text(json.dumps(summary, indent=2) + "\n")
     return write_report(run_dir)
 
@@ -113,7 +113,7 @@ async def _run(
 ) -> tuple[Counters, ReplayStats, dict[str, int]]:
     """Start the cluster and train; return the counters, the ledger's numbers and the peak memory by role in bytes."""
     recorder.say("starting engines and learner")
-    with recorder.phase("controller", "start"):
+    with recorder.phase("controller", "start"), recorder.phase("learner", "start"):
         cluster = await spawn(config, model_path)
     try:
         components = cluster.components()
@@ -127,7 +127,11 @@ async def _run(
 
 
 def summarise(
-    counters: Counters, ledger: ReplayStats, memory: dict[str, int], seconds: dict[str, float]
+    counters: Counters,
+    ledger: ReplayStats,
+    memory: dict[str, int],
+    seconds: dict[str, float],
+    time_shares: dict[str, dict[str, float]],
 ) -> dict[str, object]:
     """Return the content of summary.json; docs/run_directory.md explains the fields.
 
@@ -136,6 +140,7 @@ def summarise(
         ledger: what the ledger counted.
         memory: peak resident memory by role, in bytes.
         seconds: duration by phase.
+        time_shares: share of each state in the time of each role.
     """
     first = counters.evaluations[0].name
     of_first = [e for e in counters.evaluations if e.name == first]
@@ -160,6 +165,7 @@ def summarise(
         "trained_tokens": steps.trained_tokens,
         "evaluation_tokens": sum(e.num_tokens for e in counters.evaluations),
         "seconds": {k: round(v, 2) for k, v in seconds.items()},
+        "time_share": {role: {k: round(v, 4) for k, v in found.items()} for role, found in time_shares.items()},
         "recovery": {name.removeprefix("health/"): int(n) for name, n in counters.health().items()}
         | {"buffer_restarts": ledger.num_opened - 1 - counters.resumed},
         "peak_rss_bytes": memory,

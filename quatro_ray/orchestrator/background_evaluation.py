@@ -9,6 +9,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Protocol
 
+from quatro_ray.telemetry.activity import Activity
 from quatro_ray.telemetry.counters import Counters
 from quatro_ray.telemetry.evaluation_result import EvaluationResult
 from quatro_ray.telemetry.recorder import Recorder
@@ -66,6 +67,8 @@ class BackgroundEvaluation:
         self._pending: list[tuple[int, int]] = []  # (version, step), until they are evaluated
         self._changed = asyncio.Event()
         self._fallen: list[tuple[int, int]] = []  # (version, step) after each fall-back
+        if evaluator is not None:
+            recorder.watch("evaluator", Activity())
         self.newest_step = -1
         """The newest step of the current lineage that is evaluated or pending."""
 

@@ -58,7 +58,9 @@ class Controller:
         self._held_out = held_out
         self._recorder = recorder
         self.counters = counters = Counters()
-        self._clock = StepClock(recorder.now, recorder.seconds)
+        recorder.watch("generators", components.generators.activity)
+        recorder.watch("verifiers", components.verifiers.activity)
+        self._clock = StepClock(recorder.now, recorder.roles)
         self._warnings = StepWarnings(response_weights=_weighs_whole_responses(config))
         self._position = Position()
         self._learner_lock = asyncio.Lock()
@@ -231,7 +233,8 @@ class Controller:
             async with self._learner_lock:
                 if not self._components.generators.is_any_waiting():
                     continue  # a step's own update was faster
-                with suppress(LearnerLost):  # the monitor reports the death of its ranks
+                # the monitor reports the death of the learner's ranks
+                with suppress(LearnerLost), self._recorder.phase("learner", "sync"):
                     await self._components.weight_sync.update(self._position.issued)
 
     # Evaluation and checkpoints
@@ -277,7 +280,7 @@ class Controller:
             await self._export_for_evaluation()
 
     async def _evaluate_here(self) -> None:
-        generators, verifiers = self._components.generators, self._components.verifiers
+        generators, verifiers = self._components.generators.for_evaluation(), self._components.verifiers
         sampler = Sampler(generators, verifiers, self._config.generator, self._recorder.note)
         results = []
         for name, queries in self._held_out.items():

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import errno
+import os
 from collections.abc import Callable
 from itertools import takewhile
 from pathlib import Path
 
 _NO_SPACE = (errno.ENOSPC, errno.EDQUOT)
 _MAX_WAITING_BYTES = 2**24
+_MAX_LINE_BYTES = 2**12
 
 
 class AppendLog:
@@ -16,10 +18,15 @@ class AppendLog:
 
     While the disk is full, lines wait in memory; beyond 16 MiB they are dropped and counted. If a writer died within a
     line, that incomplete last line is removed when the file is opened.
+
+    Args:
+        path: the file.
+        max_bytes: a larger file is renamed to `earlier(path)`, in place of the one there, and a new one begins.
     """
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Path, *, max_bytes: int | None = None) -> None:
         self._path = path
+        self._max_bytes = max_bytes
         self._waiting = bytearray()
         self.num_dropped = 0
         self._file = path.open("ab", buffering=0)
@@ -62,6 +69,28 @@ class AppendLog:
         try:
             while self._waiting:
                 del self._waiting[: self._file.write(self._waiting)]
+            if self._max_bytes is not None and self._file.tell() > self._max_bytes:
+                self._begin_anew()
         except OSError as error:
             if error.errno not in _NO_SPACE:
                 raise
+
+    def _begin_anew(self) -> None:
+        self._file.close()
+        os.replace(self._path, earlier(self._path))
+        self._file = self._path.open("ab", buffering=0)
+
+
+def earlier(path: Path) -> Path:
+    """Return where the lines before those of `path` are: timeline.1.jsonl for timeline.jsonl."""
+    return path.with_suffix(f".1{path.suffix}")
+
+
+def last_line_of(path: Path) -> bytes | None:
+    """Return the last line of a log whose lines are short, or None if it has none."""
+    for file in (path, earlier(path)):
+        if file.is_file() and file.stat().st_size:
+            with file.open("rb") as opened:
+                opened.seek(max(0, file.stat().st_size - _MAX_LINE_BYTES))
+                return opened.read().splitlines()[-1]
+    return None

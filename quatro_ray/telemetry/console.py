@@ -8,6 +8,7 @@ from typing import cast
 from rich.console import Console
 from rich.status import Status
 
+from quatro_ray.telemetry.activity import IDLE
 from quatro_ray.telemetry.evaluation_result import EvaluationResult
 from quatro_ray.types import StepMetrics
 
@@ -34,7 +35,7 @@ class Progress:
         line = (
             f"step {step}/{num_steps}  reward {metrics['reward/mean']:.3f}  entropy {metrics['policy/entropy']:.2f}  "
             f"KL {sum(kl) / len(kl):.3f}  staleness {metrics['off_policy/staleness_mean']:.1f} "
-            f"(max {metrics['off_policy/staleness_max']})  {elapsed_s:.0f} s"
+            f"(max {metrics['off_policy/staleness_max']})  {_idle(metrics)}{elapsed_s:.0f} s"
         )
         if metrics["step/skipped"]:
             self.say(f"step {step}: loss or gradient not finite, update skipped")
@@ -59,3 +60,12 @@ class Progress:
         """Remove the line that is updated in place."""
         if self._status is not None:
             self._status.stop()
+
+
+def _idle(metrics: StepMetrics) -> str:
+    """Return the shares of the step in which learner and engines had nothing to do; empty if they are not known."""
+    learner, engines = (
+        sum(cast(float, metrics.get(f"time_share/{role}/{state}", 0.0)) for state in ("wait", IDLE))
+        for role in ("learner", "generators")
+    )
+    return f"idle: learner {learner:.0%}, engines {engines:.0%}  " if "time/step_s" in metrics else ""

@@ -33,7 +33,16 @@ _PHASE_COLOURS = {
     "evaluate": "#2ca02c",
     "export": "#8c564b",
     "checkpoint": "#9467bd",
+    "busy": "#1f77b4",
+    "paused": "#ff7f0e",
+    "wait_weights": "#ffbb78",
+    "start": "#bcbd22",
+    "evaluation": "#2ca02c",
+    "lost": "#d62728",
+    "restart": "#d62728",
+    "idle": "#f0f0f0",
 }
+_OTHER_COLOUR = "#17becf"
 
 
 def scalar(key: str) -> Get:
@@ -129,6 +138,26 @@ def ratios(title: str, metrics: Sequence[Record]) -> str | None:
     return _svg(title, figure)
 
 
+def stacked(title: str, metrics: Sequence[Record], prefix: str) -> str | None:
+    """Plot the metrics whose names begin with `prefix`, shares that add up to 1, on top of each other over steps."""
+    steps = [m for m in metrics if any(key.startswith(prefix) for key in m)]
+    names = dict.fromkeys(key for m in steps for key in m if key.startswith(prefix))
+    if not steps:
+        return None
+    figure, axes = _figure("optimiser step", "share of the time")
+    states = [name.removeprefix(prefix) for name in names]
+    colours = [_PHASE_COLOURS.get(state, _OTHER_COLOUR) for state in states]
+    bottom = [0.0] * len(steps)
+    for name, state, colour in zip(names, states, colours, strict=True):
+        heights = [m.get(name, 0.0) for m in steps]
+        axes.bar([m["step"] for m in steps], heights, width=1.0, bottom=bottom, color=colour, label=state)
+        bottom = [low + height for low, height in zip(bottom, heights, strict=True)]
+    axes.set_ylim(0, 1)
+    axes.locator_params(axis="x", integer=True)
+    figure.legend(fontsize=8, ncols=4, loc="outside lower center")
+    return _svg(title, figure)
+
+
 def timeline(title: str, records: Sequence[Record]) -> str | None:
     """Plot the learner's phases as bars and the number of groups in each engine as lines."""
     from matplotlib.patches import Patch
@@ -138,7 +167,8 @@ def timeline(title: str, records: Sequence[Record]) -> str | None:
     figure, axes = _figure("seconds", "groups in the engine")
     handles: list[Artist] = []
     for name, colour in _PHASE_COLOURS.items():
-        spans = [(e["start"], e["end"] - e["start"]) for e in records if e.get("phase") == name]
+        of_learner = [e for e in records if e.get("phase") == name and e["role"] == "learner"]
+        spans = [(e["start"], e["end"] - e["start"]) for e in of_learner]
         if spans:
             axes.broken_barh(spans, (-2.5, 2), color=colour, linewidth=0)
             handles.append(Patch(color=colour, label=f"learner: {name}"))

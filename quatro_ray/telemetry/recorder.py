@@ -12,7 +12,8 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from quatro_ray.telemetry.append_log import AppendLog
+from quatro_ray.telemetry.activity import IDLE, Activity, shares
+from quatro_ray.telemetry.append_log import AppendLog, last_line_of
 from quatro_ray.telemetry.console import Progress
 from quatro_ray.telemetry.evaluation_result import EvaluationResult
 from quatro_ray.telemetry.logs import without_secrets
@@ -22,6 +23,10 @@ _OF_EVALUATIONS = ("evaluations", "evaluation_rollouts")
 _BY_STEP = ("metrics", "rollouts", *_OF_EVALUATIONS)
 _SHOWN_EVENTS = {"lost", "recovered", "given_up", "fell_back", "damaged", "failed"}
 _WARNING_EVENTS = {"lost", "given_up", "damaged", "failed"}
+TIMELINE = "timeline.jsonl"
+_MAX_TIMELINE_BYTES = 2**26
+_MAX_DRAWN = 16
+"""Members of a role that the timeline has; it would grow by a gigabyte an hour with 1,024 engines."""
 
 _logger = logging.getLogger(__name__)
 # Without any handler Python prints warnings on stderr, and the terminal has them from the progress line already.
@@ -38,41 +43,80 @@ class Recorder:
         num_steps: optimiser steps of the whole run, for the progress line.
         tensorboard: write event files for TensorBoard too.
         progress: the terminal.
+        clock: returns seconds that only increase.
 
     Attributes:
-        seconds: total duration of the phases with this name.
+        roles: what the members of each role do.
     """
 
-    def __init__(self, run_dir: Path, *, num_steps: int, tensorboard: bool, progress: Progress) -> None:
+    def __init__(
+        self,
+        run_dir: Path,
+        *,
+        num_steps: int,
+        tensorboard: bool,
+        progress: Progress,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
         self._num_steps = num_steps
         self._progress = progress
         self._by_step = {name: AppendLog(run_dir / f"{name}.jsonl") for name in _BY_STEP}
-        self._timeline = AppendLog(run_dir / "timeline.jsonl")
+        self._timeline = AppendLog(run_dir / TIMELINE, max_bytes=_MAX_TIMELINE_BYTES)
         self._events = AppendLog(run_dir / "events.jsonl")
         self._notes = AppendLog(run_dir / "notes.log")
         self._is_full = False
-        self._start = time.monotonic() - _last_time(run_dir / "timeline.jsonl")
+        self._clock = clock
+        self._start = clock() - _last_time(run_dir)
         self._board = _tensorboard(run_dir / "tensorboard", self.say) if tensorboard else None
-        self.seconds: defaultdict[str, float] = defaultdict(float)
+        self.roles: dict[str, Activity] = {}
+        self._phases: defaultdict[str, list[str]] = defaultdict(list)
+        for role in ("controller", "learner"):
+            self.watch(role, Activity(clock))
 
     def now(self) -> float:
         """Return the seconds since the run began; a resumed run continues from the last time in its timeline."""
-        return time.monotonic() - self._start
+        return self._clock() - self._start
 
     @contextmanager
     def phase(self, role: str, name: str) -> Iterator[None]:
-        """Record how long `role` spends on `name` inside the with block. Phases of one role do not overlap."""
-        start = self.now()
+        """Record that `role`, which has one member, does `name` inside the with block, and is idle outside of it.
+
+        Where two phases overlap, the time counts for the one that began last.
+        """
+        names, activity = self._phases[role], self.roles[role]
+        names.append(name)
+        activity.enter(0, name)
         try:
             yield
         finally:
-            end = self.now()
-            self.seconds[name] += end - start
-            _write(self._timeline, {"role": role, "phase": name, "start": start, "end": end})
+            names.remove(name)
+            activity.enter(0, names[-1] if names else IDLE)
+
+    def watch(self, role: str, activity: Activity) -> None:
+        """Add a role. Its shares of time become metrics, and the stays of its first 16 members go to the timeline."""
+
+        def span(member: int, state: str, duration: float) -> None:
+            if member < _MAX_DRAWN and state != IDLE:
+                end = self.now()
+                name = f"{role.removesuffix('s')} {member}" if role.endswith("s") else role
+                _write(self._timeline, {"role": name, "phase": state, "start": end - duration, "end": end})
+
+        activity.on_span = span
+        self.roles[role] = activity
+
+    def seconds(self) -> dict[str, float]:
+        """Return the seconds by phase, of the roles that have one member, and of the whole run."""
+        single = {k: s for role in self._phases for k, s in self.roles[role].seconds().items() if k != IDLE}
+        return single | {"total": self.now()}
+
+    def time_shares(self) -> dict[str, dict[str, float]]:
+        """Return the share of each state in the time of each role since this part of the run began."""
+        return {role: found for role, activity in self.roles.items() if (found := shares(activity.seconds()))}
 
     def engine_load(self, index: int, load: EngineLoad) -> None:
-        """Add what an engine reports about its work to the timeline."""
-        _write(self._timeline, {"role": f"generator {index}", "t": self.now(), **asdict(load)})
+        """Add what an engine reports about its work to the timeline, if it is one of the first 16."""
+        if index < _MAX_DRAWN:
+            _write(self._timeline, {"role": f"generator {index}", "t": self.now(), **asdict(load)})
 
     def event(self, event: str, part: str, **detail: object) -> None:
         """Record what happened to a component in events.jsonl and the notes, and show losses and recoveries.
@@ -153,6 +197,8 @@ class Recorder:
 
     def close(self) -> None:
         """Write what waits and close all files. Records for which the disk has no space are counted and reported."""
+        for activity in self.roles.values():
+            activity.close()
         if self._board is not None:
             self._board.close()  # may still say something
         files = [self._timeline, self._events, self._notes, *self._by_step.values()]
@@ -167,12 +213,12 @@ def _step(line: bytes) -> int:
     return int(json.loads(line)["step"])
 
 
-def _last_time(timeline: Path) -> float:
-    """Return the last time that an earlier part of the run recorded, in seconds; 0 if there is none."""
-    if not timeline.is_file():
+def _last_time(run_dir: Path) -> float:
+    """Return the time of the last line in the timeline of an earlier part of the run, in seconds; 0 if none."""
+    if (line := last_line_of(run_dir / TIMELINE)) is None:
         return 0.0
-    lines = [json.loads(line) for line in timeline.read_text(encoding="utf-8").splitlines()]
-    return max((line.get("end", line.get("t", 0.0)) for line in lines), default=0.0)
+    record = json.loads(line)
+    return float(record.get("end", record.get("t", 0.0)))
 
 
 def _rounded(values: list[float]) -> list[float]:

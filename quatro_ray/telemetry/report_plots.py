@@ -10,6 +10,12 @@ from quatro_ray.telemetry.plots import largest, lines, mean, scalar
 from quatro_ray.telemetry.run_files import Record, RunFiles
 
 _PHASES = ("wait", "train", "sync", "evaluate", "export", "checkpoint")
+_ROLES = {
+    "learner": "Where the learner's time went",
+    "generators": "Where the engines' time went",
+    "verifiers": "Where the verifiers' time went",
+    "evaluator": "Where the time of dedicated evaluation went",
+}
 
 
 def sections(run: RunFiles) -> list[tuple[str, list[str]]]:
@@ -126,6 +132,7 @@ def _speed(run: RunFiles) -> list[str | None]:
     sync = {"engines paused": scalar("time/weight_sync_pause_s"), "transfer": scalar("time/weight_sync_transfer_s")}
     return [
         lines("Duration of a step, and of the learner's phases in it", m, durations, "seconds", scale="from_zero"),
+        *(plots.stacked(title, m, f"time_share/{role}/") for role, title in _ROLES.items()),
         lines("Tokens a second", m, rates, scale="from_zero"),
         lines("Trained rollouts a second", m, {"rollouts": scalar("throughput/rollouts_per_s")}, scale="from_zero"),
         lines("Weight update", m, sync, "seconds", scale="from_zero"),

@@ -11,10 +11,13 @@ from typing import Any
 
 import yaml
 
+from quatro_ray.telemetry.append_log import earlier
+
 Record = dict[str, Any]
 """A line of a file of the run, which is JSON."""
 _NUM_ROLLOUT_GROUPS = 3
 _NUM_NOTES = 20
+_NUM_TIMELINE = 10_000
 
 
 @dataclass
@@ -24,6 +27,7 @@ class RunFiles:
     Attributes:
         summary: summary.json; None unless the run is finished. A resumed run has that of its earlier end, which does
             not count.
+        timeline: the last records.
         rollouts: the last groups.
         notes: the last lines of notes.log.
         changed_at: when the run last wrote a record, in seconds since the epoch.
@@ -75,12 +79,23 @@ def read_run(run_dir: Path) -> RunFiles:
 
     run.metrics = [m for m in records("metrics.jsonl") if "step" in m]
     run.evaluations = list(records("evaluations.jsonl"))
-    run.timeline = list(records("timeline.jsonl"))
+    run.timeline = list(records("timeline.jsonl", last=_NUM_TIMELINE))
     run.rollouts = list(records("rollouts.jsonl", last=_NUM_ROLLOUT_GROUPS))
     run.notes = list(deque(_lines(run_dir / "notes.log"), maxlen=_NUM_NOTES))
     run.config = "\n".join(_lines(run_dir / "config.yaml"))
     run.summary = _summary(run_dir / "summary.json", run)
     return run
+
+
+def records_of(run_dir: Path, name: str) -> Iterator[Record]:
+    """Yield the records of a file of the run in order, those of its earlier part first; unreadable ones are left out.
+
+    Args:
+        run_dir: directory of the run.
+        name: the file, such as "timeline.jsonl".
+    """
+    for path in (earlier(run_dir / name), run_dir / name):
+        yield from _records(path, Counter(), None)
 
 
 def _summary(path: Path, run: RunFiles) -> Record | None:

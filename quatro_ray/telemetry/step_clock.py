@@ -1,10 +1,10 @@
-"""Duration and throughput of each optimiser step."""
+"""Duration and throughput of each optimiser step, and where the time of each role went."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 
-_PHASES = ("wait", "train", "sync", "evaluate", "export", "checkpoint")
+from quatro_ray.telemetry.activity import IDLE, Activity, shares
 
 
 class StepClock:
@@ -12,18 +12,18 @@ class StepClock:
 
     Args:
         now: returns seconds.
-        seconds: total duration of the learner's phases by name; it grows during the run.
+        roles: the activity of each role; that of "learner" has the phases of a step.
     """
 
-    def __init__(self, now: Callable[[], float], seconds: Mapping[str, float]) -> None:
+    def __init__(self, now: Callable[[], float], roles: Mapping[str, Activity]) -> None:
         self._now = now
-        self._seconds = seconds
+        self._roles = roles
         self.start(0)
 
     def start(self, num_generated: int) -> None:
         """Begin the next step. `num_generated`: response tokens generated so far."""
         self._started = self._now()
-        self._before = dict(self._seconds)
+        self._before = {role: activity.seconds() for role, activity in self._roles.items()}
         self._num_generated = num_generated
 
     def step(self, *, num_trained: int, num_rollouts: int, num_generated: int) -> dict[str, float]:
@@ -35,13 +35,19 @@ class StepClock:
             num_generated: response tokens generated so far, in the whole run.
         """
         duration = self._now() - self._started
-        metrics = {"time/step_s": duration}
-        for name in _PHASES:
-            if spent := self._seconds.get(name, 0.0) - self._before.get(name, 0.0):
-                metrics[f"time/{name}_s"] = spent
+        metrics = {"time/step_s": duration} | self._phases() | self._shares()
         if duration > 0:
             metrics["throughput/trained_tokens_per_s"] = num_trained / duration
             metrics["throughput/rollouts_per_s"] = num_rollouts / duration
             metrics["throughput/generated_tokens_per_s"] = (num_generated - self._num_generated) / duration
         self.start(num_generated)
         return metrics
+
+    def _phases(self) -> dict[str, float]:
+        before = self._before["learner"]
+        spent = {name: s - before.get(name, 0.0) for name, s in self._roles["learner"].seconds().items()}
+        return {f"time/{name}_s": s for name, s in spent.items() if s > 0 and name != IDLE}
+
+    def _shares(self) -> dict[str, float]:
+        found = {role: shares(a.seconds(), self._before.get(role)) for role, a in self._roles.items()}
+        return {f"time_share/{role}/{state}": s for role, states in found.items() for state, s in states.items()}

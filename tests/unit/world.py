@@ -25,6 +25,7 @@ from quatro_ray.failures import EngineLost, LearnerLost, TransferFailed, Verifie
 from quatro_ray.orchestrator.components import Components
 from quatro_ray.orchestrator.controller import Controller
 from quatro_ray.replay.buffer import ReplayBuffer
+from quatro_ray.telemetry.activity import Activity
 from quatro_ray.telemetry.console import Progress
 from quatro_ray.telemetry.counters import Counters
 from quatro_ray.telemetry.evaluation_result import EvaluationResult
@@ -162,6 +163,7 @@ class FakeVerifiers:
         self.failing = failing
         self.truncated: set[int] = set()
         self.num_replaced = 0
+        self.activity = Activity()
         self.reward = 1.0
         self.fails = False
         """Evaluations, whose groups have numbers below 0."""
@@ -357,8 +359,9 @@ class World:
         path.mkdir(parents=True, exist_ok=True)
         if self.ledger != ":memory:":
             self._open()
-        recorder = Recorder(path, num_steps=self.config.run.num_steps, tensorboard=False, progress=Progress())
         loop = VirtualLoop()
+        steps = self.config.run.num_steps
+        recorder = Recorder(path, num_steps=steps, tensorboard=False, progress=Progress(), clock=loop.time)
         try:
             return loop.run_until_complete(self._main(loop, recorder, resume))
         finally:

@@ -115,6 +115,29 @@ def test_every_step_has_the_figures_of_the_groups_that_it_trained(tmp_path: Path
         assert m["throughput/trained_tokens_per_s"] == pytest.approx(m["tokens/trained"] / m["time/step_s"])
 
 
+def test_the_time_of_every_role_adds_up_in_every_step(tmp_path: Path) -> None:
+    world = World(tmp_path / "r", generator={"num_engines": 3}, evaluation={"every_steps": 4})
+
+    async def lose_one(world: World) -> None:
+        while world.controller.step < 3:
+            await asyncio.sleep(0.01)
+        world.fleet.lost(world.fleet.slots[1], "its node is gone")
+
+    world.faults = lose_one
+    world.run()
+    found: dict[str, set[str]] = {}
+    for m in world.metrics():
+        spent: dict[str, float] = {}
+        for key, share in m.items():
+            if key.startswith("time_share/"):
+                _, role, state = key.split("/")
+                found.setdefault(role, set()).add(state)
+                spent[role] = spent.get(role, 0.0) + share
+        assert spent["learner"] == pytest.approx(1) == spent["generators"]
+    assert found["learner"] >= {"train", "sync", "evaluate"}
+    assert found["generators"] >= {"busy", "start", "paused", "evaluate"}
+
+
 def test_steps_that_learn_nothing_are_counted_and_told(tmp_path: Path) -> None:
     world = World(tmp_path / "r")
     world.learner.uninformative = True

@@ -67,6 +67,12 @@ def step_metrics(rng: random.Random, step: int, groups: list[RolloutGroup]) -> S
         "time/weight_sync_transfer_s": 0.2,
         "throughput/trained_tokens_per_s": 2000.0,
         "throughput/generated_tokens_per_s": 2400.0,
+        "time_share/learner/wait": 0.2,
+        "time_share/learner/train": 0.6,
+        "time_share/learner/sync": 0.12,
+        "time_share/learner/idle": 0.08,
+        "time_share/generators/busy": 0.9,
+        "time_share/generators/idle": 0.1,
         "throughput/rollouts_per_s": 6.4,
         **batch_metrics(groups),
     }

@@ -57,10 +57,13 @@ def test_it_holds_numbers_plots_and_the_configuration(page: str) -> None:
         "Learning rate",
         "Staleness of trained tokens over time",
         "Duration of a step, and of the learner's phases in it".replace("'", "&#x27;"),
+        "Where the learner's time went".replace("'", "&#x27;"),
+        "Where the engines' time went".replace("'", "&#x27;"),
         "Tokens a second",
         "Log-probs of engine and learner under the same weights",
     } <= set(titles(page))
     assert "<!-- generator 0 -->" in page and "<!-- learner: train -->" in page
+    assert all(f"<!-- {state} -->" in page for state in ("wait", "train", "sync", "idle", "busy"))
     assert "dir: &lt;here&gt;" in page
 
 
