@@ -129,6 +129,17 @@ def report(
             watch_report(run_dir, every)
 
 
+@app.command()
+def trace(
+    run_dir: Annotated[Path, typer.Argument(help="Directory of a run: finished, running or crashed.")],
+    out: Annotated[Path | None, typer.Option(help="Where to write it; by default RUN_DIR/trace.json.")] = None,
+) -> None:
+    """Write what each part of a run did and when as a Chrome trace, for ui.perfetto.dev."""
+    from quatro_ray.telemetry.chrome_trace import write_trace
+
+    print(f"trace: {write_trace(run_dir, out)}")
+
+
 def main() -> None:
     """Run the command line. An error that a user can cause is one line and exit status 2; SIGTERM gives status 143."""
     try:

@@ -110,6 +110,15 @@ def test_watching_a_report_ends_with_its_run_or_with_ctrl_c(call, tmp_path: Path
     assert (code, out) == (0, f"report: {tmp_path / 'report.html'}\n")
 
 
+def test_a_trace_is_written_beside_the_run_or_where_one_says(call, tmp_path: Path) -> None:  # type: ignore[no-untyped-def]
+    (tmp_path / "config.yaml").write_text("run: {num_steps: 9}\n")
+    assert call("trace", str(tmp_path)) == (0, f"trace: {tmp_path / 'trace.json'}\n", "")
+    out = tmp_path / "nowhere" / "t.json"
+    assert call("trace", str(tmp_path), "--out", str(out))[::2] == (
+        2, f"error: {out}: cannot be written: No such file or directory; give another path with --out\n"
+    )  # fmt: skip
+
+
 def test_the_version_is_that_of_the_installed_package(call) -> None:  # type: ignore[no-untyped-def]
     code, out, _ = call("--version")
     assert (code, out) == (0, f"quatro-ray {version('quatro_ray')}\n")
