@@ -6,6 +6,7 @@ Nothing here imports Ray: an engine is an actors/interfaces.py:Engine.
 from __future__ import annotations
 
 import asyncio
+import heapq
 import time
 from collections.abc import AsyncIterator, Callable, Coroutine
 from contextlib import AbstractAsyncContextManager, asynccontextmanager
@@ -20,7 +21,6 @@ from quatro_ray.telemetry.activity import IDLE, Activity
 from quatro_ray.timeouts import within
 from quatro_ray.types import EngineLoad
 
-_LOOK_EVERY_S = 0.5
 _LAST_WORDS_S = 1.0
 
 
@@ -112,6 +112,7 @@ class Fleet:
         spawn: makes the client of a new engine, given its index.
         liveness_deadline_s: after this many seconds without an answer, an engine counts as lost.
         clock: returns seconds that only increase.
+        look_every_s: seconds between two looks at an engine's load.
     """
 
     def __init__(
@@ -121,11 +122,13 @@ class Fleet:
         liveness_deadline_s: float,
         *,
         clock: Callable[[], float] = time.monotonic,
+        look_every_s: float = 0.5,
     ) -> None:
         self._spawn = spawn
         self._config = config
         self._liveness_deadline_s = liveness_deadline_s
         self._clock = clock
+        self._look_every_s = look_every_s
         self._policy = RestartPolicy(config.max_restarts)
         self._tasks: asyncio.TaskGroup | None = None
         self._running: set[asyncio.Task[None]] = set()
@@ -139,6 +142,8 @@ class Fleet:
         """Set when a restarted engine waits for weights; the task that sends them clears it."""
         self.num_lost = 0
         self.activity = Activity(clock)
+        self._by_load: list[tuple[int, int]] = []
+        """A heap of number of groups and index; each engine that takes a group has an entry with its present number."""
         first = Record(Health.STARTING, clock(), incarnation=1)
         self.slots = [EngineSlot(i, spawn(i), first, self._changed) for i in range(config.num_engines)]
         for slot in self.slots:
@@ -147,6 +152,7 @@ class Fleet:
     def _changed(self, slot: EngineSlot) -> None:
         if slot is self.slots[slot.index]:  # a life that is over may still return its groups
             self.activity.enter(slot.index, slot.state())
+            self._note_places(slot)
 
     def started(self, *, synced: bool) -> None:
         """Record that all engines run.
@@ -233,8 +239,9 @@ class Fleet:
         engine has no deadline, because the learner's wait for groups has one.
         """
         async with self._room:
-            await self._room.wait_for(self._free)
-            slot = min(self._free(), key=lambda m: m.num_groups)
+            await self._room.wait_for(self._least_loaded)
+            slot = self._least_loaded()
+            assert slot is not None
             slot.count(1, evaluates=evaluates)
         try:
             yield slot.client
@@ -245,8 +252,22 @@ class Fleet:
             slot.count(-1, evaluates=evaluates)
             await self._offer(1)
 
-    def _free(self) -> list[EngineSlot]:
-        return [m for m in self.slots if self._places(m) > 0]
+    def _least_loaded(self) -> EngineSlot | None:
+        """Return the engine with the fewest groups of those that take one more, without a look at all of them."""
+        while self._by_load:
+            num_groups, index = self._by_load[0]
+            slot = self.slots[index]
+            if slot.num_groups == num_groups and self._places(slot) > 0:
+                return slot
+            heapq.heappop(self._by_load)  # the engine has changed since
+        return None
+
+    def _note_places(self, slot: EngineSlot) -> None:
+        if len(self._by_load) > 4 * len(self.slots) + 64:  # mostly entries that are out of date
+            self._by_load = [(m.num_groups, m.index) for m in self.slots if self._places(m) > 0]
+            heapq.heapify(self._by_load)
+        elif self._places(slot) > 0:
+            heapq.heappush(self._by_load, (slot.num_groups, slot.index))
 
     def _places(self, slot: EngineSlot) -> int:
         """Return how many more groups an engine takes."""
@@ -327,10 +348,11 @@ class Fleet:
             if why := self._what_is_wrong(slot, load):
                 return self.lost(slot, why)
             slot.kv_cache_usage = load.kv_cache_usage
+            self._note_places(slot)
             await self._offer(self._places(slot))  # also makes up for a group that was cancelled when it was woken
             if self._watcher is not None:
                 self._watcher.engine_load(slot.index, load)
-            await asyncio.sleep(_LOOK_EVERY_S)
+            await asyncio.sleep(self._look_every_s)
 
     def _what_is_wrong(self, slot: EngineSlot, load: EngineLoad) -> str | None:
         now, deadline = self._clock(), self._config.progress_deadline_s

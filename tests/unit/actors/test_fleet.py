@@ -54,9 +54,9 @@ def test_a_full_cache_gets_no_further_group_until_it_has_room() -> None:
 class Counting(Fleet):
     looks = 0
 
-    def _free(self) -> Any:
+    def _least_loaded(self) -> Any:
         self.looks += 1
-        return super()._free()
+        return super()._least_loaded()
 
 
 async def pass_through(num_groups: int) -> tuple[int, int]:
