@@ -16,7 +16,7 @@ LAYERS = [
     {"actors"},
     {"evaluation"},
     {"orchestrator"},
-    {"jobs"},
+    {"jobs", "simulation"},
     {"cli"},
 ]
 """Lower first; a module may import its own layer's package and everything below."""

@@ -7,12 +7,11 @@ import json
 import random
 import sqlite3
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from collections.abc import Set as AbstractSet
-from concurrent.futures import Future
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, TypeVar, TypeVarTuple
+from typing import Any
 
 from ray.exceptions import RayTaskError
 
@@ -25,6 +24,7 @@ from quatro_ray.failures import EngineLost, LearnerLost, TransferFailed, Verifie
 from quatro_ray.orchestrator.components import Components
 from quatro_ray.orchestrator.controller import Controller
 from quatro_ray.replay.buffer import ReplayBuffer
+from quatro_ray.simulation.virtual_loop import VirtualLoop
 from quatro_ray.telemetry.activity import Activity
 from quatro_ray.telemetry.console import Progress
 from quatro_ray.telemetry.counters import Counters
@@ -44,33 +44,6 @@ from quatro_ray.types import (
 )
 from quatro_ray.weight_sync.coordinator import WeightSyncCoordinator
 from tests.make import config, group, rollout
-
-T = TypeVar("T")
-Ts = TypeVarTuple("Ts")
-
-
-class VirtualLoop(asyncio.SelectorEventLoop):
-    """Time passes when nothing else can happen; threads are done at once."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self._now = 0.0
-
-    def time(self) -> float:
-        return self._now
-
-    def _run_once(self) -> None:
-        if not self._ready and self._scheduled:  # type: ignore[attr-defined]
-            self._now = max(self._now, self._scheduled[0]._when)  # type: ignore[attr-defined]
-        super()._run_once()  # type: ignore[misc]
-
-    def run_in_executor(self, executor: Any, func: Callable[[*Ts], T], *args: *Ts) -> asyncio.Future[T]:
-        done: Future[T] = Future()
-        try:
-            done.set_result(func(*args))
-        except Exception as error:
-            done.set_exception(error)
-        return asyncio.wrap_future(done, loop=self)
 
 
 class FakeGenerator:

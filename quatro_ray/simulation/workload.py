@@ -1,0 +1,66 @@
+"""Defines a simulated workload: lengths of responses, speeds of engines and learner, failures."""
+
+from __future__ import annotations
+
+import random
+from dataclasses import dataclass, field
+
+import numpy as np
+
+from quatro_ray.simulation.decoding import EngineSpeed
+
+
+@dataclass(frozen=True)
+class Lengths:
+    """Lengths of responses: log-normal, cut at a limit. Responses to one question resemble each other.
+
+    Attributes:
+        median: tokens.
+        sigma: standard deviation of the logarithm over all responses.
+        longest: the limit, tokens.
+        between: share of the logarithm's variance that lies between questions.
+    """
+
+    median: float
+    sigma: float
+    longest: int
+    between: float = 0.5
+
+    def draw(self, group_id: int, size: int, seed: int) -> list[int]:
+        """Return the lengths of a group's responses, the same ones whenever it is generated."""
+        rng = np.random.default_rng((seed, group_id))
+        common = rng.normal() * self.between**0.5
+        normal = common + rng.normal(size=size) * (1 - self.between) ** 0.5
+        lengths = np.exp(np.log(self.median) + self.sigma * normal)
+        return [int(length) for length in np.clip(np.rint(lengths), 1, self.longest)]
+
+
+@dataclass(frozen=True)
+class Workload:
+    """A simulated run beside its configuration, which says how many engines, groups and steps there are.
+
+    Attributes:
+        step_s: seconds of an optimiser step beside `token_s`.
+        token_s: seconds of an optimiser step for each trained response token, all ranks together.
+        transfer_s: seconds of a weight transfer, during which all engines are paused.
+        verify_s: seconds to score a group.
+        start_s: seconds until a new engine can take weights.
+        engine_lives_s: mean time until an engine is lost; None if none is.
+        tokens_per_item: tokens that one item of a stored rollout stands for, so that long responses need little memory.
+    """
+
+    lengths: Lengths
+    engine: EngineSpeed
+    step_s: float
+    token_s: float
+    transfer_s: float = 1.0
+    verify_s: float = 0.1
+    start_s: float = 60.0
+    engine_lives_s: float | None = None
+    tokens_per_item: int = 1
+    seed: int = 0
+    rng: random.Random = field(default_factory=lambda: random.Random(0), compare=False)
+
+    def num_items(self, num_tokens: float) -> int:
+        """Return the length of a stored rollout that stands for so many tokens."""
+        return max(1, round(num_tokens / self.tokens_per_item))
