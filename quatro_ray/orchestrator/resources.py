@@ -139,9 +139,24 @@ def describe(config: Config) -> str:
         f"{-(-rollouts * longest // (num_rows * learner.tokens_per_micro_batch))} micro-batches a rank",
         f"  at most {ahead} groups ahead of the learner (staleness ≤ {replay.max_staleness}), "
         f"{generator.num_engines * generator.max_groups_in_flight} in the engines",
+        *_engine_lines(config),
         "memory (estimates; activations and logits come on top)",
     ]
     return "\n".join([*lines, *_memory(config)])
+
+
+def _engine_lines(config: Config) -> list[str]:
+    """Return what an engine has to do, with advice if long responses would leave it without enough."""
+    generator, size = config.generator, config.replay.group_size
+    most, at_once = generator.max_groups_in_flight * size, generator.max_num_seqs
+    line = f"  at most {most} responses in an engine, which decodes {at_once} at the same time"
+    if most >= 2 * at_once:
+        return [line]
+    return [
+        line,
+        "  advice: a group leaves its engine with its longest response, and meanwhile nothing takes the place of its "
+        f"short ones; with generator.max_groups_in_flight={-(-2 * at_once // size)} something always waits",
+    ]
 
 
 def _memory(config: Config) -> list[str]:

@@ -54,6 +54,9 @@ def test_plan_and_validate_start_nothing(call, own_data: str) -> None:  # type: 
     code, out, _ = call("plan", own_data, "generator.num_engines=2")
     assert code == 0
     assert "2 × generator" in out and "4 queries × 4 rollouts = 16 rollouts a step" in out
+    assert "at most 64 responses in an engine, which decodes 16 at the same time" in out and "advice" not in out
+    code, out, _ = call("plan", own_data, "generator.max_groups_in_flight=7")
+    assert code == 0 and "with generator.max_groups_in_flight=8 something always waits" in out
     code, out, _ = call("validate", own_data)
     assert code == 0
     assert yaml.safe_load(out)["objective"]["kind"] == "grpo"
