@@ -375,6 +375,13 @@ class World:
         return [e for e in read(self.config.run.dir / "events.jsonl") if e["event"] == event]
 
 
+async def lose_an_engine(world: World) -> None:
+    """A fault of `World.faults`: after three steps an engine is gone."""
+    while world.controller.step < 3:
+        await asyncio.sleep(0.01)
+    world.fleet.lost(world.fleet.slots[1], "its node is gone")
+
+
 def read(path: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in path.read_text().splitlines()]
 

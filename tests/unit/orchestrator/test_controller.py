@@ -13,7 +13,7 @@ from ray.exceptions import RayTaskError
 from quatro_ray.errors import ClusterError, StallError, WeightSyncError
 from quatro_ray.failures import TransferFailed
 from quatro_ray.telemetry.evaluation_result import EvaluationResult
-from tests.unit.world import FakeEvaluator, FakeGenerator, World
+from tests.unit.world import FakeEvaluator, FakeGenerator, World, lose_an_engine
 
 
 @pytest.mark.parametrize("eta", [0, 1, 4])
@@ -117,13 +117,7 @@ def test_every_step_has_the_figures_of_the_groups_that_it_trained(tmp_path: Path
 
 def test_the_time_of_every_role_adds_up_in_every_step(tmp_path: Path) -> None:
     world = World(tmp_path / "r", generator={"num_engines": 3}, evaluation={"every_steps": 4})
-
-    async def lose_one(world: World) -> None:
-        while world.controller.step < 3:
-            await asyncio.sleep(0.01)
-        world.fleet.lost(world.fleet.slots[1], "its node is gone")
-
-    world.faults = lose_one
+    world.faults = lose_an_engine
     world.run()
     found: dict[str, set[str]] = {}
     for m in world.metrics():

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 import json
 from collections import defaultdict
 from itertools import pairwise
@@ -16,7 +15,7 @@ from quatro_ray.telemetry.chrome_trace import write_trace
 from quatro_ray.telemetry.console import Progress
 from quatro_ray.telemetry.recorder import Recorder
 from tests.unit.telemetry.run_maker import write_run
-from tests.unit.world import World
+from tests.unit.world import World, lose_an_engine
 
 NEEDED = {"X": {"ts", "dur"}, "C": {"ts", "args"}, "i": {"ts", "s"}, "M": {"args"}}
 
@@ -34,13 +33,7 @@ def events_of(run_dir: Path) -> list[dict[str, Any]]:
 def events(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
     """Those of a whole run of the controller, in which an engine is lost."""
     world = World(tmp_path_factory.mktemp("run") / "r", generator={"num_engines": 3}, evaluation={"every_steps": 4})
-
-    async def lose_one(world: World) -> None:
-        while world.controller.step < 3:
-            await asyncio.sleep(0.01)
-        world.fleet.lost(world.fleet.slots[1], "its node is gone")
-
-    world.faults = lose_one
+    world.faults = lose_an_engine
     world.run()
     (world.config.run.dir / "config.yaml").write_text("run: {num_steps: 12}\n")
     return events_of(world.config.run.dir)
