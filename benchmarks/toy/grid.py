@@ -73,8 +73,11 @@ def all_specs() -> list[Spec]:
         specs += _cells(shorter, stale, (1,), (True,), seed)
     specs += _cells(shorter, stale, (10,), (True, False), first)
     specs += _cells(shortest, stale, (1,), (False,), first)
+    second, third = others
+    specs += _cells(longest, stale[::-1], (1,), (True,), second)
     for seed in others:
-        specs += _cells(longest, stale[::-1], (1,), (True,), seed)
+        specs += _cells(shorter[1:], stale, (10,), (True,), seed)
+    specs += _cells(longest, stale[::-1], (1,), (True,), third)
     specs += _cells(longest, STALENESS[:1], (1,), (True,), first)
     return specs
 

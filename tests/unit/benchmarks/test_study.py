@@ -79,7 +79,7 @@ def test_staleness_is_exact(model: ToyModel, staleness: int, monkeypatch: pytest
 
 def test_specs_are_distinct_and_valid() -> None:
     specs = all_specs()
-    assert len({s.key for s in specs}) == len(specs) == 279
+    assert len({s.key for s in specs}) == len(specs) == 315
     for spec in {s.method: s for s in specs}.values():
         spec.objective()
         spec.learner()
@@ -179,7 +179,7 @@ def test_the_report_replaces_only_its_part(tmp_path: Path) -> None:
     runs = [make_run("quatro", [0.2, 0.6]), make_run("grpo", [0.2, 0.1], control=False)]
     write_report(runs, tmp_path)
     text = (tmp_path / "results.md").read_text()
-    assert text.startswith("before\n<!-- study: begin -->\n2 of 279 runs")
+    assert text.startswith("before\n<!-- study: begin -->\n2 of 315 runs")
     assert text.endswith("<!-- study: end -->\nafter\n") and "of last time" not in text
     assert "| quatro | 0.600 / 0.900 / 0.50 |" in text
     assert "0.100 / 0.900 / 0.50 †1" in text
