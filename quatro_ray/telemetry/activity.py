@@ -7,6 +7,8 @@ from collections import defaultdict
 from collections.abc import Callable, Mapping
 
 IDLE = "idle"
+CONTROLLER = "controller"
+"""The role whose phases come before training; it has no shares of time."""
 
 
 class Activity:

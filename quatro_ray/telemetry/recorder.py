@@ -12,7 +12,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from quatro_ray.telemetry.activity import IDLE, Activity, shares
+from quatro_ray.telemetry.activity import CONTROLLER, IDLE, Activity, shares
 from quatro_ray.telemetry.append_log import AppendLog, last_line_of
 from quatro_ray.telemetry.console import Progress
 from quatro_ray.telemetry.evaluation_result import EvaluationResult
@@ -70,7 +70,7 @@ class Recorder:
         self._board = _tensorboard(run_dir / "tensorboard", self.say) if tensorboard else None
         self.roles: dict[str, Activity] = {}
         self._phases: defaultdict[str, list[str]] = defaultdict(list)
-        for role in ("controller", "learner"):
+        for role in (CONTROLLER, "learner"):
             self.watch(role, Activity(clock))
 
     def now(self) -> float:
@@ -111,7 +111,8 @@ class Recorder:
 
     def time_shares(self) -> dict[str, dict[str, float]]:
         """Return the share of each state in the time of each role since this part of the run began."""
-        return {role: found for role, activity in self.roles.items() if (found := shares(activity.seconds()))}
+        found = {role: shares(activity.seconds()) for role, activity in self.roles.items() if role != CONTROLLER}
+        return {role: states for role, states in found.items() if states}
 
     def engine_load(self, index: int, load: EngineLoad) -> None:
         """Add what an engine reports about its work to the timeline, if it is one of the first 16."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 
-from quatro_ray.telemetry.activity import IDLE, Activity, shares
+from quatro_ray.telemetry.activity import CONTROLLER, IDLE, Activity, shares
 
 
 class StepClock:
@@ -49,5 +49,6 @@ class StepClock:
         return {f"time/{name}_s": s for name, s in spent.items() if s > 0 and name != IDLE}
 
     def _shares(self) -> dict[str, float]:
-        found = {role: shares(a.seconds(), self._before.get(role)) for role, a in self._roles.items()}
+        roles = {role: activity for role, activity in self._roles.items() if role != CONTROLLER}
+        found = {role: shares(activity.seconds(), self._before.get(role)) for role, activity in roles.items()}
         return {f"time_share/{role}/{state}": s for role, states in found.items() for state, s in states.items()}

@@ -14,7 +14,9 @@ def test_a_step_lasts_from_the_record_before_to_its_own() -> None:
     learner.enter(0, "wait")
     engines.enter(0, "busy")
     engines.enter(1, "idle")
-    clock = StepClock(lambda: time[0], {"learner": learner, "engines": engines})
+    roles = {"controller": Activity(lambda: time[0]), "learner": learner, "engines": engines}
+    roles["controller"].enter(0, "idle")
+    clock = StepClock(lambda: time[0], roles)
     time[0] = 107.0
     clock.start(1000)
     for at, state in ((108.0, "train"), (110.5, "idle"), (111.0, "idle")):
