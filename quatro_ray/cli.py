@@ -85,11 +85,24 @@ def validate(config: ConfigPath, overrides: Overrides = None) -> None:
 
 
 @app.command()
-def plan(config: ConfigPath, overrides: Overrides = None) -> None:
+def plan(
+    config: ConfigPath,
+    overrides: Overrides = None,
+    simulate: Annotated[
+        Path | None,
+        typer.Option(metavar="RUN_DIR", help="A short run; also advise how to split the devices, from its figures."),
+    ] = None,
+) -> None:
     """Print actors, resources, batch arithmetic and a memory estimate. Starts nothing."""
     from quatro_ray.orchestrator.resources import describe
 
-    print(describe(load_config(config, overrides)))
+    loaded = load_config(config, overrides)
+    print(describe(loaded), flush=True)
+    if simulate is not None:
+        from quatro_ray.simulation.advice import advise
+
+        for line in advise(loaded, simulate):
+            print(line, flush=True)
 
 
 @app.command()

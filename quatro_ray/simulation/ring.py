@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import shutil
 import tempfile
 import time
 from dataclasses import dataclass
@@ -71,13 +72,14 @@ class Simulated:
     cpu_s_per_group: float
 
 
-def simulate(config: Config, workload: Workload, *, num_warmup_steps: int) -> Simulated:
+def simulate(config: Config, workload: Workload, *, num_warmup_steps: int, keep: Path | None = None) -> Simulated:
     """Run the configuration on simulated engines and learner, and return figures.
 
     Args:
         config: engines, groups, staleness and `run.num_steps`. It writes to a temporary folder and evaluates nothing.
         workload: speeds, lengths and failures.
         num_warmup_steps: steps that the figures leave out.
+        keep: where the records of the run are copied to, if they are wanted.
     """
     with tempfile.TemporaryDirectory(prefix="quatro_ray_") as folder:
         inside = _patient(config, Path(folder))
@@ -90,10 +92,12 @@ def simulate(config: Config, workload: Workload, *, num_warmup_steps: int) -> Si
             recorder.close()
             loop.close()
         lines = (Path(folder) / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
+        if keep is not None:
+            shutil.copytree(folder, keep)
     kept = [json.loads(line) for line in lines][num_warmup_steps:]
     return Simulated(
         step_s=(kept[-1]["time_s"] - kept[0]["time_s"]) / (len(kept) - 1),
-        trained_tokens_per_s=mean(m["throughput/trained_tokens_per_s"] for m in kept),
+        trained_tokens_per_s=sum(m["tokens/trained"] for m in kept[1:]) / (kept[-1]["time_s"] - kept[0]["time_s"]),
         staleness_mean=mean(m["off_policy/staleness_mean"] for m in kept),
         time_share=_shares(kept),
         num_lost=controller.num_lost,

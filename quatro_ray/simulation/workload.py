@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import random
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 import numpy as np
 
 from quatro_ray.simulation.decoding import EngineSpeed
+from quatro_ray.telemetry.length_bins import bin_width
 
 
 @dataclass(frozen=True)
@@ -35,6 +37,27 @@ class Lengths:
         return [int(length) for length in np.clip(np.rint(lengths), 1, self.longest)]
 
 
+class MeasuredLengths:
+    """Lengths with the frequencies of a histogram (telemetry/length_bins.py), each response by itself.
+
+    Args:
+        histogram: number of responses by the smallest length of their bin.
+    """
+
+    def __init__(self, histogram: Mapping[int, int]) -> None:
+        self._smallest = np.array(sorted(histogram))
+        self._shares = np.array([histogram[k] for k in self._smallest.tolist()], dtype=float)
+        self._shares /= self._shares.sum()
+        self._widths = np.array([bin_width(k) for k in self._smallest.tolist()])
+        self.longest = int(self._smallest[-1] + self._widths[-1] - 1)
+
+    def draw(self, group_id: int, size: int, seed: int) -> list[int]:
+        """Return the lengths of a group's responses, the same ones whenever it is generated."""
+        rng = np.random.default_rng((seed, group_id))
+        bins = rng.choice(len(self._smallest), size=size, p=self._shares)
+        return [max(1, int(n)) for n in self._smallest[bins] + rng.integers(0, self._widths[bins])]
+
+
 @dataclass(frozen=True)
 class Workload:
     """A simulated run beside its configuration, which says how many engines, groups and steps there are.
@@ -49,7 +72,7 @@ class Workload:
         tokens_per_item: tokens that one item of a stored rollout stands for, so that long responses need little memory.
     """
 
-    lengths: Lengths
+    lengths: Lengths | MeasuredLengths
     engine: EngineSpeed
     step_s: float
     token_s: float
