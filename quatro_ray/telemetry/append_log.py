@@ -76,9 +76,9 @@ class AppendLog:
                 raise
 
     def _begin_anew(self) -> None:
-        self._file.close()
         os.replace(self._path, earlier(self._path))
-        self._file = self._path.open("ab", buffering=0)
+        with self._file:
+            self._file = self._path.open("ab", buffering=0)
 
 
 def earlier(path: Path) -> Path:

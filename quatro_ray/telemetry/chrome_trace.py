@@ -9,14 +9,14 @@ from __future__ import annotations
 import json
 import math
 import os
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
 from quatro_ray.errors import ConfigError
 from quatro_ray.telemetry.run_files import Record, is_run, records_of
 
-_ROLES = ("controller", "learner", "generator", "verifier", "evaluator")
+_ROLES = ("controller", "learner", "generator", "verifier", "evaluator", "evaluation", "checkpoint", "export")
 _COUNTERS = ("num_running", "kv_cache_usage")
 Event = dict[str, Any]
 
@@ -38,7 +38,8 @@ def write_trace(run_dir: Path, out: Path | None = None) -> Path:
     try:
         with writing.open("w", encoding="utf-8") as file:
             file.write('{"displayTimeUnit": "ms", "traceEvents": [\n')
-            file.write(",\n".join(json.dumps(event) for event in _events(run_dir)))
+            for i, event in enumerate(_events(run_dir)):
+                file.write((",\n" if i else "") + json.dumps(event))
             file.write("\n]}\n")
         os.replace(writing, path)
     except OSError as error:
@@ -48,16 +49,23 @@ def write_trace(run_dir: Path, out: Path | None = None) -> Path:
 
 def _events(run_dir: Path) -> Iterator[Event]:
     named: set[str] = set()
+    for part, events in _by_part(run_dir):
+        if part not in named:
+            named.add(part)
+            yield from _names(part)
+        yield from events
+
+
+def _by_part(run_dir: Path) -> Iterator[tuple[str, Iterable[Event]]]:
+    """Yield events, and the part of the run that they are of."""
     for record in records_of(run_dir, "timeline.jsonl"):
-        if record["role"] not in named:
-            named.add(record["role"])
-            yield from _names(record["role"])
-        yield from _of_timeline(record)
+        yield record["role"], _of_timeline(record)
     for record in records_of(run_dir, "events.jsonl"):
-        yield _point(record["part"], f"{record['part']}: {record['event']}", record["time_s"], record)
+        part = record["part"]
+        yield part, [_point(part, f"{part}: {record['event']}", record["time_s"], record)]
     for record in records_of(run_dir, "metrics.jsonl"):
         shown = {key: value for key, value in record.items() if isinstance(value, int | float)}
-        yield _point("learner", f"step {record['step']}", record["time_s"], shown)
+        yield "learner", [_point("learner", f"step {record['step']}", record["time_s"], shown)]
 
 
 def _of_timeline(record: Record) -> Iterator[Event]:

@@ -49,7 +49,8 @@ def test_every_event_has_what_its_kind_needs(events: list[dict[str, Any]]) -> No
 def test_every_thread_has_a_name_and_each_step_and_loss_is_marked(events: list[dict[str, Any]]) -> None:
     names = {(e["pid"], e["tid"]): e["args"]["name"] for e in events if e["name"] == "thread_name"}
     assert set(names.values()) >= {"learner", "generator 0", "generator 1", "generator 2"}
-    assert {(e["pid"], e["tid"]) for e in events if e["ph"] == "X"} <= set(names)
+    assert {(e["pid"], e["tid"]) for e in events} == set(names)
+    assert len(set(names.values())) == len(names)
     marks = [e["name"] for e in events if e["ph"] == "i"]
     assert {f"step {k}" for k in range(1, 13)} <= set(marks)
     assert "generator 1: lost" in marks
