@@ -104,7 +104,6 @@ def _try(config: Config, measured: MeasuredRun, iteration_s: float, num_engines:
         "run": {"num_steps": num_steps},
         "generator": {"num_engines": num_engines},
         "learner": {"num_ranks": num_ranks},
-        "evaluation": {"num_engines": 0},
         "checkpoint": {"every_steps": None},
     }
     changed = {name: getattr(config, name).model_copy(update=values) for name, values in parts.items()}

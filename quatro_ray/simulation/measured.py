@@ -15,7 +15,13 @@ from quatro_ray.telemetry.run_files import Record, is_run, records_of
 
 _LEAST_STEPS = 10
 _NUM_ITEMS = 256
-_NEEDED = ("tokens/trained", "time/step_s", "time/train_s", "time_share/generators/busy")
+_NEEDED = (
+    "tokens/trained",
+    "time/step_s",
+    "time/train_s",
+    "time_share/generators/busy",
+    "rollout/response_tokens_histogram",
+)
 
 
 @dataclass(frozen=True)

@@ -17,6 +17,7 @@ from rich.console import Console
 
 from quatro_ray.actors.fleet import Fleet
 from quatro_ray.config import Config
+from quatro_ray.config.data import FilterConfig
 from quatro_ray.data.dataset import Dataset, QueryStream
 from quatro_ray.engines.checkpoint_store import CheckpointStore
 from quatro_ray.orchestrator.components import Components
@@ -107,13 +108,17 @@ def simulate(config: Config, workload: Workload, *, num_warmup_steps: int, keep:
 
 
 def _patient(config: Config, folder: Path) -> Config:
-    """Return the configuration with another folder, and without the deadlines that are meant for real seconds."""
+    """Return the configuration with another folder, without deadlines for real seconds, and without filters.
+
+    All simulated rewards are equal, and filters of groups without a preference would let nothing pass.
+    """
     parts = {
         "run": {"dir": folder},
-        "generator": {"group_deadline_s": _DEADLINE_S, "progress_deadline_s": _DEADLINE_S},
+        "generator": dict.fromkeys(("start_deadline_s", "group_deadline_s", "progress_deadline_s"), _DEADLINE_S),
         "cluster": {"stall_deadline_s": _DEADLINE_S},
     }
-    return config.model_copy(update={n: getattr(config, n).model_copy(update=values) for n, values in parts.items()})
+    changed = {name: getattr(config, name).model_copy(update=values) for name, values in parts.items()}
+    return config.model_copy(update=changed | {"filters": FilterConfig()})
 
 
 class _Timed(Recorder):

@@ -11,6 +11,7 @@ from typing import Any, TypeVar
 import pytest
 
 from quatro_ray.config import Config
+from quatro_ray.config.data import FilterConfig
 from quatro_ray.failures import EngineLost
 from quatro_ray.simulation.decoding import Batch, EngineSpeed
 from quatro_ray.simulation.engine import SimulatedEngine
@@ -158,6 +159,11 @@ def test_the_engines_set_the_pace_if_they_are_slower() -> None:
     assert found.step_s == pytest.approx(100 * (0.018 + 4e-4) + 0.5, rel=0.03)
     assert found.time_share["generators"]["paused"] == pytest.approx(0.5 / found.step_s, rel=0.05)
     assert of_learner(found, "wait") > 0.5
+
+
+def test_filters_of_rewards_do_not_stop_what_has_no_rewards() -> None:
+    strict = config().model_copy(update={"filters": FilterConfig(drop_zero_variance=True, max_in_a_row=3)})
+    assert simulate(strict, WORKLOAD, num_warmup_steps=10).drops == {}
 
 
 def test_without_staleness_both_take_turns() -> None:
