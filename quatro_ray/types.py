@@ -351,23 +351,38 @@ RowLayout = Literal["packed", "padded"]
 
 @dataclass(frozen=True)
 class LearnerBatch:
-    """One optimiser step: the same number of micro-batches for every rank, by construction.
+    """One batch as one rank gets it: its own micro-batches, and what it must know of all others.
+
+    Every rank has the same number of micro-batches, by construction. A cell is the place of a rollout in the flat
+    [Q*G] list; M counts the response tokens of all ranks, those of rank 0 first, in the order of their rows.
 
     Attributes:
-        micro_batches: [ranks][micro-batches].
+        micro_batches: those of this rank.
+        cells: the cells in each row of every rank, [ranks][micro-batches][rollouts].
         rewards: float64 [Q, G].
         valid: bool [Q, G], False for the missing rollouts of a group smaller than G.
-        num_tokens: response tokens over all ranks.
-        num_rollouts: rollouts over all ranks.
+        num_row_tokens: int64 [Q, G], what each rollout takes up in a row.
+        num_response_tokens: int64 [Q, G].
+        rollout_index: int64 [M], cells.
+        staleness: int64 [M], optimiser steps.
         rows_per_minibatch: micro-batches of a rank that each optimiser step takes, in order.
     """
 
-    micro_batches: tuple[tuple[MicroBatch, ...], ...]
+    micro_batches: tuple[MicroBatch, ...]
+    cells: tuple[tuple[tuple[int, ...], ...], ...]
     rewards: NDArray[np.float64]
     valid: NDArray[np.bool_]
-    num_tokens: int
-    num_rollouts: int
+    num_row_tokens: NDArray[np.int64]
+    num_response_tokens: NDArray[np.int64]
+    rollout_index: NDArray[np.int64]
+    staleness: NDArray[np.int64]
     rows_per_minibatch: tuple[int, ...]
+
+    def of_rows(self, chosen: slice) -> NDArray[np.bool_]:
+        """Return which rollouts are in the chosen rows of all ranks, bool [Q, G]."""
+        found = np.zeros_like(self.valid)
+        found.flat[[cell for of_rank in self.cells for row in of_rank[chosen] for cell in row]] = True
+        return found
 
     def minibatches(self) -> Iterator[slice]:
         """Yield the micro-batches, of every rank, that each optimiser step takes."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import shutil
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,9 @@ import pytest
 import yaml
 
 from quatro_ray.config import Config
-from quatro_ray.types import Outcome, Query, Rollout, RolloutGroup, Score, VersionSpan
+from quatro_ray.replay.packing import pack
+from quatro_ray.replay.staleness import Lineage
+from quatro_ray.types import LearnerBatch, Outcome, Query, Rollout, RolloutGroup, Score, VersionSpan
 
 needs_sandbox = pytest.mark.skipif(
     shutil.which("bwrap") is None and "QUATRO_REQUIRE_SANDBOX" not in os.environ,
@@ -39,6 +42,13 @@ def group(group_id: int, *rollouts: Rollout, prompt_tokens: int = 2) -> RolloutG
     prompt = np.arange(1, 1 + prompt_tokens, dtype=np.int32)
     query = Query(f"q{group_id}", "1+1=", "2", {"level": "easy"})
     return RolloutGroup(group_id, query, prompt, rollouts or (rollout(), rollout(reward=0.0)))
+
+
+def pack_all(
+    groups: Sequence[RolloutGroup], lineage: Lineage, *, num_ranks: int, **settings: Any
+) -> list[LearnerBatch]:
+    """Return the batch of every rank."""
+    return [pack(groups, lineage, num_ranks=num_ranks, rank=rank, **settings) for rank in range(num_ranks)]
 
 
 def config_tree(run_dir: Path | str = "runs/test", **sections: dict[str, Any]) -> dict[str, Any]:

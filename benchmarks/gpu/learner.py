@@ -183,7 +183,7 @@ def random_batch(case: Case, version: int, rng: np.random.Generator) -> LearnerB
 def run_step(case: Case, engine: LearningEngine, rng: np.random.Generator, num_parameters: int) -> dict[str, Any]:
     """Train one step and return its figures; model FLOPs are 6 per parameter and token, without attention."""
     batch = random_batch(case, engine.version, rng)
-    num_tokens = sum(len(micro.token_ids) for micro in batch.micro_batches[0])
+    num_tokens = sum(len(micro.token_ids) for micro in batch.micro_batches)
     start = time.perf_counter()
     metrics: Mapping[str, Any] = engine.train_step(batch, engine.version)
     if case.device == "cuda":
@@ -193,7 +193,7 @@ def run_step(case: Case, engine: LearningEngine, rng: np.random.Generator, num_p
         "seconds": round(seconds, 3),
         "tokens": num_tokens,
         "tokens_per_s": round(num_tokens / seconds),
-        "micro_batches": len(batch.micro_batches[0]),
+        "micro_batches": len(batch.micro_batches),
         "applied": not metrics["step/skipped"],
     }
     if case.device == "cuda":

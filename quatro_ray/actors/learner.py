@@ -48,7 +48,7 @@ class LearnerActor(HostMixin):
         _logger.info("rank %d: started", self._rank)
 
     def train_step(self, leased: LeasedBatch, version: int) -> StepMetrics:
-        """Train one step on this rank's share of the batch; every rank packs the same plan from the same groups.
+        """Train one step on this rank's share of the batch.
 
         Args:
             leased: the whole batch, the same on all ranks.
@@ -74,6 +74,7 @@ class LearnerActor(HostMixin):
             lineage,
             num_ranks=self._config.num_ranks // self._config.sequence_parallel_size,
             tokens_per_micro_batch=tokens,
+            rank=self._engine.row_rank,
             row_layout=self._engine.row_layout,
             num_minibatches=self._config.num_minibatches,
             width_multiple=_WIDTH_MULTIPLE_ON_GPUS if self._device == "cuda" else 1,

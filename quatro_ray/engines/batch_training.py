@@ -26,7 +26,7 @@ from quatro_ray.engines.sequence_parallel import Ranks
 from quatro_ray.engines.step_metrics import Collector
 from quatro_ray.engines.zero_engine import ZeroEngine
 from quatro_ray.engines.zero_step import ZeroStep
-from quatro_ray.types import LearnerBatch, MicroBatch, RowLayout, StepMetrics
+from quatro_ray.types import LearnerBatch, RowLayout, StepMetrics
 
 
 @dataclass(frozen=True)
@@ -101,9 +101,9 @@ class BatchTrainer:
     def _score_all(self, batch: LearnerBatch, rows: Sequence[_Row], whole: StepBatch) -> tuple[list[_Row], StepBatch]:
         """Return both with the log-probs of all response tokens under the policy before the batch."""
         start = [self.logprobs(row.micro) for row in rows]
-        counts = [sum(int(micro.is_response.sum()) for micro in of_rank) for of_rank in batch.micro_batches]
-        total = torch.zeros(sum(counts), dtype=torch.float64, device=self._device)
-        offset = sum(counts[: self._ranks.row_rank])
+        total = torch.zeros(len(batch.rollout_index), dtype=torch.float64, device=self._device)
+        before = [cell for of_rank in batch.cells[: self._ranks.row_rank] for row in of_rank for cell in row]
+        offset = int(batch.num_response_tokens.flat[before].sum())
         for row, logprobs in zip(rows, start, strict=True):
             difference = (logprobs - row.micro.behavior_logprobs).double()[row.micro.is_response]
             total[offset : offset + len(difference)] = difference
@@ -115,11 +115,10 @@ class BatchTrainer:
 
     def _minibatch(self, shared: _Batch, batch: LearnerBatch, rows: Sequence[_Row], chosen: slice) -> StepMetrics:
         """Take one optimiser step, unless no query of the minibatch prefers anything."""
-        micro_batches = tuple(of_rank[chosen] for of_rank in batch.micro_batches)
-        queries = _queries(micro_batches, shared.whole.valid)
+        queries = _queries(batch, chosen, self._device)
         size = shared.whole.size(self._spec.max_response_tokens, queries)
         if shared.prepared.is_informative(queries):
-            return self._update(shared, size, rows[chosen], micro_batches)
+            return self._update(shared, size, batch, rows, chosen)
         # a step would come from the optimiser's momentum, or from noise that the optimiser scales up
         with torch.no_grad():
             for row in rows[chosen]:
@@ -131,14 +130,15 @@ class BatchTrainer:
         self,
         shared: _Batch,
         size: BatchSize,
+        batch: LearnerBatch,
         rows: Sequence[_Row],
-        micro_batches: tuple[tuple[MicroBatch, ...], ...],
+        chosen: slice,
     ) -> StepMetrics:
         """Take one optimiser step, under step control; return the metrics of the update."""
         engine = self._engine
-        probe = self._probe(micro_batches, shared.whole.valid) if self.step_control else None
-        for number, row in enumerate(rows, start=1):
-            engine.set_gradient_accumulation_boundary(number == len(rows))
+        probe = self._probe(batch, chosen) if self.step_control else None
+        for row in (chosen_rows := rows[chosen]):
+            engine.set_gradient_accumulation_boundary(row is chosen_rows[-1])
             loss = self._loss(row, shared, size)
             # NaN here makes every gradient NaN, and then ZeRO-3 skips the step on all ranks together
             poison = torch.where(torch.isfinite(loss.detach()), 1.0, torch.nan)
@@ -156,10 +156,10 @@ class BatchTrainer:
             metrics |= self.step_control.control(lambda: probe.measure(staleness), before.move_to).metrics()
         return metrics
 
-    def _probe(self, micro_batches: tuple[tuple[MicroBatch, ...], ...], valid: Tensor) -> Probe:
+    def _probe(self, batch: LearnerBatch, chosen: slice) -> Probe:
         return Probe(
-            micro_batches,
-            (valid.shape[0], valid.shape[1]),
+            batch,
+            chosen,
             self._ranks,
             share=self._config.step_control.probe_share,
             limit=self._config.tokens_per_micro_batch,
@@ -195,16 +195,12 @@ class BatchTrainer:
 
     def own_rows(self, batch: LearnerBatch) -> list[MicroBatchTensors]:
         """Return the micro-batches of this rank."""
-        return [MicroBatchTensors.copy_from(micro, self._device) for micro in batch.micro_batches[self._ranks.row_rank]]
+        return [MicroBatchTensors.copy_from(micro, self._device) for micro in batch.micro_batches]
 
 
-def _queries(micro_batches: tuple[tuple[MicroBatch, ...], ...], valid: Tensor) -> Tensor:
-    """Return the queries, bool [Q], to which the rows of all ranks belong; valid: bool [Q, G]."""
-    chosen = torch.zeros(valid.numel() + 1, dtype=torch.bool, device=valid.device)
-    for of_rank in micro_batches:
-        for micro in of_rank:
-            chosen[torch.from_numpy(micro.rollout_index).to(valid.device)] = True
-    return chosen[:-1].view(valid.shape).any(1)  # padding, −1, marked the extra last entry
+def _queries(batch: LearnerBatch, chosen: slice, device: torch.device) -> Tensor:
+    """Return the queries, bool [Q], to which the chosen rows of all ranks belong."""
+    return torch.from_numpy(batch.of_rows(chosen).any(1)).to(device)
 
 
 def _merged(updates: Sequence[StepMetrics]) -> StepMetrics:

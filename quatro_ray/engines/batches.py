@@ -8,7 +8,6 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
-import numpy as np
 import torch
 from torch import Tensor
 
@@ -157,20 +156,12 @@ class TokenBatch:
 
 
 def make_step_batch(batch: LearnerBatch, device: torch.device) -> StepBatch:
-    """Join the micro-batches of all ranks, in their order: all of rank 0, then all of rank 1, and so on.
-
-    Args:
-        batch: the whole batch, with the micro-batches of every rank.
-        device: where the result lies. Its `log_ratio` is None.
-    """
-    everyone = [micro for rank in batch.micro_batches for micro in rank]
-    index = np.concatenate([micro.rollout_index[micro.is_response] for micro in everyone])
-    staleness = np.concatenate([micro.staleness[micro.is_response] for micro in everyone])
+    """Copy what is known of all ranks to a device; `log_ratio` is None."""
     return StepBatch(
         rewards=torch.from_numpy(batch.rewards).to(device),
         valid=torch.from_numpy(batch.valid).to(device),
-        rollout_index=torch.from_numpy(index).to(device),
-        staleness=torch.from_numpy(staleness).to(device),
+        rollout_index=torch.from_numpy(batch.rollout_index).to(device),
+        staleness=torch.from_numpy(batch.staleness).to(device),
     )
 
 

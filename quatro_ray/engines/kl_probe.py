@@ -8,7 +8,7 @@ Shape letters: N tokens of a row, Q queries, G rollouts of a query.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 
 import numpy as np
 import torch
@@ -19,7 +19,7 @@ from quatro_ray.algorithms.importance import sequence_sums
 from quatro_ray.algorithms.step_control import ProbeKl, rollout_kl
 from quatro_ray.engines.batches import MicroBatchTensors
 from quatro_ray.engines.sequence_parallel import Ranks
-from quatro_ray.types import MicroBatch, RowLayout
+from quatro_ray.types import LearnerBatch, MicroBatch, RowLayout
 
 
 class Probe:
@@ -28,8 +28,8 @@ class Probe:
     Every rank has the same number of rows, and so takes part in the same number of passes.
 
     Args:
-        micro_batches: those of the step, of every rank.
-        shape: (Q, G).
+        batch: the batch of the step.
+        chosen: the rows, of every rank, that the step takes.
         ranks: this rank and the others.
         share: fraction of each query's rollouts to measure the KL on, in (0, 1].
         limit: largest number of tokens in a row, padding included.
@@ -41,8 +41,8 @@ class Probe:
 
     def __init__(
         self,
-        micro_batches: tuple[tuple[MicroBatch, ...], ...],
-        shape: tuple[int, int],
+        batch: LearnerBatch,
+        chosen: slice,
         ranks: Ranks,
         *,
         share: float,
@@ -51,10 +51,10 @@ class Probe:
         device: torch.device,
         logprobs: Callable[[MicroBatchTensors], Tensor],
     ) -> None:
-        self._shape, self._ranks, self._logprobs, self._device = shape, ranks, logprobs, device
-        sampled = _response_tokens(micro_batches, shape) > 0
-        chosen = sampled & (sampled.cumsum(1) <= max(1, round(share * shape[1])))
-        rows = _own_rows(micro_batches, ranks.row_rank, chosen.flatten(), limit, layout)
+        self._shape, self._ranks, self._logprobs, self._device = batch.valid.shape, ranks, logprobs, device
+        sampled = batch.of_rows(chosen) & (batch.num_response_tokens > 0)
+        probed = sampled & (sampled.cumsum(1) <= max(1, round(share * sampled.shape[1])))
+        rows = _own_rows(batch, chosen, ranks.row_rank, probed.flatten(), limit, layout)
         self._rows = [MicroBatchTensors.copy_from(row, device) for row in rows]
         self._start = [logprobs(row) for row in self._rows]
 
@@ -76,40 +76,31 @@ class Probe:
         return ProbeKl(kl[probed] / tokens[probed], query_staleness[probed])
 
 
-def _response_tokens(micro_batches: tuple[tuple[MicroBatch, ...], ...], shape: tuple[int, int]) -> NDArray[np.int64]:
-    """Count the response tokens of each rollout, [Q, G]."""
-    cells = np.concatenate([micro.rollout_index[micro.is_response] for of_rank in micro_batches for micro in of_rank])
-    return np.bincount(cells, minlength=shape[0] * shape[1]).reshape(shape)
-
-
 def _own_rows(
-    micro_batches: tuple[tuple[MicroBatch, ...], ...],
+    batch: LearnerBatch,
+    chosen: slice,
     row_rank: int,
-    chosen: NDArray[np.bool_],
+    probed: NDArray[np.bool_],
     limit: int,
     layout: RowLayout,
 ) -> list[MicroBatch]:
-    """Return this rank's rows of the chosen rollouts, as many as every other rank has; chosen: bool [Q·G]."""
-    rows = [list(_rows(of_rank, chosen, limit, layout)) for of_rank in micro_batches]
+    """Return this rank's rows of the probed rollouts, as many as every other rank has; probed: bool [Q·G]."""
+    cells = [[cell for row in of_rank[chosen] for cell in row if probed[cell]] for of_rank in batch.cells]
+    rows = [_rows(batch.num_row_tokens.flat[of_rank].tolist(), limit, layout) for of_rank in cells]
+    own = batch.micro_batches[chosen]
+    sequences = [sequence for sequence in _sequences(own) if probed[sequence.rollout_index[0]]]
     missing = max(map(len, rows)) - len(rows[row_rank])
-    return rows[row_rank] + [_counting_nothing(micro_batches[row_rank])] * missing
+    return [_joined(sequences[row]) for row in rows[row_rank]] + [_counting_nothing(own)] * missing
 
 
-def _rows(
-    micro_batches: tuple[MicroBatch, ...], chosen: NDArray[np.bool_], limit: int, layout: RowLayout
-) -> Iterator[MicroBatch]:
-    """Yield rows of the chosen rollouts, as full as the limit allows."""
-    waiting: list[MicroBatch] = []
-    for sequence in _sequences(micro_batches):
-        if not chosen[sequence.rollout_index[0]]:
-            continue
-        lengths = [len(s.token_ids) for s in (*waiting, sequence)]
-        if (sum(lengths) if layout == "packed" else len(lengths) * max(lengths)) > limit:
-            yield _joined(waiting)
-            waiting = []
-        waiting.append(sequence)
-    if waiting:
-        yield _joined(waiting)
+def _rows(lengths: Sequence[int], limit: int, layout: RowLayout) -> list[slice]:
+    """Divide sequences of these lengths, in tokens, into rows that are as full as the limit allows."""
+    starts = [0] if lengths else []
+    for end, length in enumerate(lengths):
+        row = [*lengths[starts[-1] : end], length]
+        if (sum(row) if layout == "packed" else len(row) * max(row)) > limit:
+            starts.append(end)
+    return [slice(start, end) for start, end in zip(starts, [*starts[1:], len(lengths)], strict=True)]
 
 
 def _sequences(micro_batches: tuple[MicroBatch, ...]) -> Iterator[MicroBatch]:

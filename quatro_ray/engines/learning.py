@@ -129,6 +129,11 @@ class LearningEngine:
         return ZeroWeightSource(policy.parameters_by_name(), partial(as_on_disk, policy.causal_lm))
 
     @property
+    def row_rank(self) -> int:
+        """Which rows of a batch are this rank's: its place in LearnerBatch.cells."""
+        return self._ranks.row_rank
+
+    @property
     def row_layout(self) -> RowLayout:
         """How batches are to be packed for this model (engines/forward_check.py measures it)."""
         return self._loaded.policy.row_layout

@@ -33,7 +33,7 @@ class Ranks:
 
     @property
     def row_rank(self) -> int:
-        """Return the number of this rank's group, which is its place in LearnerBatch.micro_batches."""
+        """Return the number of this rank's group, which is its place in LearnerBatch.cells."""
         return self.rank // self.group_size
 
     def sum(self, of_rows: Tensor) -> None:

@@ -16,9 +16,9 @@ from quatro_ray.actors.learner import LearnerActor
 from quatro_ray.config import LearnerConfig, ObjectiveConfig
 from quatro_ray.engines.learner_spec import LearnerSpec
 from quatro_ray.replay.buffer import LeasedBatch
-from quatro_ray.replay.packing import pack
 from quatro_ray.replay.staleness import Lineage
 from quatro_ray.types import Outcome, Query, Rollout, RolloutGroup, Score, VersionSpan
+from tests.make import pack_all
 
 NUM_QUERIES, GROUP_SIZE = 6, 4
 
@@ -32,7 +32,7 @@ class Learners:
 
     def logprobs(self, groups: tuple[RolloutGroup, ...]) -> dict[int, np.ndarray]:
         """By cell of [Q·G]: float32 [T]."""
-        batch = pack(
+        batches = pack_all(
             groups,
             Lineage.unbroken(0),
             num_ranks=2 // self.config.sequence_parallel_size,
@@ -41,8 +41,8 @@ class Learners:
         )
         found: dict[int, np.ndarray] = {}
         per_group = self.call("logprobs", groups)[:: self.config.sequence_parallel_size]
-        for rank, per_rank in zip(batch.micro_batches, per_group, strict=True):
-            for micro, values in zip(rank, per_rank, strict=True):
+        for batch, per_rank in zip(batches, per_group, strict=True):
+            for micro, values in zip(batch.micro_batches, per_rank, strict=True):
                 for cell in set(micro.rollout_index.tolist()) - {-1}:
                     found[cell] = values[(micro.rollout_index == cell) & micro.is_response]
         return found

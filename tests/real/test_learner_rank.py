@@ -94,7 +94,7 @@ def tokens_of_passes(engine: LearningEngine) -> tuple[int, list[int]]:
     decoder.register_forward_pre_hook(lambda _, __, given: passes.append(given["input_ids"].numel()), with_kwargs=True)
     batch = random_batch(LONG, 0, np.random.default_rng(0))
     engine.train_step(batch, 0)
-    return sum(len(micro.token_ids) for micro in batch.micro_batches[0]), passes
+    return sum(len(micro.token_ids) for micro in batch.micro_batches), passes
 
 
 def test_a_step_passes_over_its_tokens_once_and_over_the_probe_twice() -> None:

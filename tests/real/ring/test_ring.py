@@ -17,10 +17,10 @@ from transformers import AutoModelForCausalLM
 from quatro_ray.engines.checkpoint_store import digest_files
 from quatro_ray.orchestrator.stall_report import stall_report
 from quatro_ray.replay.buffer import LeasedBatch
-from quatro_ray.replay.packing import pack
 from quatro_ray.replay.staleness import Lineage
 from quatro_ray.types import Query, RolloutGroup, SamplingParams
 from quatro_ray.weight_sync.agreement import mean_difference
+from tests.make import pack_all
 from tests.real.conftest import Ring
 
 SAMPLING = SamplingParams(temperature=0.8, top_p=1.0, max_tokens=24, seed=3)
@@ -50,7 +50,7 @@ def sample(ring: Ring, count: int = 4, max_tokens: int = 24) -> tuple[RolloutGro
 
 def disagreement(ring: Ring, groups: tuple[RolloutGroup, ...]) -> float:
     """Mean |behaviour − recomputed| log-prob over all response tokens."""
-    batch = pack(
+    batches = pack_all(
         groups,
         Lineage.unbroken(version(ring)),
         num_ranks=2,
@@ -59,8 +59,8 @@ def disagreement(ring: Ring, groups: tuple[RolloutGroup, ...]) -> float:
     recomputed = ring.on_ranks("logprobs", groups)
     errors = [
         np.abs(values - micro.behavior_logprobs)[micro.is_response]
-        for rank, per_rank in zip(batch.micro_batches, recomputed, strict=True)
-        for micro, values in zip(rank, per_rank, strict=True)
+        for batch, per_rank in zip(batches, recomputed, strict=True)
+        for micro, values in zip(batch.micro_batches, per_rank, strict=True)
     ]
     return float(np.concatenate(errors).mean())
 

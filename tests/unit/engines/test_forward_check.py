@@ -98,7 +98,7 @@ def test_padded_rows_give_the_log_probs_of_each_sequence_alone(tmp_path: Path) -
     groups = [group(q, *(rollout(n) for n in (9, 1, 30)), prompt_tokens=1) for q in range(3)]
     batch = pack(groups, Lineage.unbroken(0), num_ranks=1, tokens_per_micro_batch=64, row_layout="padded")
     with torch.no_grad():
-        for micro in batch.micro_batches[0]:
+        for micro in batch.micro_batches:
             tensors = [torch.from_numpy(a) for a in (micro.token_ids, micro.position_ids, micro.target_ids)]
             together, _ = policy(*tensors)
             starts = [*np.flatnonzero(micro.position_ids == 0), len(micro.position_ids)]

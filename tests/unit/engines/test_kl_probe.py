@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -16,7 +17,7 @@ from quatro_ray.engines.sequence_parallel import Ranks
 from quatro_ray.replay.packing import pack
 from quatro_ray.replay.staleness import Lineage
 from quatro_ray.types import LearnerBatch, Rollout, RolloutGroup, RowLayout, Score, VersionSpan
-from tests.make import group
+from tests.make import group, pack_all
 
 NUM_QUERIES, GROUP_SIZE = 6, 8
 
@@ -54,15 +55,19 @@ class Policy:
 def make_probe(batch: LearnerBatch, policy: Policy, rank: int = 0, share: float = 0.25, limit: int = 40) -> Probe:
     layout: RowLayout = "packed"
     return Probe(
-        batch.micro_batches,
-        (NUM_QUERIES, GROUP_SIZE),
-        Ranks(rank, num_ranks=len(batch.micro_batches)),
+        batch,
+        slice(None),
+        Ranks(rank, num_ranks=len(batch.cells)),
         share=share,
         limit=limit,
         layout=layout,
         device=torch.device("cpu"),
         logprobs=policy,
     )
+
+
+def _all_from_outside(rollout: Rollout) -> Rollout:
+    return replace(rollout, sampled=np.zeros(rollout.num_tokens, dtype=np.bool_))
 
 
 def cells(rows: list[MicroBatchTensors]) -> set[int]:
@@ -92,9 +97,9 @@ def test_the_same_rows_are_scored_before_and_after() -> None:
 
 def test_every_rank_takes_part_in_the_same_number_of_passes() -> None:
     """The rollouts that are probed may all lie on one rank; the others score a token that counts nothing."""
-    batch = pack(make_groups(), Lineage.unbroken(0), num_ranks=3, tokens_per_micro_batch=30)
+    batches = pack_all(make_groups(), Lineage.unbroken(0), num_ranks=3, tokens_per_micro_batch=30)
     policies = [Policy() for _ in range(3)]
-    for rank, policy in enumerate(policies):
+    for rank, (batch, policy) in enumerate(zip(batches, policies, strict=True)):
         make_probe(batch, policy, rank, limit=16)
     assert len({len(policy.rows) for policy in policies}) == 1
     counted = [cells(policy.rows) for policy in policies]
@@ -102,10 +107,8 @@ def test_every_rank_takes_part_in_the_same_number_of_passes() -> None:
 
 
 def test_rollouts_without_a_sampled_token_are_passed_over() -> None:
-    groups = make_groups()
+    groups = [replace(g, rollouts=(_all_from_outside(g.rollouts[0]), *g.rollouts[1:])) for g in make_groups()]
     batch = pack(groups, Lineage.unbroken(0), num_ranks=1, tokens_per_micro_batch=100)
-    for micro in batch.micro_batches[0]:
-        micro.is_response[micro.rollout_index % GROUP_SIZE == 0] = False
     policy = Policy()
     make_probe(batch, policy)
     assert cells(policy.rows) == {q * GROUP_SIZE + i for q in range(NUM_QUERIES) for i in (1, 2)}

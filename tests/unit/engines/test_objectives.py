@@ -18,7 +18,7 @@ from quatro_ray.engines.objectives import OBJECTIVES, make_objective
 from quatro_ray.replay.packing import pack
 from quatro_ray.replay.staleness import Lineage
 from quatro_ray.types import LearnerBatch, Outcome, Rollout, RolloutGroup, Score, VersionSpan
-from tests.make import group
+from tests.make import group, pack_all
 
 VERSION = 6
 NUM_QUERIES, GROUP_SIZE, LONGEST = 8, 4, 7
@@ -58,12 +58,12 @@ def logprobs_of(theta: Tensor, t: MicroBatchTensors) -> Tensor:
     return torch.log_softmax(theta, dim=-1)[t.position_ids, t.target_ids]
 
 
-def gradient(kind: str, batch: LearnerBatch, theta: Tensor, mode: Any, **settings: Any) -> Tensor:
+def gradient(kind: str, batches: list[LearnerBatch], theta: Tensor, mode: Any, **settings: Any) -> Tensor:
     objective = make_objective(objective_config(kind, **settings))
     cpu = torch.device("cpu")
-    micro = [MicroBatchTensors.copy_from(m, cpu) for rank in batch.micro_batches for m in rank]
+    micro = [MicroBatchTensors.copy_from(m, cpu) for batch in batches for m in batch.micro_batches]
     ratios = [(logprobs_of(theta, t).detach() - t.behavior_logprobs).double()[t.is_response] for t in micro]
-    step_batch = replace(make_step_batch(batch, cpu), log_ratio=torch.cat(ratios))
+    step_batch = replace(make_step_batch(batches[0], cpu), log_ratio=torch.cat(ratios))
     prepared = objective.prepare(step_batch)
     size = step_batch.size(LONGEST)
     total = torch.zeros_like(theta)
@@ -98,7 +98,7 @@ def test_one_two_or_eight_micro_batches_give_equal_gradients(kind: str, settings
         gradients = {}
         for limit in (500, 100, 26):
             batch = pack(groups, Lineage.unbroken(VERSION), num_ranks=1, tokens_per_micro_batch=limit)
-            gradients[len(batch.micro_batches[0])] = gradient(kind, batch, theta, mode, **settings)
+            gradients[len(batch.micro_batches)] = gradient(kind, [batch], theta, mode, **settings)
         assert sorted(gradients) == [1, 2, 8]
         whole = gradients.pop(1)
         assert whole.abs().max() > 1e-6
@@ -109,7 +109,7 @@ def test_one_two_or_eight_micro_batches_give_equal_gradients(kind: str, settings
 def test_ranks_do_not_matter_either() -> None:
     groups = make_groups()
     theta = torch.zeros(12, 10, dtype=torch.float64, requires_grad=True)
-    one, two = (pack(groups, Lineage.unbroken(VERSION), num_ranks=n, tokens_per_micro_batch=60) for n in (1, 2))
+    one, two = (pack_all(groups, Lineage.unbroken(VERSION), num_ranks=n, tokens_per_micro_batch=60) for n in (1, 2))
     torch.testing.assert_close(gradient("quatro", one, theta, None), gradient("quatro", two, theta, None))
 
 
@@ -130,7 +130,7 @@ def test_on_policy_every_objective_makes_the_rewarded_rollout_likelier(kind: str
         num_ranks=1,
         tokens_per_micro_batch=99,
     )
-    step = -gradient(kind, batch, theta, None)
+    step = -gradient(kind, [batch], theta, None)
     assert step[1, 3] > 1e-3  # position 1 is the last of the prompt of two tokens
     assert step[1, 4] < -1e-3
 

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from quatro_ray.replay.packing import pack
 from quatro_ray.replay.staleness import Lineage, Stretch
 from quatro_ray.types import VersionSpan
-from tests.make import group, rollout
+from tests.make import group, pack_all, rollout
 
 LINE = Lineage.unbroken(6)
 
@@ -28,12 +28,19 @@ def test_every_token_once_and_equal_counts(lengths: list[list[int]], ranks: int,
         with pytest.raises(ValueError, match="cannot be split"):
             pack(groups, LINE, num_ranks=ranks, tokens_per_micro_batch=limit)
         return
-    batch = pack(groups, LINE, num_ranks=ranks, tokens_per_micro_batch=limit)
-    assert len({len(r) for r in batch.micro_batches}) == 1
-    micro = [m for rank in batch.micro_batches for m in rank]
+    batches = pack_all(groups, LINE, num_ranks=ranks, tokens_per_micro_batch=limit)
+    assert len({len(batch.micro_batches) for batch in batches}) == 1
+    micro = [m for batch in batches for m in batch.micro_batches]
     assert all(len(m.token_ids) <= limit for m in micro)
-    assert batch.num_tokens == sum(map(sum, lengths)) == sum(int(m.is_response.sum()) for m in micro)
-    assert batch.num_rollouts == total
+    for batch in batches:
+        assert batch.num_response_tokens.sum() == sum(map(sum, lengths)) and batch.valid.sum() == total
+        tokens = [(m.rollout_index[m.is_response], m.staleness[m.is_response]) for m in micro]
+        np.testing.assert_array_equal(batch.rollout_index, np.concatenate([index for index, _ in tokens]))
+        np.testing.assert_array_equal(batch.staleness, np.concatenate([age for _, age in tokens]))
+        assert batch.cells == batches[0].cells
+    assert [row for of_rank in batch.cells for row in of_rank] == [
+        tuple(dict.fromkeys(m.rollout_index[m.rollout_index >= 0].tolist())) for m in micro
+    ]
     size = max(map(len, lengths))
     for q, ns in enumerate(lengths):
         for i, n in enumerate(ns):
@@ -44,7 +51,7 @@ def test_every_token_once_and_equal_counts(lengths: list[list[int]], ranks: int,
 
 def test_targets_positions_and_versions_by_hand() -> None:
     batch = pack([group(0, rollout(3, version=4, newer_from=2))], LINE, num_ranks=1, tokens_per_micro_batch=10)
-    (m,) = batch.micro_batches[0]
+    (m,) = batch.micro_batches
     assert m.token_ids.tolist() == [1, 2, 5, 6]
     assert m.position_ids.tolist() == [0, 1, 2, 3]
     assert m.is_response.tolist() == [False, True, True, True]
@@ -58,12 +65,12 @@ def test_what_the_environment_put_in_is_context_and_not_trained_on() -> None:
     sampled = np.array([True, False, False, True])
     made = replace(rollout(4, version=2), sampled=sampled)
     batch = pack([group(0, made)], LINE, num_ranks=1, tokens_per_micro_batch=10)
-    (m,) = batch.micro_batches[0]
+    (m,) = batch.micro_batches
     assert m.token_ids.tolist() == [1, 2, 5, 6, 7]
     assert m.is_response.tolist() == [False, True, False, False, True]
     assert m.target_ids.tolist() == [0, 5, 0, 0, 8]
     assert m.staleness.tolist() == [0, 4, 0, 0, 4]
-    assert batch.num_tokens == 2
+    assert batch.num_response_tokens.tolist() == [[2]]
 
 
 def test_ragged_groups_are_masked() -> None:
@@ -82,9 +89,8 @@ def test_a_rollout_that_does_not_fit_is_refused() -> None:
 def test_the_plan_depends_on_the_groups_alone() -> None:
     groups = [group(q, rollout(q + 1), rollout(2 * q + 1)) for q in range(5)]
     a, b = (pack(groups, LINE, num_ranks=2, tokens_per_micro_batch=16) for _ in range(2))
-    for ra, rb in zip(a.micro_batches, b.micro_batches, strict=True):
-        for ma, mb in zip(ra, rb, strict=True):
-            np.testing.assert_array_equal(ma.token_ids, mb.token_ids)
+    for ma, mb in zip(a.micro_batches, b.micro_batches, strict=True):
+        np.testing.assert_array_equal(ma.token_ids, mb.token_ids)
 
 
 def test_age_is_counted_in_steps_where_the_learner_fell_back() -> None:
@@ -93,17 +99,17 @@ def test_age_is_counted_in_steps_where_the_learner_fell_back() -> None:
     made = replace(
         rollout(4), spans=(VersionSpan(3, 0, 1), VersionSpan(4, 1, 2), VersionSpan(7, 2, 3), VersionSpan(8, 3, 4))
     )
-    (m,) = pack([group(0, made)], line, num_ranks=1, tokens_per_micro_batch=10).micro_batches[0]
+    (m,) = pack([group(0, made)], line, num_ranks=1, tokens_per_micro_batch=10).micro_batches
     assert m.staleness[m.is_response].tolist() == [2, 1, 1, 0]
 
 
 def test_padded_rows_fit_with_their_padding_and_have_no_padding_of_their_own() -> None:
     lengths = [3, 30, 4, 9, 17, 2, 2, 25]
     groups = [group(i, rollout(n), rollout(n)) for i, n in enumerate(lengths)]
-    batch = pack(groups, Lineage.unbroken(0), num_ranks=2, tokens_per_micro_batch=64, row_layout="padded")
-    assert len({len(rank) for rank in batch.micro_batches}) == 1
+    batches = pack_all(groups, Lineage.unbroken(0), num_ranks=2, tokens_per_micro_batch=64, row_layout="padded")
+    assert len({len(batch.micro_batches) for batch in batches}) == 1
     seen: list[int] = []
-    for micro in (m for rank in batch.micro_batches for m in rank):
+    for micro in (m for batch in batches for m in batch.micro_batches):
         starts = [*np.flatnonzero(micro.position_ids == 0), len(micro.position_ids)]
         rows = np.diff(starts)
         assert len(rows) * rows.max() <= 64
@@ -115,13 +121,14 @@ def test_padded_rows_fit_with_their_padding_and_have_no_padding_of_their_own() -
 @pytest.mark.parametrize("num_ranks", [1, 2])
 def test_minibatches_take_whole_groups_and_as_many_rows_on_every_rank(num_ranks: int) -> None:
     groups = [group(q, rollout(3 + q), rollout(4), rollout(2 * q + 1)) for q in range(5)]
-    batch = pack(groups, LINE, num_ranks=num_ranks, tokens_per_micro_batch=24, num_minibatches=2)
-    assert len(batch.rows_per_minibatch) == 2
+    batches = pack_all(groups, LINE, num_ranks=num_ranks, tokens_per_micro_batch=24, num_minibatches=2)
+    assert len(batches[0].rows_per_minibatch) == 2
     seen = []
-    for chosen in batch.minibatches():
-        parts = [of_rank[chosen] for of_rank in batch.micro_batches]
+    for chosen in batches[0].minibatches():
+        parts = [batch.micro_batches[chosen] for batch in batches]
         assert len({len(part) for part in parts}) == 1
         cells = {int(c) for part in parts for micro in part for c in micro.rollout_index if c >= 0}
+        assert set(np.flatnonzero(batches[0].of_rows(chosen)).tolist()) == cells
         seen.append(cells)
     assert seen == [set(range(9)), set(range(9, 15))]
 
@@ -139,7 +146,7 @@ def test_rows_get_an_even_width_if_the_limit_allows() -> None:
             len(m.token_ids)
             for m in pack(
                 groups, LINE, num_ranks=1, tokens_per_micro_batch=limit, width_multiple=multiple
-            ).micro_batches[0]
+            ).micro_batches
         }
         for limit, multiple in [(64, 1), (64, 32), (60, 32)]
     }
@@ -148,8 +155,6 @@ def test_rows_get_an_even_width_if_the_limit_allows() -> None:
 
 def test_padding_has_no_position_that_rollouts_do_not_have() -> None:
     """A learned embedding of positions may have no more of them than the longest rollout needs."""
-    (m,) = pack([group(0, rollout(9))], LINE, num_ranks=1, tokens_per_micro_batch=64, width_multiple=32).micro_batches[
-        0
-    ]
+    (m,) = pack([group(0, rollout(9))], LINE, num_ranks=1, tokens_per_micro_batch=64, width_multiple=32).micro_batches
     assert m.position_ids.tolist() == [*range(10), *range(10), *range(10), 0, 1]
     assert m.rollout_index.tolist() == [0] * 10 + [-1] * 22 and not m.is_response[10:].any()
