@@ -51,6 +51,7 @@ def warm_up(
     model = make_model(config, tokenizer, seed)
     optimizer = torch.optim.AdamW(model.parameters(), lr=config.warmup.learning_rate, weight_decay=0.01)
     rng = random.Random(seed)
+    yield f"warm-up: {sum(p.numel() for p in model.parameters()):,} weights, at most {config.warmup.max_steps} steps"
     for step in range(1, config.warmup.max_steps + 1):
         batch = [_demonstration(train, config.warmup.wrong_answer_share, rng) for _ in range(config.warmup.batch_size)]
         loss = _step(model, optimizer, _encode(tokenizer, batch))

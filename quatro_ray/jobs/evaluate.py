@@ -17,6 +17,7 @@ from quatro_ray.errors import ClusterError, ConfigError, last_line
 from quatro_ray.jobs.preflight import check_evaluation
 from quatro_ray.orchestrator.cluster import spawn_evaluation
 from quatro_ray.orchestrator.connection import connect
+from quatro_ray.orchestrator.startup import waiting_for
 from quatro_ray.telemetry.console import Progress
 from quatro_ray.telemetry.evaluation_result import EvaluationResult
 from quatro_ray.types import Query
@@ -56,14 +57,19 @@ def evaluate_model(
             progress.say(line)
     with (out / "notes.log").open("w", encoding="utf-8") as notes:
 
+        def say(line: str) -> None:
+            progress.say(line)
+            note(line)
+
         def note(line: str) -> None:
             notes.write(line + "\n")
             notes.flush()
             _logger.info("%s", line)
 
         try:
-            connect(config, show_actor_logs=verbose)
-            results = asyncio.run(_evaluate(config, model_path, dataset.held_out, note))
+            with waiting_for("Ray", say):
+                connect(config, show_actor_logs=verbose)
+            results = asyncio.run(_evaluate(config, model_path, dataset.held_out, note, say))
         except RayError as error:
             raise ClusterError(f"an actor failed: {last_line(error)}") from error
         finally:
@@ -75,9 +81,13 @@ def evaluate_model(
 
 
 async def _evaluate(
-    config: Config, model_path: str, held_out: Mapping[str, Sequence[Query]], note: Callable[[str], None]
+    config: Config,
+    model_path: str,
+    held_out: Mapping[str, Sequence[Query]],
+    note: Callable[[str], None],
+    say: Callable[[str], None],
 ) -> list[EvaluationResult]:
-    cluster = await spawn_evaluation(config, model_path)
+    cluster = await spawn_evaluation(config, model_path, say)
     try:
         return await cluster.evaluator.evaluate(model_path, 0, 0, held_out, note)
     finally:

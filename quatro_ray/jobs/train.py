@@ -6,7 +6,9 @@ import asyncio
 import json
 import signal
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
+from typing import NoReturn
 
 import ray
 from ray.exceptions import RayError
@@ -17,17 +19,19 @@ from quatro_ray.config import Config, TinyModelConfig
 from quatro_ray.data.dataset import Dataset, QueryStream
 from quatro_ray.data.registry import describe
 from quatro_ray.engines.checkpoint_store import replace_folder
-from quatro_ray.errors import ClusterError, last_line
+from quatro_ray.errors import ClusterError, Preempted, last_line
 from quatro_ray.jobs.prepared import Prepared, prepare
 from quatro_ray.jobs.run_directory import only_writer, prepare_run_dir
 from quatro_ray.orchestrator.cluster import spawn
 from quatro_ray.orchestrator.connection import connect
 from quatro_ray.orchestrator.controller import Controller
+from quatro_ray.orchestrator.startup import waiting_for
 from quatro_ray.replay.buffer import ReplayStats
 from quatro_ray.telemetry.console import Progress
 from quatro_ray.telemetry.counters import Counters
 from quatro_ray.telemetry.recorder import Recorder
 from quatro_ray.telemetry.report import write_report
+from quatro_ray.timeouts import Overtaken, unless
 from quatro_ray.types import Query
 
 
@@ -44,10 +48,25 @@ def train(config: Config, *, verbose: bool = False) -> Path:
     Raises:
         QuatroError: an error that the user can cause, with a message of one line.
     """
-    prepared = prepare(config)
-    resume = prepare_run_dir(config, prepared.inputs)
-    with only_writer(config):
-        return _train(config, prepared, resume=resume, verbose=verbose)
+    with _sigterm_ends_the_start():
+        prepared = prepare(config)
+        resume = prepare_run_dir(config, prepared.inputs)
+        with only_writer(config):
+            return _train(config, prepared, resume=resume, verbose=verbose)
+
+
+def _end_the_start(*_: object) -> NoReturn:
+    raise Preempted("received SIGTERM during the start, before training began; run the same command to start again")
+
+
+@contextmanager
+def _sigterm_ends_the_start() -> Iterator[None]:
+    """Let SIGTERM raise Preempted inside the with block, until the event loop takes the signal over."""
+    before = signal.signal(signal.SIGTERM, _end_the_start)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
 
 
 def _train(config: Config, prepared: Prepared, *, resume: bool, verbose: bool) -> Path:
@@ -58,8 +77,9 @@ def _train(config: Config, prepared: Prepared, *, resume: bool, verbose: bool) -
         run_dir, num_steps=config.run.num_steps, tensorboard=config.telemetry.tensorboard, progress=progress
     )
     try:
-        with recorder.phase("controller", "connect"):
+        with recorder.phase("controller", "connect"), waiting_for("Ray", recorder.say):
             connect(config, show_actor_logs=verbose)
+        signal.signal(signal.SIGTERM, _end_the_start)  # Ray has set its own
         with recorder.phase("controller", "model"):
             model_path = make_model(config, dataset, recorder)
         for line in [*describe(dataset), *prepared.notes]:
@@ -113,8 +133,13 @@ async def _run(
 ) -> tuple[Counters, ReplayStats, dict[str, int]]:
     """Start the cluster and train; return the counters, the ledger's numbers and the peak memory by role in bytes."""
     recorder.say("starting engines and learner")
-    with recorder.phase("controller", "start"), recorder.phase("learner", "start"):
-        cluster = await spawn(config, model_path)
+    told_to_stop = asyncio.Event()
+    asyncio.get_running_loop().add_signal_handler(signal.SIGTERM, told_to_stop.set)
+    try:
+        with recorder.phase("controller", "start"), recorder.phase("learner", "start"):
+            cluster = await unless(told_to_stop, spawn(config, model_path, recorder.say))
+    except Overtaken:
+        _end_the_start()
     try:
         components = cluster.components()
         queries = QueryStream(dataset, config.run.seed, shuffle=config.data.shuffle)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import itertools
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -38,12 +38,15 @@ from quatro_ray.failures import LearnerLost
 from quatro_ray.orchestrator.components import Components
 from quatro_ray.orchestrator.placement import Placer
 from quatro_ray.orchestrator.resources import bundles, evaluation_bundles
+from quatro_ray.orchestrator.startup import start_together
 from quatro_ray.rewards.registry import executing_rewards
 from quatro_ray.timeouts import within
 from quatro_ray.weight_sync.agreement import AgreementCheck
 from quatro_ray.weight_sync.coordinator import WeightSyncCoordinator
 
 _SHUTDOWN_S = 30.0
+_SHUTDOWN_IN_START_S = 3.0
+"""An actor that still imports its libraries does not answer; Kubernetes gives a pod 30 s in all."""
 _STARTS_WAITED_FOR = 3
 """If no engine is left, a weight update waits as long as this many starts, because an engine may hang in its start."""
 
@@ -145,18 +148,19 @@ class Cluster:
         }
         return {role: sum(_peak_rss_bytes(actor) for actor in actors) for role, actors in roles.items()}
 
-    def shutdown(self) -> None:
-        """End the engines in order, then everything else; safe after a failure."""
-        _end([*self.generators(), *self.scoring.all()], killed=[*self.learner.actors, self.replay])
+    def shutdown(self, grace_s: float = _SHUTDOWN_S) -> None:
+        """End the engines in order within `grace_s` seconds, then everything else; safe after a failure."""
+        _end([*self.generators(), *self.scoring.all()], grace_s, killed=[*self.learner.actors, self.replay])
         remove_placement_group(self.scoring.placement)
 
 
-async def spawn(config: Config, model_path: str) -> Cluster:
-    """Place and start all actors; engines and learner ranks start concurrently.
+async def spawn(config: Config, model_path: str, say: Callable[[str], None]) -> Cluster:
+    """Place all actors, and start them side by side.
 
     Args:
         config: the whole configuration; each kind of actor has its own `start_deadline_s` in it.
         model_path: folder or name of the starting policy.
+        say: shows what the start waits for.
 
     Raises:
         ClusterError: the cluster is too small, or an actor did not start before its deadline.
@@ -182,9 +186,9 @@ async def spawn(config: Config, model_path: str) -> Cluster:
     evaluator = _evaluator(place, scoring) if config.evaluation.num_engines else None
     cluster = Cluster(config, fleet, learner, replay, scoring, evaluator)
     try:
-        await _start(cluster)
+        await _start(cluster, say)
     except BaseException:
-        cluster.shutdown()
+        cluster.shutdown(_SHUTDOWN_IN_START_S)
         raise
     return cluster
 
@@ -196,18 +200,19 @@ class EvaluationCluster:
     evaluator: Evaluator
     scoring: ScoringActors
 
-    def shutdown(self) -> None:
-        """End all actors."""
-        _end(self.scoring.all())
+    def shutdown(self, grace_s: float = _SHUTDOWN_S) -> None:
+        """End all actors in order within `grace_s` seconds."""
+        _end(self.scoring.all(), grace_s)
         remove_placement_group(self.scoring.placement)
 
 
-async def spawn_evaluation(config: Config, model_path: str) -> EvaluationCluster:
+async def spawn_evaluation(config: Config, model_path: str, say: Callable[[str], None]) -> EvaluationCluster:
     """Place and start verifiers, reward models and environments.
 
     Args:
         config: the whole configuration; room is reserved for `evaluation.num_engines` engines, at least one.
         model_path: folder or name of the model whose tokenizer the environments use.
+        say: shows what the start waits for.
 
     Raises:
         ClusterError: the cluster is too small, or an actor did not start before its deadline.
@@ -216,9 +221,9 @@ async def spawn_evaluation(config: Config, model_path: str) -> EvaluationCluster
     scoring = ScoringActors.spawn(place, model_path)
     cluster = EvaluationCluster(_evaluator(place, scoring), scoring)
     try:
-        await scoring.start(config)
+        await start_together({"verifiers": scoring.start(config)}, say)
     except BaseException:
-        cluster.shutdown()
+        cluster.shutdown(_SHUTDOWN_IN_START_S)
         raise
     return cluster
 
@@ -244,26 +249,25 @@ def _client_of(slot: EngineSlot) -> GeneratorClient:
     return slot.client
 
 
-def _end(actors: Sequence[ActorHandle], killed: Sequence[ActorHandle] = ()) -> None:
-    """Let `actors` end their own processes before they are killed; then kill `killed` too."""
+def _end(actors: Sequence[ActorHandle], grace_s: float, killed: Sequence[ActorHandle] = ()) -> None:
+    """Let `actors` end their own processes within `grace_s` seconds before they are killed; then kill `killed` too."""
     if own_node_lives():
         ending = [actor.shutdown.remote() for actor in actors]
-        ray.wait(ending, num_returns=len(ending), timeout=_SHUTDOWN_S)
+        ray.wait(ending, num_returns=len(ending), timeout=grace_s)
     for actor in [*actors, *killed]:
         ray.kill(actor)
 
 
-async def _start(cluster: Cluster) -> None:
-    deadline = cluster.config.generator.start_deadline_s
-    engines = asyncio.create_task(_started(cluster.generators(), deadline, "generator"))
+async def _start(cluster: Cluster, say: Callable[[str], None]) -> None:
+    parts = {
+        "learner": cluster.learner.start(),
+        "engines": _started(cluster.generators(), cluster.config.generator.start_deadline_s, "generator"),
+        "verifiers": cluster.scoring.start(cluster.config),
+    }
     try:
-        await cluster.learner.start()
-        await cluster.scoring.start(cluster.config)
-        await engines
+        await start_together(parts, say)
     except LearnerLost as error:
         raise ClusterError(f"{error}; see the logs under {_log_dir()}") from error
-    finally:
-        engines.cancel()
 
 
 def _ranks(place: Placer, model_path: str) -> list[ActorHandle]:

@@ -97,5 +97,5 @@ def start_ring(config: Config, model_path: str) -> Ring:
     config.run.dir.mkdir(parents=True, exist_ok=True)
     loop = asyncio.new_event_loop()
     asyncio.set_event_loop(loop)
-    cluster = loop.run_until_complete(spawn(config, model_path))
+    cluster = loop.run_until_complete(spawn(config, model_path, print))
     return Ring(cluster, cluster.components(), config, loop)

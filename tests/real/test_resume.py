@@ -132,3 +132,22 @@ def check_ledger(run: Path, num_steps: int) -> None:
     half = num_steps // 2
     assert fallen[1:3] == (half, half) and fallen[0] > half + 1
     db.close()
+
+
+def test_sigterm_during_the_start_is_answered_and_leaves_nothing_behind(warm_model_path: str, tmp_path: Path) -> None:
+    """Twice, because the same command must start again."""
+    config = write_config(tmp_path / "ended", warm_model_path, 6)
+    for number in range(2):
+        log = tmp_path / "ended" / f"log-{number}"
+        process = start(config, log)
+        deadline = time.monotonic() + 240
+        while "starting engines and learner" not in log.read_text():
+            assert process.poll() is None and time.monotonic() < deadline, log.read_text()
+            time.sleep(0.05)
+        family = psutil.Process(process.pid).children(recursive=True)
+        process.send_signal(signal.SIGTERM)
+        assert process.wait(timeout=120) == 128 + signal.SIGTERM, log.read_text()
+        assert log.read_text().count("ended: received SIGTERM during the start") == 1
+        assert "Traceback" not in log.read_text()
+        _, alive = psutil.wait_procs(family, timeout=60)
+        assert not alive
