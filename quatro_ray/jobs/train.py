@@ -145,6 +145,8 @@ async def _run(
         queries = QueryStream(dataset, config.run.seed, shuffle=config.data.shuffle)
         controller = Controller(config, components, queries, dataset.held_out, recorder)
         asyncio.get_running_loop().add_signal_handler(signal.SIGTERM, controller.stop)
+        if told_to_stop.is_set():  # in the last moment of the start
+            controller.stop()
         counters = await while_node_lives(controller.run(resume=resume))
         return counters, await components.replay.stats(), cluster.peak_rss_bytes()
     finally:
