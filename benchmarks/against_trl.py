@@ -1,0 +1,170 @@
+"""The whole system against TRL's GRPOTrainer on two cores: `python -m benchmarks.against_trl`.
+
+    pip install -e '.[trl]'
+    python -m benchmarks.against_trl [--pairs 3]
+
+Both train the model of benchmarks/counting.py (4.9 million weights, float32) on the same questions with 8 groups of 8
+responses a step, and each has both cores. Lengths are uneven up to 256 tokens, or have a long tail up to 512. Runs take
+turns; those that have ended are kept in runs/against_trl and not made again.
+
+A trained token is a response token that an optimiser step used. Tokens per second and per CPU-second are those after
+the first steps, of all processes. Time to the first step counts from the command; the first pair fills the caches. The
+learning time is that until the mean reward of five steps reaches TARGET_REWARD. The last line is JSON; the exit status
+is 1 if a ratio of medians is below MINIMUM.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import sys
+from importlib.util import find_spec
+from pathlib import Path
+from statistics import mean, median
+from typing import Any
+
+from benchmarks.counting import FOLDER, LONG_TAIL, UNEVEN, Lengths, make_data, make_start
+from benchmarks.process_tree import watch_lines
+
+MINIMUM = 1.2
+TARGET_REWARD, _STEPS_OF_MEAN = 0.5, 5
+GROUPS, GROUP_SIZE, LEARNING_RATE = 8, 8, 2e-4
+NUM_STEPS, NUM_WARMUP_STEPS, LR_WARMUP_STEPS = 24, 4, 3
+CASES: dict[str, Lengths] = {"uneven to 256": UNEVEN, "long tail to 512": LONG_TAIL}
+_DEADLINE_S = 1_800
+_FOLDER = Path("runs/against_trl")
+
+
+def ours(lengths: Lengths, data: Path, folder: Path) -> list[str]:
+    """Return the command of a run of quatro_ray."""
+    settings = {
+        "run.dir": folder,
+        "run.num_steps": NUM_STEPS,
+        "data.train.counting.path": data,
+        "data.eval.counting.path": data.with_name("held_out.jsonl"),
+        "generator.max_response_tokens": lengths.longest,
+        "generator.max_num_seqs": GROUPS * GROUP_SIZE,
+        "replay.groups_per_step": GROUPS,
+        "replay.group_size": GROUP_SIZE,
+        "learner.learning_rate": LEARNING_RATE,
+        "learner.num_warmup_steps": LR_WARMUP_STEPS,
+    }
+    command = [str(Path(sys.executable).with_name("quatro-ray")), "train", "benchmarks/counting.yaml"]
+    return command + [f"{name}={value}" for name, value in settings.items()]
+
+
+def trl(lengths: Lengths, data: Path, folder: Path) -> list[str]:
+    """Return the command of a run of TRL: its defaults, without what slows it down on a CPU."""
+    config: dict[str, Any] = {
+        "max_steps": NUM_STEPS,
+        "learning_rate": LEARNING_RATE,
+        "lr_scheduler_type": "constant_with_warmup",
+        "warmup_steps": LR_WARMUP_STEPS,
+        "num_generations": GROUP_SIZE,
+        "per_device_train_batch_size": GROUPS * GROUP_SIZE // 4,
+        "gradient_accumulation_steps": 4,
+        "max_completion_length": lengths.longest,
+        "temperature": 1.0,
+        "beta": 0.0,
+        "adam_beta2": 0.95,
+        "gradient_checkpointing": False,
+        "save_strategy": "no",
+        "report_to": "none",
+        "dataloader_pin_memory": False,
+    }
+    return [sys.executable, "-m", "benchmarks.trl_trainer", str(data), str(folder), "--config", json.dumps(config)]
+
+
+COMMANDS = {"quatro_ray": ours, "trl": trl}
+
+
+def run(system: str, case: str, number: int) -> dict[str, float | None]:
+    """Return the figures of one run, which is made if it is not kept."""
+    folder = _FOLDER / f"{system}-{case.replace(' ', '_')}-{number}"
+    kept = folder.with_suffix(".json")
+    if not kept.exists():
+        data = FOLDER / f"{case.replace(' ', '_')}.jsonl"
+        make_data(CASES[case], data)
+        metrics = folder / "metrics.jsonl"
+        command = COMMANDS[system](CASES[case], data, folder)
+        moments = watch_lines(
+            command, metrics, folder.with_suffix(".log"), env={"OMP_NUM_THREADS": "2"}, deadline_s=_DEADLINE_S
+        )
+        steps = [json.loads(line) for line in metrics.read_text().splitlines()]
+        kept.write_text(json.dumps({"moments": moments, "steps": [_short(step) for step in steps]}))
+    return figures(json.loads(kept.read_text()))
+
+
+def _short(step: dict[str, Any]) -> dict[str, float]:
+    return {name: step[name] for name in ("tokens/trained", "reward/mean")}
+
+
+def figures(record: dict[str, Any]) -> dict[str, float | None]:
+    """Return speeds after the first steps, and times from the command to the first step and to TARGET_REWARD."""
+    moments, steps = record["moments"], record["steps"]
+    (begun, cpu_begun), (ended, cpu_ended) = moments[NUM_WARMUP_STEPS - 1], moments[-1]
+    tokens = sum(step["tokens/trained"] for step in steps[NUM_WARMUP_STEPS:])
+    rewards = [step["reward/mean"] for step in steps]
+    learned = [
+        end - 1
+        for end in range(_STEPS_OF_MEAN, len(steps) + 1)
+        if mean(rewards[end - _STEPS_OF_MEAN : end]) >= TARGET_REWARD
+    ]
+    return {
+        "tokens_per_s": tokens / (ended - begun),
+        "tokens_per_cpu_s": tokens / (cpu_ended - cpu_begun),
+        "tokens_per_step": tokens / (len(steps) - NUM_WARMUP_STEPS),
+        "first_step_s": moments[0][0],
+        "learned_s": moments[learned[0]][0] if learned else None,
+        "first_reward": mean(rewards[:_STEPS_OF_MEAN]),
+        "last_reward": mean(rewards[-_STEPS_OF_MEAN:]),
+    }
+
+
+def compare(case: str, pairs: int) -> dict[str, Any]:
+    """Return medians of both systems, and their ratios: more than 1 is better for quatro_ray."""
+    found: dict[str, list[dict[str, float | None]]] = {system: [] for system in COMMANDS}
+    for number in range(pairs):
+        for system in list(COMMANDS)[:: 1 if number % 2 else -1]:
+            found[system].append(run(system, case, number))
+            print(f"{case}, {system}: {found[system][-1]}", flush=True)
+    medians = {
+        system: {name: _median([run[name] for run in runs]) for name in runs[0]} for system, runs in found.items()
+    }
+    mine, other = medians["quatro_ray"], medians["trl"]
+    ratios = {name: mine[name] / other[name] for name in ("tokens_per_s", "tokens_per_cpu_s")}
+    ratios |= {name: other[name] / mine[name] for name in ("first_step_s", "learned_s")}
+    return {**{name: _rounded(values) for name, values in medians.items()}, "ratios": _rounded(ratios)}
+
+
+def _median(values: list[float | None]) -> float:
+    """Return the median; a target that was never reached counts as infinite."""
+    return median(float("inf") if value is None else value for value in values)
+
+
+def _rounded(values: dict[str, float]) -> dict[str, float]:
+    return {name: round(value, 3) for name, value in values.items()}
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--pairs", type=int, default=3)
+    pairs = parser.parse_args().pairs
+    if find_spec("trl") is None:
+        sys.exit("the benchmark needs TRL: pip install -e '.[trl]'")
+    _FOLDER.mkdir(parents=True, exist_ok=True)
+    make_start()
+    cases = {case: compare(case, pairs) for case in CASES}
+    speeds = {case: found["ratios"] for case, found in cases.items()}
+    missed = [
+        f"{case}: {name}"
+        for case, name in (("uneven to 256", "tokens_per_cpu_s"), ("long tail to 512", "tokens_per_s"))
+        if not speeds[case][name] >= MINIMUM
+    ]
+    print(json.dumps({"cases": cases, "missed": missed, "cores": os.cpu_count()}))
+    return int(bool(missed))
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,96 @@
+"""CPU time of a command and of all that it starts, also of daemons that are no children of it any more."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import time
+import uuid
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+import psutil
+
+_MARK = "BENCHMARK_PROCESS_TREE"
+_POLL_S = 0.2
+
+
+class Moment(NamedTuple):
+    """Seconds since the command began, of time and of CPU."""
+
+    time: float
+    cpu: float
+
+
+class ProcessTree:
+    """The processes that inherited a mark in their environment. What one does after the last poll is lost."""
+
+    def __init__(self) -> None:
+        self.mark = uuid.uuid4().hex
+        self._seconds: dict[tuple[int, float], float] = {}
+        self._is_ours: dict[tuple[int, float], bool] = {}
+
+    def cpu_seconds(self) -> float:
+        """Return the CPU time so far of all processes, ended ones included."""
+        for process in psutil.process_iter():
+            try:
+                key = (process.pid, process.create_time())
+                if key not in self._is_ours or not self._is_ours[key]:
+                    self._is_ours[key] = process.environ().get(_MARK) == self.mark
+                if self._is_ours[key]:
+                    times = process.cpu_times()
+                    self._seconds[key] = times.user + times.system
+            except (psutil.NoSuchProcess, psutil.AccessDenied, psutil.ZombieProcess):
+                continue
+        return sum(self._seconds.values())
+
+    def kill(self) -> None:
+        """End what is left."""
+        for process in psutil.process_iter():
+            try:
+                if process.environ().get(_MARK) == self.mark:
+                    process.send_signal(signal.SIGKILL)
+            except (psutil.NoSuchProcess, psutil.AccessDenied, psutil.ZombieProcess):
+                continue
+
+
+def watch_lines(
+    command: Sequence[str], lines_of: Path, log: Path, *, env: Mapping[str, str], deadline_s: float
+) -> list[Moment]:
+    """Run a command, and return when each line of a file that it writes appeared.
+
+    Args:
+        command: what to run; its output goes to `log`.
+        lines_of: the file, which is deleted before.
+        log: where the output goes.
+        env: added to the environment.
+        deadline_s: seconds after which it is killed.
+
+    Raises:
+        RuntimeError: the command failed, or did not end in time.
+    """
+    lines_of.unlink(missing_ok=True)
+    tree = ProcessTree()
+    moments: list[Moment] = []
+    begun = time.monotonic()
+    with log.open("w") as file:
+        process = subprocess.Popen(
+            command, stdout=file, stderr=subprocess.STDOUT, env=os.environ | dict(env) | {_MARK: tree.mark}
+        )
+        try:
+            while process.poll() is None and time.monotonic() - begun < deadline_s:
+                found = lines_of.read_bytes().count(b"\n") if lines_of.exists() else 0
+                now = Moment(time.monotonic() - begun, tree.cpu_seconds())
+                moments += [now] * (found - len(moments))
+                time.sleep(_POLL_S)
+        finally:
+            process.terminate()
+            try:
+                process.wait(timeout=60)
+            finally:
+                tree.kill()
+    if process.returncode:
+        raise RuntimeError(f"{' '.join(command)} ended with status {process.returncode}; see {log}")
+    return moments
