@@ -17,6 +17,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 import os
 import sys
 from importlib.util import find_spec
@@ -133,18 +134,19 @@ def compare(case: str, pairs: int) -> dict[str, Any]:
         system: {name: _median([run[name] for run in runs]) for name in runs[0]} for system, runs in found.items()
     }
     mine, other = medians["quatro_ray"], medians["trl"]
-    ratios = {name: mine[name] / other[name] for name in ("tokens_per_s", "tokens_per_cpu_s")}
-    ratios |= {name: other[name] / mine[name] for name in ("first_step_s", "learned_s")}
-    return {**{name: _rounded(values) for name, values in medians.items()}, "ratios": _rounded(ratios)}
+    ratios = {name: _ratio(mine[name], other[name]) for name in ("tokens_per_s", "tokens_per_cpu_s")}
+    ratios |= {name: _ratio(other[name], mine[name]) for name in ("first_step_s", "learned_s")}
+    return {**medians, "ratios": ratios, "pairs": pairs}
 
 
-def _median(values: list[float | None]) -> float:
-    """Return the median; a target that was never reached counts as infinite."""
-    return median(float("inf") if value is None else value for value in values)
+def _median(values: list[float | None]) -> float | None:
+    """Return the median, or None if that is a target that was not reached."""
+    found = median(math.inf if value is None else value for value in values)
+    return round(found, 3) if math.isfinite(found) else None
 
 
-def _rounded(values: dict[str, float]) -> dict[str, float]:
-    return {name: round(value, 3) for name, value in values.items()}
+def _ratio(above: float | None, below: float | None) -> float | None:
+    return round(above / below, 3) if above is not None and below is not None else None
 
 
 def main() -> int:
@@ -160,7 +162,7 @@ def main() -> int:
     missed = [
         f"{case}: {name}"
         for case, name in (("uneven to 256", "tokens_per_cpu_s"), ("long tail to 512", "tokens_per_s"))
-        if not speeds[case][name] >= MINIMUM
+        if (speeds[case][name] or 0.0) < MINIMUM
     ]
     print(json.dumps({"cases": cases, "missed": missed, "cores": os.cpu_count()}))
     return int(bool(missed))

@@ -7,7 +7,8 @@ import signal
 import subprocess
 import time
 import uuid
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import NamedTuple
 
@@ -32,32 +33,39 @@ class ProcessTree:
         self._seconds: dict[tuple[int, float], float] = {}
         self._is_ours: dict[tuple[int, float], bool] = {}
 
+    def processes(self) -> Iterator[psutil.Process]:
+        """Yield those that run."""
+        for process in psutil.process_iter():
+            key = (process.pid, process.create_time())
+            if not self._is_ours.get(key):
+                with suppress(psutil.NoSuchProcess, psutil.AccessDenied):
+                    self._is_ours[key] = process.environ().get(_MARK) == self.mark
+            if self._is_ours.get(key):
+                yield process
+
     def cpu_seconds(self) -> float:
         """Return the CPU time so far of all processes, ended ones included."""
-        for process in psutil.process_iter():
-            try:
-                key = (process.pid, process.create_time())
-                if key not in self._is_ours or not self._is_ours[key]:
-                    self._is_ours[key] = process.environ().get(_MARK) == self.mark
-                if self._is_ours[key]:
-                    times = process.cpu_times()
-                    self._seconds[key] = times.user + times.system
-            except (psutil.NoSuchProcess, psutil.AccessDenied, psutil.ZombieProcess):
-                continue
+        for process in self.processes():
+            with suppress(psutil.NoSuchProcess):
+                times = process.cpu_times()
+                self._seconds[process.pid, process.create_time()] = times.user + times.system
         return sum(self._seconds.values())
 
     def kill(self) -> None:
         """End what is left."""
-        for process in psutil.process_iter():
-            try:
-                if process.environ().get(_MARK) == self.mark:
-                    process.send_signal(signal.SIGKILL)
-            except (psutil.NoSuchProcess, psutil.AccessDenied, psutil.ZombieProcess):
-                continue
+        for process in self.processes():
+            with suppress(psutil.NoSuchProcess):
+                process.send_signal(signal.SIGKILL)
 
 
 def watch_lines(
-    command: Sequence[str], lines_of: Path, log: Path, *, env: Mapping[str, str], deadline_s: float
+    command: Sequence[str],
+    lines_of: Path,
+    log: Path,
+    *,
+    env: Mapping[str, str],
+    deadline_s: float,
+    at_each_look: Callable[[ProcessTree], None] = lambda _: None,
 ) -> list[Moment]:
     """Run a command, and return when each line of a file that it writes appeared.
 
@@ -67,6 +75,7 @@ def watch_lines(
         log: where the output goes.
         env: added to the environment.
         deadline_s: seconds after which it is killed.
+        at_each_look: called several times a second.
 
     Raises:
         RuntimeError: the command failed, or did not end in time.
@@ -84,6 +93,7 @@ def watch_lines(
                 found = lines_of.read_bytes().count(b"\n") if lines_of.exists() else 0
                 now = Moment(time.monotonic() - begun, tree.cpu_seconds())
                 moments += [now] * (found - len(moments))
+                at_each_look(tree)
                 time.sleep(_POLL_S)
         finally:
             process.terminate()

@@ -1,0 +1,277 @@
+"""How much of the slower side's speed the whole system reaches: `python -m benchmarks.pipeline`.
+
+The model and the long-tailed lengths of benchmarks/counting.py, engine and learner pinned to one core each:
+
+- G: tokens a second of the engine alone, under the load that it has in the system;
+- L: trained tokens a second of the learner alone, on the groups that the engine made for G;
+- P: trained tokens a second of the whole system with `max_staleness: 2`, after its first steps;
+- S: the same with `max_staleness: 0`, where engine and learner wait for each other.
+
+P is at most min(G, L), and P/S at most (1/G + 1/L)·min(G, L). Two cases: G and L are close, and the engine is slower.
+The other processes of the system share both cores. The last line is JSON; the exit status is 1 if a case misses a
+target.
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import json
+import os
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterator
+from contextlib import suppress
+from dataclasses import dataclass, replace
+from itertools import count, cycle
+from pathlib import Path
+from typing import Any
+
+from psutil import NoSuchProcess
+
+from benchmarks.counting import FOLDER, LONG_TAIL, START, counts_right, make_data, make_start
+from benchmarks.process_tree import ProcessTree, watch_lines
+from quatro_ray.config import Config, dump_config, load_config
+
+ENGINE_CORE, LEARNER_CORE = 0, 1
+_CORES = {"GeneratorActor": ENGINE_CORE, "EngineCore": ENGINE_CORE, "LearnerActor": LEARNER_CORE}
+_NUM_STEPS, _NUM_WARMUP_STEPS = 30, 6
+_GENERATED_GROUPS, _WARMUP_GROUPS = 160, 32
+_TRAINED_BATCHES, _WARMUP_BATCHES = 14, 2
+_DEADLINE_S = 1_200
+_ENV = {"OMP_NUM_THREADS": "1", "VLLM_LOGGING_LEVEL": "WARNING", "VLLM_CPU_OMP_THREADS_BIND": "nobind"}
+
+
+@dataclass(frozen=True)
+class Case:
+    """What differs from benchmarks/counting.yaml, and the share of min(G, L) that P is to reach."""
+
+    settings: dict[str, str | int]
+    target: float
+
+
+CASES = {
+    "both alike": Case({}, 0.93),
+    "slow engine": Case({"generator.max_num_seqs": 12}, 0.96),
+}
+_TARGET_OF_OVERLAP = 0.93
+_TARGET_LOST_TO_UPDATES = 0.02
+
+
+def config(case: Case, **settings: Any) -> Config:
+    data = FOLDER / "pipeline.jsonl"
+    common = {
+        "run.num_steps": _NUM_STEPS,
+        "generator.max_response_tokens": LONG_TAIL.longest,
+        "data.train.counting.path": data,
+        "data.eval.counting.path": data.with_name("held_out.jsonl"),
+    }
+    return load_config(
+        Path("benchmarks/counting.yaml"), [f"{k}={v}" for k, v in (common | case.settings | settings).items()]
+    )
+
+
+# The engine alone
+
+
+async def generate(case: Case, groups_file: Path) -> float:
+    """Keep an engine as busy as the system does; write its groups, and return tokens a second."""
+    from quatro_ray.engines.generation import GenerationEngine
+    from quatro_ray.replay.serialization import to_bytes
+    from quatro_ray.types import Query, Response, RolloutGroup, SamplingParams, Score
+
+    settings = config(case)
+    rows = [json.loads(line) for line in (FOLDER / "pipeline.jsonl").read_text().splitlines()]
+    engine = GenerationEngine(str(START), settings.generator, device="cpu", sync_backend="gloo", seed=0)
+    await engine.start()
+    groups: list[RolloutGroup] = []
+    numbers, begun, first = count(), 0.0, 0
+
+    async def one(number: int) -> RolloutGroup:
+        row = rows[number % len(rows)]
+        query = Query(str(number), row["prompt"], row["answer"])
+        params = SamplingParams(1.0, 1.0, settings.generator.max_response_tokens, number)
+        group = await engine.generate(number, query, params, settings.replay.group_size)
+        scores = [Score(counts_right(query, Response(r.text, r.num_tokens, False))) for r in group.rollouts]
+        return replace(group, rollouts=tuple(replace(r, score=s) for r, s in zip(group.rollouts, scores, strict=True)))
+
+    async def keep_busy() -> None:
+        nonlocal begun, first
+        while len(groups) < _GENERATED_GROUPS:
+            groups.append(await one(next(numbers)))
+            if len(groups) == _WARMUP_GROUPS:
+                begun, first = time.perf_counter(), engine.load().num_sampled_tokens
+
+    workers = [asyncio.create_task(keep_busy()) for _ in range(settings.generator.max_groups_in_flight)]
+    await asyncio.wait(workers, return_when=asyncio.FIRST_COMPLETED)
+    speed = (engine.load().num_sampled_tokens - first) / (time.perf_counter() - begun)
+    for worker in workers:
+        worker.cancel()
+    await asyncio.gather(*workers, return_exceptions=True)
+    await engine.shutdown()
+    with groups_file.open("w") as file:
+        file.writelines(to_bytes(group).hex() + "\n" for group in groups)
+    return speed
+
+
+# The learner alone
+
+
+def train(case: Case, groups_file: Path) -> float:
+    """Train on recorded groups, and return response tokens a second."""
+    import torch
+
+    from benchmarks.model_engines import free_port
+    from quatro_ray.engines.learner_spec import LearnerSpec
+    from quatro_ray.engines.learning import LearningEngine
+    from quatro_ray.replay.packing import pack
+    from quatro_ray.replay.serialization import from_bytes
+    from quatro_ray.replay.staleness import Lineage
+
+    torch.set_num_threads(1)
+    settings = config(case)
+    learner = settings.learner
+    spec = LearnerSpec(
+        model_path=str(START), config=learner, objective=settings.objective, device="cpu", temperature=1.0,
+        max_response_tokens=settings.generator.max_response_tokens, seed=0, num_steps=_NUM_STEPS,
+    )  # fmt: skip
+    engine = LearningEngine(spec, rank=0)
+    engine.start("127.0.0.1", free_port())
+    groups = cycle([from_bytes(bytes.fromhex(line)) for line in groups_file.read_text().splitlines()])
+    num_tokens, begun = 0, 0.0
+    for number in range(_TRAINED_BATCHES):
+        if number == _WARMUP_BATCHES:
+            num_tokens, begun = 0, time.perf_counter()
+        chosen = [next(groups) for _ in range(settings.replay.groups_per_step)]
+        batch = pack(
+            chosen, Lineage.unbroken(engine.version), num_ranks=1, tokens_per_micro_batch=learner.tokens_per_micro_batch
+        )
+        engine.train_step(batch, engine.version)
+        num_tokens += len(batch.rollout_index)
+    speed = num_tokens / (time.perf_counter() - begun)
+    engine.shutdown()
+    return speed
+
+
+def run_part(part: str, name: str, groups_file: Path) -> float:
+    """Measure one side in this process, on its core."""
+    if part == "generate":
+        os.sched_setaffinity(0, {ENGINE_CORE})
+        return asyncio.run(generate(CASES[name], groups_file))
+    os.sched_setaffinity(0, {LEARNER_CORE})
+    return train(CASES[name], groups_file)
+
+
+def alone(part: str, name: str, groups_file: Path) -> float:
+    """Measure one side in a process of its own."""
+    command = [sys.executable, "-m", "benchmarks.pipeline", "--part", part, "--case", name]
+    command += ["--groups", str(groups_file)]
+    done = subprocess.run(
+        command, capture_output=True, text=True, timeout=_DEADLINE_S, env=os.environ | _ENV, check=False
+    )
+    if done.returncode:
+        sys.exit(f"{part}, {name}: {done.stderr[-2000:]}")
+    return float(done.stdout.splitlines()[-1])
+
+
+# The whole system
+
+
+def pin(tree: ProcessTree) -> None:
+    """Put engine and learner on their cores, with all threads that they have by now."""
+    for process in tree.processes():
+        with suppress(NoSuchProcess, ProcessLookupError):
+            title = " ".join(process.cmdline())
+            for name, core in _CORES.items():
+                if name in title:
+                    for thread in process.threads():
+                        os.sched_setaffinity(thread.id, {core})
+
+
+def together(case: Case, max_staleness: int, folder: Path) -> dict[str, Any]:
+    """Return tokens a second of the whole system after its first steps, and where the time went."""
+    run = folder / f"staleness-{max_staleness}"
+    file = folder / f"staleness-{max_staleness}.yaml"
+    file.write_text(dump_config(config(case, **{"run.dir": run, "replay.max_staleness": max_staleness})))
+    command = [str(Path(sys.executable).with_name("quatro-ray")), "train", str(file)]
+    metrics = run / "metrics.jsonl"
+    moments = watch_lines(command, metrics, run.with_suffix(".log"), env={}, deadline_s=_DEADLINE_S, at_each_look=pin)
+    steps = [json.loads(line) for line in metrics.read_text().splitlines()]
+    measured = steps[_NUM_WARMUP_STEPS:-4]  # at the end there is nothing left to generate
+    tokens = sum(step["tokens/trained"] for step in measured)
+    seconds = moments[-5].time - moments[_NUM_WARMUP_STEPS - 1].time
+    return {"tokens_per_s": tokens / seconds, "time_share": dict(_shares(measured))}
+
+
+def _shares(steps: list[dict[str, Any]]) -> Iterator[tuple[str, float]]:
+    seconds = sum(step["time/step_s"] for step in steps)
+    for name in sorted({key for step in steps for key in step if key.startswith("time_share/")}):
+        share = sum(step.get(name, 0.0) * step["time/step_s"] for step in steps) / seconds
+        if share >= 0.001:
+            yield name.removeprefix("time_share/"), round(share, 3)
+
+
+# Comparison
+
+
+def compare(name: str) -> dict[str, Any]:
+    """Return the speeds of a case, and which targets it misses."""
+    case = CASES[name]
+    with tempfile.TemporaryDirectory() as temporary:
+        folder = Path(temporary)
+        groups_file = folder / "groups"
+        engine, learner = alone("generate", name, groups_file), alone("train", name, groups_file)
+        whole, synchronous = together(case, 2, folder), together(case, 0, folder)
+    slower = min(engine, learner)
+    share = whole["tokens_per_s"] / slower
+    speed_up = whole["tokens_per_s"] / synchronous["tokens_per_s"]
+    perfect = (1 / engine + 1 / learner) * slower
+    lost = whole["time_share"].get("generators/paused", 0.0)
+    missed = [
+        target
+        for target, is_met in {
+            f"P/min(G, L) >= {case.target}": share >= case.target,
+            f"P/S >= {_TARGET_OF_OVERLAP} of perfect overlap": speed_up >= _TARGET_OF_OVERLAP * perfect,
+            f"engine paused <= {_TARGET_LOST_TO_UPDATES}": lost <= _TARGET_LOST_TO_UPDATES,
+        }.items()
+        if not is_met
+    ]
+    return {
+        "G": round(engine),
+        "L": round(learner),
+        "P": round(whole["tokens_per_s"]),
+        "S": round(synchronous["tokens_per_s"]),
+        "P/min(G,L)": round(share, 3),
+        "P/S": round(speed_up, 3),
+        "perfect P/S": round(perfect, 3),
+        "time_share": whole["time_share"],
+        "missed": missed,
+    }
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--case", choices=list(CASES), action="append", help="by default all")
+    parser.add_argument("--part", choices=["generate", "train"], help=argparse.SUPPRESS)
+    parser.add_argument("--groups", type=Path, help=argparse.SUPPRESS)
+    arguments = parser.parse_args()
+    names = arguments.case or list(CASES)
+    if arguments.part:
+        print(run_part(arguments.part, names[0], arguments.groups))
+        return 0
+    if (os.cpu_count() or 1) < 2:
+        sys.exit("the benchmark pins engine and learner to a core each, and this machine has one")
+    make_start()
+    make_data(LONG_TAIL, FOLDER / "pipeline.jsonl")
+    found = {}
+    for name in names:
+        found[name] = compare(name)
+        print(f"{name}: {found[name]}", flush=True)
+    print(json.dumps(found))
+    return int(any(figures["missed"] for figures in found.values()))
+
+
+if __name__ == "__main__":
+    sys.exit(main())
