@@ -6,6 +6,7 @@ is sent by one broadcast from rank 0, the trainer.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from datetime import timedelta
@@ -71,6 +72,13 @@ def _broadcast(group: ProcessGroup, tensor: torch.Tensor) -> None:
     group.broadcast([tensor], options).wait()
 
 
+def _received(group: ProcessGroup, update_info: GlooUpdateInfo) -> Iterator[tuple[str, torch.Tensor]]:
+    for name, dtype, shape in zip(update_info.names, update_info.dtype_names, update_info.shapes, strict=True):
+        tensor = torch.empty(shape, dtype=getattr(torch, dtype))
+        _broadcast(group, tensor)
+        yield name, tensor
+
+
 class GlooWeightTransferEngine(WeightTransferEngine[GlooInitInfo, GlooUpdateInfo]):
     """Worker side: receives checkpoint-format tensors and loads them layer by layer."""
 
@@ -134,7 +142,9 @@ class GlooWeightTransferEngine(WeightTransferEngine[GlooInitInfo, GlooUpdateInfo
         self.receive_weights(self.parse_update_info(update_info))
 
     def receive_weights(self, update_info: GlooUpdateInfo) -> None:
-        """Receive the tensors one by one, and load each into the model before the next one.
+        """Receive the tensors one by one, while the model loads them.
+
+        The model gets one iterator, as from a checkpoint: each call of `load_weights` looks up all its parameters.
 
         Args:
             update_info: the tensors, in the order in which the trainer sends them.
@@ -144,10 +154,10 @@ class GlooWeightTransferEngine(WeightTransferEngine[GlooInitInfo, GlooUpdateInfo
         """
         if self._group is None:
             raise RuntimeError("init_transfer_engine() must be called before the first update")
-        for name, dtype, shape in zip(update_info.names, update_info.dtype_names, update_info.shapes, strict=True):
-            tensor = torch.empty(shape, dtype=getattr(torch, dtype))
-            _broadcast(self._group, tensor)
-            self.model.load_weights([(name, tensor)])
+        tensors = _received(self._group, update_info)
+        self.model.load_weights(tensors)
+        for _ in tensors:  # what the model does not ask for is sent too
+            pass
 
     def shutdown(self) -> None:
         """Drop the process group; `init_transfer_engine` may be called again."""
