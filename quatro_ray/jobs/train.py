@@ -49,7 +49,8 @@ def train(config: Config, *, verbose: bool = False) -> Path:
         QuatroError: an error that the user can cause, with a message of one line.
     """
     with _sigterm_ends_the_start():
-        prepared = prepare(config)
+        with waiting_for("the checks of data and model", Progress().say):
+            prepared = prepare(config)
         resume = prepare_run_dir(config, prepared.inputs)
         with only_writer(config):
             return _train(config, prepared, resume=resume, verbose=verbose)
