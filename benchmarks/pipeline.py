@@ -8,10 +8,9 @@ The model and the long-tailed lengths of benchmarks/counting.py, engine and lear
   not begin enough groups to be full while it waits for the longest responses, and P is bound by that;
 - S: the same with `max_staleness: 0`, where engine and learner wait for each other.
 
-P is at most min(G, L), and P/S at most (1/G + 1/L)·min(G, L). In the first case the engine decodes
-64 responses at a time and is faster than the learner, in the second 12 and is slower.
-The other processes of the system share both cores. The last line is JSON; the exit status is 1 if a case misses a
-target.
+P is at most min(G, L), and P/S at most (1/G + 1/L)·min(G, L). In the first case the engine decodes 64 responses at a
+time and is faster than the learner, in the second 12 and is slower. The other processes of the system share both cores.
+The last line is JSON; the exit status is 1 if a case misses a target.
 """
 
 from __future__ import annotations
