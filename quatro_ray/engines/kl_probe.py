@@ -95,7 +95,9 @@ def _own_rows(
 
 def _rows(lengths: Sequence[int], limit: int, layout: RowLayout) -> list[slice]:
     """Divide sequences of these lengths, in tokens, into rows that are as full as the limit allows."""
-    starts = [0] if lengths else []
+    if not lengths:
+        return []
+    starts = [0]
     for end, length in enumerate(lengths):
         row = [*lengths[starts[-1] : end], length]
         if (sum(row) if layout == "packed" else len(row) * max(row)) > limit:

@@ -106,6 +106,16 @@ def test_every_rank_takes_part_in_the_same_number_of_passes() -> None:
     assert sum(map(len, counted)) == len(set.union(*counted)) == 2 * NUM_QUERIES
 
 
+def test_a_rank_without_a_probed_rollout_takes_part_too() -> None:
+    """One query of which one rollout is probed, on three ranks."""
+    batches = pack_all(make_groups()[:1], Lineage.unbroken(0), num_ranks=3, tokens_per_micro_batch=30)
+    policies = [Policy() for _ in range(3)]
+    for rank, (batch, policy) in enumerate(zip(batches, policies, strict=True)):
+        make_probe(batch, policy, rank, share=0.1)
+    assert [len(policy.rows) for policy in policies] == [1, 1, 1]
+    assert sorted(map(len, (cells(policy.rows) for policy in policies))) == [0, 0, 1]
+
+
 def test_rollouts_without_a_sampled_token_are_passed_over() -> None:
     groups = [replace(g, rollouts=(_all_from_outside(g.rollouts[0]), *g.rollouts[1:])) for g in make_groups()]
     batch = pack(groups, Lineage.unbroken(0), num_ranks=1, tokens_per_micro_batch=100)
