@@ -60,4 +60,4 @@ def waiting_for(what: str, say: Callable[[str], None], every_s: float = SAY_EVER
         yield
     finally:
         ended.set()
-        thread.join()
+        thread.join(timeout=every_s)  # `say` may hang on a terminal
