@@ -148,7 +148,11 @@ def train(case: Case, groups_file: Path) -> float:
             num_tokens, begun = 0, time.perf_counter()
         chosen = [next(groups) for _ in range(settings.replay.groups_per_step)]
         batch = pack(
-            chosen, Lineage.unbroken(engine.version), num_ranks=1, tokens_per_micro_batch=learner.tokens_per_micro_batch
+            chosen,
+            Lineage.unbroken(engine.version),
+            num_ranks=1,
+            rank=0,
+            tokens_per_micro_batch=learner.tokens_per_micro_batch,
         )
         engine.train_step(batch, engine.version)
         num_tokens += len(batch.rollout_index)

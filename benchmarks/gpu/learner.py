@@ -177,7 +177,7 @@ def random_batch(case: Case, version: int, rng: np.random.Generator) -> LearnerB
         RolloutGroup(i, Query(str(i), "", ""), tokens(prompt), tuple(rollout() for _ in range(case.group_size)))
         for i in range(case.groups)
     ]
-    return pack(groups, Lineage.unbroken(version), num_ranks=1, tokens_per_micro_batch=case.micro_tokens)
+    return pack(groups, Lineage.unbroken(version), num_ranks=1, rank=0, tokens_per_micro_batch=case.micro_tokens)
 
 
 def run_step(case: Case, engine: LearningEngine, rng: np.random.Generator, num_parameters: int) -> dict[str, Any]:

@@ -21,8 +21,8 @@ def pack(
     lineage: Lineage,
     *,
     num_ranks: int,
+    rank: int,
     tokens_per_micro_batch: int,
-    rank: int = 0,
     row_layout: RowLayout = "packed",
     num_minibatches: int = 1,
     width_multiple: int = 1,
@@ -36,8 +36,8 @@ def pack(
         groups: the Q groups of the step, each of at most G scored rollouts.
         lineage: lineage of the version that the step trains from.
         num_ranks: number of learner ranks.
+        rank: the rank whose micro-batches are made; ranks that share rows count as one.
         tokens_per_micro_batch: largest number of tokens in a row, padding of the layout "padded" included.
-        rank: the rank whose micro-batches are made.
         row_layout: "packed" gives all rows the width N of the longest one. With "padded" each row has its own width,
             because the model gets one sequence a row and would pad the padding again.
         num_minibatches: number of optimiser steps that share the batch; each takes whole groups. A version is so many

@@ -79,7 +79,11 @@ class RankActor:
     def _batch(self, step: int) -> Any:
         limit = self._config.tokens_per_micro_batch
         return pack(
-            groups(step), Lineage.unbroken(step), num_ranks=self._config.num_ranks, tokens_per_micro_batch=limit
+            groups(step),
+            Lineage.unbroken(step),
+            num_ranks=self._config.num_ranks,
+            rank=self._engine.row_rank,
+            tokens_per_micro_batch=limit,
         )
 
     def save(self, folder: Path) -> None:

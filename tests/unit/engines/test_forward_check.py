@@ -96,7 +96,7 @@ def test_padded_rows_give_the_log_probs_of_each_sequence_alone(tmp_path: Path) -
     """Rollouts of uneven lengths, one of them of one token, as the learner packs them."""
     policy, _ = load(saved("LFM2", tmp_path))
     groups = [group(q, *(rollout(n) for n in (9, 1, 30)), prompt_tokens=1) for q in range(3)]
-    batch = pack(groups, Lineage.unbroken(0), num_ranks=1, tokens_per_micro_batch=64, row_layout="padded")
+    batch = pack(groups, Lineage.unbroken(0), num_ranks=1, rank=0, tokens_per_micro_batch=64, row_layout="padded")
     with torch.no_grad():
         for micro in batch.micro_batches:
             tensors = [torch.from_numpy(a) for a in (micro.token_ids, micro.position_ids, micro.target_ids)]

@@ -75,7 +75,7 @@ def cells(rows: list[MicroBatchTensors]) -> set[int]:
 
 
 def test_it_scores_the_share_of_every_query_and_nothing_else() -> None:
-    batch = pack(make_groups(), Lineage.unbroken(0), num_ranks=1, tokens_per_micro_batch=100)
+    batch = pack(make_groups(), Lineage.unbroken(0), num_ranks=1, rank=0, tokens_per_micro_batch=100)
     policy = Policy()
     make_probe(batch, policy)
     assert cells(policy.rows) == {q * GROUP_SIZE + i for q in range(NUM_QUERIES) for i in (0, 1)}
@@ -84,7 +84,7 @@ def test_it_scores_the_share_of_every_query_and_nothing_else() -> None:
 
 
 def test_the_same_rows_are_scored_before_and_after() -> None:
-    batch = pack(make_groups(), Lineage.unbroken(0), num_ranks=1, tokens_per_micro_batch=100)
+    batch = pack(make_groups(), Lineage.unbroken(0), num_ranks=1, rank=0, tokens_per_micro_batch=100)
     policy = Policy()
     probe = make_probe(batch, policy)
     before, policy.rows = policy.rows, []
@@ -118,7 +118,7 @@ def test_a_rank_without_a_probed_rollout_takes_part_too() -> None:
 
 def test_rollouts_without_a_sampled_token_are_passed_over() -> None:
     groups = [replace(g, rollouts=(_all_from_outside(g.rollouts[0]), *g.rollouts[1:])) for g in make_groups()]
-    batch = pack(groups, Lineage.unbroken(0), num_ranks=1, tokens_per_micro_batch=100)
+    batch = pack(groups, Lineage.unbroken(0), num_ranks=1, rank=0, tokens_per_micro_batch=100)
     policy = Policy()
     make_probe(batch, policy)
     assert cells(policy.rows) == {q * GROUP_SIZE + i for q in range(NUM_QUERIES) for i in (1, 2)}

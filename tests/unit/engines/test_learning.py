@@ -19,7 +19,7 @@ from tests.make import group
 def batch() -> LearnerBatch:
     tokens, logprobs = np.array([3], dtype=np.int32), np.zeros(1, np.float32)
     one = Rollout(tokens, logprobs, (VersionSpan(0, 0, 1),), "", "stop", Score(1.0))
-    return pack([group(0, one, one)], Lineage.unbroken(0), num_ranks=1, tokens_per_micro_batch=9)
+    return pack([group(0, one, one)], Lineage.unbroken(0), num_ranks=1, rank=0, tokens_per_micro_batch=9)
 
 
 CALLS: dict[str, Callable[[LearningEngine], Any]] = {

@@ -97,7 +97,7 @@ def test_one_two_or_eight_micro_batches_give_equal_gradients(kind: str, settings
     for mode in (None, *MODES):
         gradients = {}
         for limit in (500, 100, 26):
-            batch = pack(groups, Lineage.unbroken(VERSION), num_ranks=1, tokens_per_micro_batch=limit)
+            batch = pack(groups, Lineage.unbroken(VERSION), num_ranks=1, rank=0, tokens_per_micro_batch=limit)
             gradients[len(batch.micro_batches)] = gradient(kind, [batch], theta, mode, **settings)
         assert sorted(gradients) == [1, 2, 8]
         whole = gradients.pop(1)
@@ -128,6 +128,7 @@ def test_on_policy_every_objective_makes_the_rewarded_rollout_likelier(kind: str
         [group(0, good, bad, good, bad) for _ in range(NUM_QUERIES)],
         Lineage.unbroken(VERSION),
         num_ranks=1,
+        rank=0,
         tokens_per_micro_batch=99,
     )
     step = -gradient(kind, [batch], theta, None)
@@ -194,7 +195,7 @@ def test_dppo_has_the_default_threshold_of_its_divergence(settings: dict[str, An
 
 
 def test_quatro_reports_per_query() -> None:
-    batch = pack(make_groups(), Lineage.unbroken(VERSION), num_ranks=1, tokens_per_micro_batch=500)
+    batch = pack(make_groups(), Lineage.unbroken(VERSION), num_ranks=1, rank=0, tokens_per_micro_batch=500)
     step_batch = make_step_batch(batch, torch.device("cpu"))
     reported: dict[str, Any] = make_objective(objective_config("quatro")).prepare(step_batch).diagnostics
     shares = [reported[f"trust_region/frac_{s}"] for s in ("active", "slack", "void")]

@@ -26,7 +26,7 @@ def test_every_token_once_and_equal_counts(lengths: list[list[int]], ranks: int,
     total = sum(map(len, lengths))
     if total < ranks:
         with pytest.raises(ValueError, match="cannot be split"):
-            pack(groups, LINE, num_ranks=ranks, tokens_per_micro_batch=limit)
+            pack(groups, LINE, num_ranks=ranks, rank=0, tokens_per_micro_batch=limit)
         return
     batches = pack_all(groups, LINE, num_ranks=ranks, tokens_per_micro_batch=limit)
     assert len({len(batch.micro_batches) for batch in batches}) == 1
@@ -50,7 +50,7 @@ def test_every_token_once_and_equal_counts(lengths: list[list[int]], ranks: int,
 
 
 def test_targets_positions_and_versions_by_hand() -> None:
-    batch = pack([group(0, rollout(3, version=4, newer_from=2))], LINE, num_ranks=1, tokens_per_micro_batch=10)
+    batch = pack([group(0, rollout(3, version=4, newer_from=2))], LINE, num_ranks=1, rank=0, tokens_per_micro_batch=10)
     (m,) = batch.micro_batches
     assert m.token_ids.tolist() == [1, 2, 5, 6]
     assert m.position_ids.tolist() == [0, 1, 2, 3]
@@ -64,7 +64,7 @@ def test_targets_positions_and_versions_by_hand() -> None:
 def test_what_the_environment_put_in_is_context_and_not_trained_on() -> None:
     sampled = np.array([True, False, False, True])
     made = replace(rollout(4, version=2), sampled=sampled)
-    batch = pack([group(0, made)], LINE, num_ranks=1, tokens_per_micro_batch=10)
+    batch = pack([group(0, made)], LINE, num_ranks=1, rank=0, tokens_per_micro_batch=10)
     (m,) = batch.micro_batches
     assert m.token_ids.tolist() == [1, 2, 5, 6, 7]
     assert m.is_response.tolist() == [False, True, False, False, True]
@@ -75,7 +75,11 @@ def test_what_the_environment_put_in_is_context_and_not_trained_on() -> None:
 
 def test_ragged_groups_are_masked() -> None:
     batch = pack(
-        [group(0, rollout(), rollout()), group(1, rollout(reward=0.5))], LINE, num_ranks=1, tokens_per_micro_batch=99
+        [group(0, rollout(), rollout()), group(1, rollout(reward=0.5))],
+        LINE,
+        num_ranks=1,
+        rank=0,
+        tokens_per_micro_batch=99,
     )
     assert batch.valid.tolist() == [[True, True], [True, False]]
     assert batch.rewards.tolist() == [[1.0, 1.0], [0.5, 0.0]]
@@ -83,12 +87,12 @@ def test_ragged_groups_are_masked() -> None:
 
 def test_a_rollout_that_does_not_fit_is_refused() -> None:
     with pytest.raises(ValueError, match="exceeds tokens_per_micro_batch=4"):
-        pack([group(0, rollout(9))], LINE, num_ranks=1, tokens_per_micro_batch=4)
+        pack([group(0, rollout(9))], LINE, num_ranks=1, rank=0, tokens_per_micro_batch=4)
 
 
 def test_the_plan_depends_on_the_groups_alone() -> None:
     groups = [group(q, rollout(q + 1), rollout(2 * q + 1)) for q in range(5)]
-    a, b = (pack(groups, LINE, num_ranks=2, tokens_per_micro_batch=16) for _ in range(2))
+    a, b = (pack(groups, LINE, num_ranks=2, rank=0, tokens_per_micro_batch=16) for _ in range(2))
     for ma, mb in zip(a.micro_batches, b.micro_batches, strict=True):
         np.testing.assert_array_equal(ma.token_ids, mb.token_ids)
 
@@ -99,7 +103,7 @@ def test_age_is_counted_in_steps_where_the_learner_fell_back() -> None:
     made = replace(
         rollout(4), spans=(VersionSpan(3, 0, 1), VersionSpan(4, 1, 2), VersionSpan(7, 2, 3), VersionSpan(8, 3, 4))
     )
-    (m,) = pack([group(0, made)], line, num_ranks=1, tokens_per_micro_batch=10).micro_batches
+    (m,) = pack([group(0, made)], line, num_ranks=1, rank=0, tokens_per_micro_batch=10).micro_batches
     assert m.staleness[m.is_response].tolist() == [2, 1, 1, 0]
 
 
@@ -136,7 +140,7 @@ def test_minibatches_take_whole_groups_and_as_many_rows_on_every_rank(num_ranks:
 def test_a_minibatch_needs_a_rollout_for_every_rank() -> None:
     groups = [group(q, rollout(3)) for q in range(3)]
     with pytest.raises(ValueError, match="1 rollouts of a minibatch cannot be split over 2 ranks"):
-        pack(groups, LINE, num_ranks=2, tokens_per_micro_batch=24, num_minibatches=2)
+        pack(groups, LINE, num_ranks=2, rank=0, tokens_per_micro_batch=24, num_minibatches=2)
 
 
 def test_rows_get_an_even_width_if_the_limit_allows() -> None:
@@ -145,7 +149,7 @@ def test_rows_get_an_even_width_if_the_limit_allows() -> None:
         (limit, multiple): {
             len(m.token_ids)
             for m in pack(
-                groups, LINE, num_ranks=1, tokens_per_micro_batch=limit, width_multiple=multiple
+                groups, LINE, num_ranks=1, rank=0, tokens_per_micro_batch=limit, width_multiple=multiple
             ).micro_batches
         }
         for limit, multiple in [(64, 1), (64, 32), (60, 32)]
@@ -155,6 +159,8 @@ def test_rows_get_an_even_width_if_the_limit_allows() -> None:
 
 def test_padding_has_no_position_that_rollouts_do_not_have() -> None:
     """A learned embedding of positions may have no more of them than the longest rollout needs."""
-    (m,) = pack([group(0, rollout(9))], LINE, num_ranks=1, tokens_per_micro_batch=64, width_multiple=32).micro_batches
+    (m,) = pack(
+        [group(0, rollout(9))], LINE, num_ranks=1, rank=0, tokens_per_micro_batch=64, width_multiple=32
+    ).micro_batches
     assert m.position_ids.tolist() == [*range(10), *range(10), *range(10), 0, 1]
     assert m.rollout_index.tolist() == [0] * 10 + [-1] * 22 and not m.is_response[10:].any()
