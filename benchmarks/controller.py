@@ -12,6 +12,7 @@ import json
 import sys
 from pathlib import Path
 
+from quatro_ray.actors.memory import collect_rarely
 from quatro_ray.config import Config, load_config
 from quatro_ray.simulation.decoding import EngineSpeed
 from quatro_ray.simulation.ring import simulate
@@ -46,6 +47,7 @@ def config(num_engines: int) -> Config:
 
 
 def main() -> int:
+    collect_rarely()  # as a run does
     found = {}
     for num_engines in ENGINES:
         figures = simulate(config(num_engines), _WORKLOAD, num_warmup_steps=_NUM_WARMUP_STEPS)

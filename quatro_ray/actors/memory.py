@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import os
 from pathlib import Path
 
@@ -28,3 +29,13 @@ def _high_water(pid: int) -> int:
 def own_peak_rss_bytes() -> int:
     """Return the peak resident set of this process alone, in bytes."""
     return _high_water(os.getpid())
+
+
+def collect_rarely() -> None:
+    """Make Python's garbage collector look at few objects.
+
+    For processes that hold many objects for long, such as groups and tasks: by default each 700 new objects are looked
+    at, and those that stay again and again. What exists when this is called is never looked at again.
+    """
+    gc.freeze()
+    gc.set_threshold(10_000, 10, 10)

@@ -2,15 +2,23 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import ray
 
 from quatro_ray.actors.base import WATCHED, HostMixin
+from quatro_ray.actors.memory import collect_rarely
+from quatro_ray.config import ReplayConfig
 from quatro_ray.replay.buffer import LeasedBatch, LeaseSummary, ReplayBuffer
 
 
 @ray.remote(concurrency_groups=WATCHED)
 class ReplayActor(HostMixin, ReplayBuffer):
     """The methods of ReplayBuffer; groups are passed by reference."""
+
+    def __init__(self, config: ReplayConfig, path: Path, *, num_steps: int) -> None:
+        super().__init__(config, path, num_steps=num_steps)
+        collect_rarely()
 
     @ray.method(num_returns=2)
     def lease(self, version: int, num_samples: int = 0) -> tuple[LeaseSummary | None, LeasedBatch | None]:

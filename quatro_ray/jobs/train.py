@@ -13,7 +13,7 @@ from typing import NoReturn
 import ray
 from ray.exceptions import RayError
 
-from quatro_ray.actors.memory import own_peak_rss_bytes
+from quatro_ray.actors.memory import collect_rarely, own_peak_rss_bytes
 from quatro_ray.actors.node import while_node_lives
 from quatro_ray.config import Config, TinyModelConfig
 from quatro_ray.data.dataset import Dataset, QueryStream
@@ -85,6 +85,7 @@ def _train(config: Config, prepared: Prepared, *, resume: bool, verbose: bool) -
             model_path = make_model(config, dataset, recorder)
         for line in [*describe(dataset), *prepared.notes]:
             recorder.say(line)
+        collect_rarely()
         counters, stats, memory = asyncio.run(_run(config, dataset, model_path, recorder, resume=resume))
     except BaseException as error:
         recorder.note(f"ended by {type(error).__name__}: {error}")
