@@ -38,8 +38,6 @@ def one_step_s(buffer: ReplayBuffer, config: Config, step: int) -> float:
     begun = time.perf_counter()
     group_ids = buffer.admit(buffer.ledger.next_id(), queries, step)
     for group_id, whole in zip(group_ids, made, strict=True):
-        buffer.start(group_id)
-        buffer.generated(group_id)
         buffer.ready(type(whole)(group_id, whole.query, whole.prompt_token_ids, whole.rollouts))
     assert None not in buffer.lease(step)
     buffer.commit(step)

@@ -15,11 +15,9 @@ from numpy.typing import NDArray
 
 
 class GroupState(StrEnum):
-    """The life cycle of a group: pending → generating → verifying → ready → leased → trained | dropped."""
+    """The life cycle of a group: pending → ready → leased → trained | dropped."""
 
-    PENDING = "pending"
-    GENERATING = "generating"
-    VERIFYING = "verifying"
+    PENDING = "pending"  # to be generated and scored; the controller knows which ones are in progress
     READY = "ready"
     LEASED = "leased"
     TRAINED = "trained"
@@ -167,17 +165,23 @@ class Rollout:
     @property
     def num_sampled(self) -> int:
         """Number of tokens that the policy sampled."""
-        return int(self.is_sampled().sum())
+        return self.num_tokens if self.sampled is None else int(self.sampled.sum())
 
     @property
     def num_turns(self) -> int:
         """Number of the policy's turns, which are maximal runs of sampled tokens."""
-        sampled = self.is_sampled()
-        return int(sampled[0]) + int((sampled[1:] & ~sampled[:-1]).sum())
+        if self.sampled is None:
+            return 1
+        return int(self.sampled[0]) + int((self.sampled[1:] & ~self.sampled[:-1]).sum())
 
     def is_sampled(self) -> NDArray[np.bool_]:
         """Return bool [T]: True if the policy sampled the token."""
         return np.ones(self.num_tokens, dtype=np.bool_) if self.sampled is None else self.sampled
+
+    @property
+    def truncated(self) -> bool:
+        """Whether a limit of tokens or turns ended it."""
+        return self.finish_reason == "length"
 
     @property
     def response(self) -> Response:
@@ -185,7 +189,7 @@ class Rollout:
         return Response(
             self.text,
             self.num_sampled,
-            truncated=self.finish_reason == "length",
+            truncated=self.truncated,
             transcript=self.transcript,
             environment=self.environment,
             exhausted=self.finish_reason == "exhausted",
@@ -236,15 +240,9 @@ class RolloutGroup:
             multi_version_rollouts=sum(len({s.version for s in r.spans}) > 1 for r in self.rollouts),
         )
 
-    @property
-    def oldest_version(self) -> int:
-        """The oldest policy version that sampled a token of the group."""
-        return min(s.version for r in self.rollouts for s in r.spans)
-
-    @property
-    def newest_version(self) -> int:
-        """The newest policy version that sampled a token of the group."""
-        return max(s.version for r in self.rollouts for s in r.spans)
+    def versions(self) -> set[int]:
+        """Return the policy versions that sampled its tokens."""
+        return {s.version for r in self.rollouts for s in r.spans}
 
 
 @dataclass(frozen=True)

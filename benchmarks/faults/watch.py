@@ -15,7 +15,7 @@ from benchmarks.faults.run import Run
 
 _LOOK_EVERY_S = 0.2
 _UNDO_AFTER_S = 120.0
-_UNDER_WAY = ("generating", "verifying")
+_UNDER_WAY = "pending"
 
 
 @dataclass
@@ -140,7 +140,7 @@ class Watch:
         if self._kind.statuses:
             self._detected(time.time())
         self._outcome.orphans += self._run.clean_up()
-        self._outcome.requeued += sum(g.state in _UNDER_WAY for g in self._run.snapshot().groups)
+        self._outcome.requeued += sum(g.state == _UNDER_WAY for g in self._run.snapshot().groups)
 
     def _undo_in_time(self) -> None:
         if time.time() - self._blow.at > _UNDO_AFTER_S:

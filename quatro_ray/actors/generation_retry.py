@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Awaitable, Callable
+from collections.abc import Callable
 from dataclasses import dataclass
 
 from ray.exceptions import RayError
@@ -25,21 +25,12 @@ class GroupRequest:
     size: int
 
 
-@dataclass(frozen=True)
-class RetryHooks:
-    """Callbacks around the attempts.
-
-    Attributes:
-        begin: called before an engine starts an attempt.
-        retry: called before the next attempt, with the failure of the last one.
-    """
-
-    begin: Callable[[], Awaitable[None]]
-    retry: Callable[[GenerationFailed | EngineLost], Awaitable[None]]
+OnRetry = Callable[[GenerationFailed | EngineLost], None]
+"""Called before the next attempt, with the failure of the last one."""
 
 
 async def generate(
-    generators: Generators, request: GroupRequest, config: GeneratorConfig, hooks: RetryHooks
+    generators: Generators, request: GroupRequest, config: GeneratorConfig, on_retry: OnRetry
 ) -> tuple[GenerationSummary, GroupRef]:
     """Generate one group, with at most `max_retries` retries and `max_engines_lost` lost engines.
 
@@ -57,7 +48,6 @@ async def generate(
         failure: GenerationFailed | EngineLost
         try:
             async with generators.lend() as engine:
-                await hooks.begin()
                 return await generate_once(engine, request, begun, deadline_s=config.group_deadline_s)
         except GenerationFailed as failed:
             num_failed, begun = num_failed + 1, ()
@@ -70,7 +60,7 @@ async def generate(
                 detail = f"{num_lost} engines died while generating it; the last: {lost}"
                 raise GenerationFailed(DropReason.QUARANTINED, detail) from lost
             failure = lost
-        await hooks.retry(failure)
+        on_retry(failure)
 
 
 async def generate_once(

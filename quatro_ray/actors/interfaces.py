@@ -130,7 +130,10 @@ class Replay(Protocol):
     """
 
     async def recover(self) -> RecoveredState:
-        """Move all groups in progress back to pending, after a controller was lost; return the ledger's state."""
+        """Return the ledger's state, after a controller or the learner was lost.
+
+        Ready groups whose stored rollouts cannot be read become pending.
+        """
         ...
 
     async def pending(self) -> list[tuple[int, Query]]:
@@ -157,18 +160,6 @@ class Replay(Protocol):
         Raises:
             LedgerError: the queries exceed the capacity; none is admitted.
         """
-        ...
-
-    async def start(self, group_id: int) -> None:
-        """Record that a pending group is being generated."""
-        ...
-
-    async def generated(self, group_id: int) -> None:
-        """Record that a group is generated and is being scored."""
-        ...
-
-    async def retry(self, group_id: int) -> None:
-        """Return a group to pending; a result of its earlier attempt is no longer accepted."""
         ...
 
     async def ready(self, group: GroupRef) -> None:

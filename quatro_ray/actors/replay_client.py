@@ -38,7 +38,7 @@ class ReplayClient:
         self._deadline_s = deadline_s
 
     async def recover(self) -> RecoveredState:
-        """Move all groups in progress back to pending, and return the ledger's state."""
+        """Check all stored rollouts, and return the ledger's state."""
         return await self._call("recover")
 
     async def pending(self) -> list[tuple[int, Query]]:
@@ -52,18 +52,6 @@ class ReplayClient:
     async def admit(self, first_id: int, queries: list[Query], version: int) -> list[int]:
         """Admit `queries` as pending groups numbered from `first_id`, and return their ids."""
         return await self._call("admit", first_id, queries, version)
-
-    async def start(self, group_id: int) -> None:
-        """Record that a pending group is being generated."""
-        await self._call("start", group_id)
-
-    async def generated(self, group_id: int) -> None:
-        """Record that a group is generated and is being scored."""
-        await self._call("generated", group_id)
-
-    async def retry(self, group_id: int) -> None:
-        """Return a group to pending."""
-        await self._call("retry", group_id)
 
     async def ready(self, group: GroupRef) -> None:
         """Store a scored group, which may be leased from now on."""

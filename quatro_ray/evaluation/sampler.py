@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-from quatro_ray.actors.generation_retry import GroupRequest, RetryHooks, generate
+from quatro_ray.actors.generation_retry import GroupRequest, generate
 from quatro_ray.actors.interfaces import Generators, GroupRef, Verifiers
 from quatro_ray.config import GeneratorConfig
 from quatro_ray.errors import ClusterError
@@ -48,15 +48,12 @@ class Sampler:
         return summary, readable(await scored) if read else None
 
     async def _generate(self, group_id: int, query: Query, sampling: SamplingParams, size: int) -> GroupRef:
-        async def begin() -> None:
-            """Nothing is recorded of a group that is evaluated."""
-
-        async def retry(failure: GenerationFailed | EngineLost) -> None:
+        def on_retry(failure: GenerationFailed | EngineLost) -> None:
             self._note(f"question {query.query_id!r}: {failure}")
 
         request = GroupRequest(group_id, query, sampling, size)
         try:
-            _, group = await generate(self._generators, request, self._config, RetryHooks(begin, retry))
+            _, group = await generate(self._generators, request, self._config, on_retry)
         except GenerationFailed as failure:
             self._note(f"question {query.query_id!r}: {failure}")
             raise ClusterError(

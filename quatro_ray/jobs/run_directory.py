@@ -15,7 +15,8 @@ from pathlib import Path
 
 from quatro_ray.config import Config, Section, dump_config, load_config
 from quatro_ray.engines.checkpoint_store import checkpoint_store
-from quatro_ray.errors import ConfigError
+from quatro_ray.errors import ConfigError, LedgerError
+from quatro_ray.replay import schema
 
 _LEDGER = "ledger.sqlite"
 _INPUTS = "inputs.json"
@@ -26,9 +27,8 @@ _RESULTS = frozenset({"metrics.jsonl", "rollouts.jsonl"})
 """The files to which a run adds with each step; empty before the first."""
 _LEFT_BY_A_START = _RESULTS | {
     ".writer", "checkpoints", "config.yaml", "evaluation_rollouts.jsonl", "evaluations.jsonl", "events.jsonl",
-    "inputs.json",
-    "ledger.sqlite", "ledger.sqlite-shm", "ledger.sqlite-wal", "model", "model.writing", "notes.log", "stall.txt",
-    "tensorboard", "timeline.jsonl", "timeline.1.jsonl",
+    "inputs.json", "ledger.rollouts", "ledger.sqlite", "ledger.sqlite-shm", "ledger.sqlite-wal", "model",
+    "model.writing", "notes.log", "stall.txt", "tensorboard", "timeline.jsonl", "timeline.1.jsonl",
 }  # fmt: skip
 """All that a run may have written before it admitted its first group."""
 
@@ -158,6 +158,7 @@ def _check_content(config: Config, inputs: Mapping[str, str]) -> None:
         check_same_run(load_config(path / _RESOLVED_CONFIG), config, before, inputs)
         _check_same_inputs(config, before, inputs)
         check_steps(config)
+        _check_ledger(path)
         return
     if path.exists() and (not path.is_dir() or any(path.iterdir())) and not _failed_to_start(path):
         if not config.run.overwrite:
@@ -171,6 +172,17 @@ def _check_content(config: Config, inputs: Mapping[str, str]) -> None:
                 "it; choose another"
             )
     _check_checkpoint_dir(config)
+
+
+def _check_ledger(path: Path) -> None:
+    """Raise ConfigError if the run in the directory has a ledger that cannot be continued."""
+    if not (path / _LEDGER).is_file():
+        return
+    try:
+        with closing(sqlite3.connect(f"file:{path / _LEDGER}?mode=ro", uri=True)) as ledger:
+            schema.check_version(ledger, path / _LEDGER)
+    except (LedgerError, sqlite3.Error) as error:
+        raise ConfigError(f"run.dir={path}: the run in it cannot be continued: {error}") from error
 
 
 def _failed_to_start(path: Path) -> bool:

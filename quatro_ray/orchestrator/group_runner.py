@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 
-from quatro_ray.actors.generation_retry import GroupRequest, RetryHooks, generate
+from quatro_ray.actors.generation_retry import GroupRequest, generate
 from quatro_ray.actors.interfaces import Generators, GroupRef, Replay, Verifiers
 from quatro_ray.config import Config
 from quatro_ray.errors import StallError
@@ -67,20 +67,15 @@ class GroupRunner:
         return None
 
     async def _generate(self, group_id: int, query: Query) -> tuple[GenerationSummary, GroupRef]:
-        async def begin() -> None:
-            await self._replay.start(group_id)
-
-        async def retry(failure: GenerationFailed | EngineLost) -> None:
+        def on_retry(failure: GenerationFailed | EngineLost) -> None:
             if isinstance(failure, EngineLost):
                 self._counters.requeued(continued=bool(failure.begun))
             else:
                 self._recorder.note(f"group {group_id}, again after {failure}")
-            await self._replay.retry(group_id)
 
         request = GroupRequest(group_id, query, self._sampling(group_id), self._config.replay.group_size)
-        summary, group = await generate(self._generators, request, self._config.generator, RetryHooks(begin, retry))
+        summary, group = await generate(self._generators, request, self._config.generator, on_retry)
         self._counters.generated(summary)
-        await self._replay.generated(group_id)
         return summary, group
 
     async def _drop(self, group_id: int, reason: DropReason) -> DropReason:

@@ -14,6 +14,7 @@ from quatro_ray.orchestrator.checkpoint_writer import CheckpointWriter
 from quatro_ray.orchestrator.components import Components
 from quatro_ray.orchestrator.learner_monitor import LearnerMonitor
 from quatro_ray.orchestrator.position import Position
+from quatro_ray.replay.buffer import RecoveredState
 from quatro_ray.telemetry.counters import Counters
 from quatro_ray.telemetry.recorder import Recorder
 
@@ -52,7 +53,7 @@ class Recovery:
 
     async def resume(self) -> None:
         """Continue an earlier run from its newest complete checkpoint, or from the starting policy."""
-        found = await self._components.replay.recover()
+        found = await self._recover_replay()
         self._position.issue(found.newest_version)
         self._admission.restore(found.next_id, found.num_admitted)
         self._is_resuming = True
@@ -102,7 +103,7 @@ class Recovery:
         """
         checkpoint = await asyncio.to_thread(self._components.checkpoints.newest, self._damaged)
         async with self._admission.suspended():
-            await self._components.replay.recover()
+            await self._recover_replay()
             known, at = self._position.issued, checkpoint.version if checkpoint else 0
             back = await self._components.replay.fall_back(at, known)
             self._position.issue(back.version)
@@ -118,6 +119,13 @@ class Recovery:
             update = await self._components.weight_sync.update(back.version)
         self._position.move(update.version, back.step)
         self._admission.capacity_changed()
+
+    async def _recover_replay(self) -> RecoveredState:
+        found = await self._components.replay.recover()
+        if found.num_damaged:
+            why = f"the stored rollouts of {found.num_damaged} groups cannot be read; those still needed are made again"
+            self._recorder.event("damaged", "ledger", why=why)
+        return found
 
     def _damaged(self, what: str) -> None:
         self._recorder.event("damaged", "checkpoint", why=what)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
+from statistics import fmean
 
 import numpy as np
 
@@ -16,7 +17,7 @@ def batch_metrics(groups: Sequence[RolloutGroup]) -> StepMetrics:
     rollouts = [r for g in groups for r in g.rollouts]
     return {
         "rollout/num": len(rollouts),
-        "rollout/truncated_share": _mean(r.response.truncated for r in rollouts),
+        "rollout/truncated_share": _mean(r.truncated for r in rollouts),
         "rollout/turns": _mean(r.num_turns for r in rollouts),
         **_lengths("prompt", [len(g.prompt_token_ids) for g in groups]),
         **_lengths("response", [r.num_sampled for r in rollouts]),
@@ -91,4 +92,4 @@ def _pass_rate(group: RolloutGroup) -> float:
 
 
 def _mean(values: Iterable[float]) -> float:
-    return float(np.mean(list(values)))
+    return fmean(values)

@@ -57,12 +57,14 @@ class RecoveredState:
         num_admitted: groups admitted so far, by source.
         newest_version: the newest policy version that was ever issued.
         num_tokens: sampled tokens of all groups that were ever ready, a lower bound of all generated tokens.
+        num_damaged: groups whose stored rollouts cannot be read; those that a step still needs are generated again.
     """
 
     next_id: int
     num_admitted: dict[str, int]
     newest_version: int
     num_tokens: int
+    num_damaged: int
 
 
 @dataclass(frozen=True)
@@ -152,18 +154,6 @@ class ReplayBuffer:
                 raise LedgerError(f"{len(queries)} groups exceed the capacity of {room} at version {version}")
             return self.ledger.admit(first_id, queries, version)
 
-    def start(self, group_id: int) -> None:
-        """Record that a pending group is being generated."""
-        self.ledger.move([group_id], S.GENERATING)
-
-    def generated(self, group_id: int) -> None:
-        """Record that a group is generated and is being scored."""
-        self.ledger.move([group_id], S.VERIFYING)
-
-    def retry(self, group_id: int) -> None:
-        """Return a group to pending; a result of its earlier attempt is no longer accepted."""
-        self.ledger.move([group_id], S.PENDING)
-
     def ready(self, group: RolloutGroup) -> None:
         """Store a scored group, which may be leased from now on.
 
@@ -172,14 +162,15 @@ class ReplayBuffer:
             ValueError: a rollout has no score.
         """
         lineage = self.ledger.versions.lineage(self.ledger.versions.newest())
-        for version in {span.version for rollout in group.rollouts for span in rollout.spans}:
+        versions = group.versions()
+        for version in versions:
             if not lineage.holds(version):
                 raise LedgerError(f"group {group.group_id} has tokens of version {version}, which is abandoned")
         self.ledger.store(
             group.group_id,
             serialization.to_bytes(group),
-            oldest_version=group.oldest_version,
-            newest_version=group.newest_version,
+            oldest_version=min(versions),
+            newest_version=max(versions),
             num_tokens=group.num_tokens,
             mean_reward=float(group.rewards().mean()),
         )
@@ -293,15 +284,17 @@ class ReplayBuffer:
         return held and self.ledger.has_payload(entry.group_id)
 
     def recover(self) -> RecoveredState:
-        """Move all groups in progress back to pending after the loss of a controller; return the ledger's state."""
-        with self.ledger.transaction():
-            for state in (S.GENERATING, S.VERIFYING):
-                self.ledger.move([e.group_id for e in self.ledger.entries(state)], S.PENDING)
+        """Return the ledger's state after the loss of a controller, or of the learner; check all stored rollouts.
+
+        Ready groups whose rollouts cannot be read become pending, as are the groups that were in progress.
+        """
+        num_damaged = self.ledger.forget_damaged()
         return RecoveredState(
             next_id=self.ledger.next_id(),
             num_admitted=self.ledger.num_admitted(),
             newest_version=self.ledger.versions.newest(),
             num_tokens=self.ledger.num_tokens(),
+            num_damaged=num_damaged,
         )
 
     def pending(self) -> list[tuple[int, Query]]:
@@ -318,7 +311,7 @@ class ReplayBuffer:
 
     def end_run(self) -> None:
         """Drop all groups that were admitted ahead and are no longer needed, with the reason `run_ended`."""
-        for state in (S.PENDING, S.GENERATING, S.VERIFYING, S.READY, S.LEASED):
+        for state in (S.PENDING, S.READY, S.LEASED):
             ids = [e.group_id for e in self.ledger.entries(state)]
             self.ledger.move(ids, S.DROPPED, reason=DropReason.RUN_ENDED)
 

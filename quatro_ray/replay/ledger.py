@@ -3,23 +3,25 @@
 from __future__ import annotations
 
 import json
+import logging
 import sqlite3
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from contextlib import closing, contextmanager
+from dataclasses import astuple, dataclass
 from pathlib import Path
 
 from quatro_ray.errors import DiskFull, LedgerError
 from quatro_ray.replay import schema
+from quatro_ray.replay.segments import Location, Segments
 from quatro_ray.replay.versions import Versions
 from quatro_ray.types import DropReason, GroupState, Query
 
+_logger = logging.getLogger(__name__)
+
 S = GroupState
 TRANSITIONS: dict[GroupState, frozenset[GroupState]] = {
-    S.PENDING: frozenset({S.GENERATING, S.DROPPED}),
-    S.GENERATING: frozenset({S.VERIFYING, S.PENDING, S.DROPPED}),
-    S.VERIFYING: frozenset({S.READY, S.PENDING, S.DROPPED}),
+    S.PENDING: frozenset({S.READY, S.DROPPED}),
     S.READY: frozenset({S.LEASED, S.PENDING, S.DROPPED}),
     S.LEASED: frozenset({S.TRAINED, S.READY, S.PENDING, S.DROPPED}),
     S.TRAINED: frozenset({S.READY, S.PENDING}),  # if the learner falls back to an older checkpoint
@@ -69,20 +71,23 @@ class Ledger:
     ownership by a new fencing token, `epoch`: a process that had it open before can no longer write.
 
     Args:
-        path: file of the database, which is created if it does not exist.
+        path: file of the database, which is created if it does not exist. Rollouts are in a folder beside it, with the
+            suffix `.rollouts`. ":memory:" for a ledger that is not kept.
         clock: returns seconds since the epoch.
     """
 
     def __init__(self, path: Path | str, clock: Callable[[], float] = time.time) -> None:
         # a Ray actor creates it in one thread and calls it from another, one call at a time
         self._db = sqlite3.connect(path, isolation_level=None, check_same_thread=False)
-        self._db.execute("PRAGMA journal_mode=WAL")
+        folder = None if path == ":memory:" else Path(path).with_suffix(".rollouts")
+        with closing(Segments(folder, 0)) as segments:
+            schema.prepare(self._db, path, segments)
         self._db.execute("PRAGMA synchronous=NORMAL")
-        self._db.execute("PRAGMA secure_delete=OFF")  # a default of Debian's; it would write zeros over freed rollouts
-        schema.prepare(self._db)
+        self._db.execute("PRAGMA wal_autocheckpoint=8000")  # pages; each is written once a checkpoint
         self._clock = clock
         self.versions = Versions(self._db)
         self._epoch = self._take_over()
+        self._segments = Segments(folder, self._epoch)
 
     def _take_over(self) -> int:
         self._db.execute("BEGIN IMMEDIATE")
@@ -125,12 +130,12 @@ class Ledger:
         group_ids = list(range(first_id, first_id + len(queries)))
         with self.transaction():
             self._db.executemany(
-                "INSERT OR IGNORE INTO groups (group_id, query, state, admitted_version, admitted_at) "
-                "VALUES (?, ?, ?, ?, ?)",
-                [
-                    (group_id, json.dumps(asdict(query)), S.PENDING, version, self._clock())
-                    for group_id, query in zip(group_ids, queries, strict=True)
-                ],
+                "INSERT OR IGNORE INTO groups (group_id, state, admitted_version, admitted_at) VALUES (?, ?, ?, ?)",
+                [(group_id, S.PENDING, version, self._clock()) for group_id in group_ids],
+            )
+            self._db.executemany(
+                "INSERT OR IGNORE INTO queries VALUES (?, ?)",
+                [(i, json.dumps(vars(query))) for i, query in zip(group_ids, queries, strict=True)],
             )
         return group_ids
 
@@ -190,19 +195,27 @@ class Ledger:
         num_tokens: int,
         mean_reward: float,
     ) -> None:
-        """Move a group from verifying to ready, and store its rollouts.
+        """Move a pending group to ready, and store its rollouts.
 
         Args:
-            group_id: a group in state verifying; one that is ready already is not changed.
+            group_id: a pending group; one that is ready, or has been since, is not changed.
             payload: the group as bytes (replay/serialization.py).
             oldest_version: version of its oldest token.
             newest_version: version of its newest token.
             num_tokens: response tokens of all rollouts.
             mean_reward: mean over its rollouts.
+
+        Raises:
+            LedgerError: the group does not exist or was dropped.
+            DiskFull: the disk is full; nothing was changed, and the call may be repeated.
         """
         with self.transaction():
-            if self._is_new(group_id, S.READY):
-                self._db.execute("INSERT OR REPLACE INTO payloads VALUES (?, ?)", (group_id, payload))
+            state = self._state(group_id)
+            if state is S.DROPPED:
+                raise LedgerError(f"group {group_id} is {state} and may not become {S.READY}")
+            if state is S.PENDING:
+                at = self._segments.append(payload)
+                self._db.execute("INSERT OR REPLACE INTO rollouts VALUES (?, ?, ?, ?, ?)", (group_id, *astuple(at)))
                 self._db.execute(
                     "UPDATE groups SET state = ?, oldest_version = ?, newest_version = ?, num_tokens = ?, "
                     "mean_reward = ?, ready_at = ? WHERE group_id = ?",
@@ -211,12 +224,16 @@ class Ledger:
 
     def _is_new(self, group_id: int, to: GroupState) -> bool:
         """Return False if the group is in that state already; raise LedgerError if it may not go there."""
+        state = self._state(group_id)
+        if state != to and to not in TRANSITIONS[state]:
+            raise LedgerError(f"group {group_id} is {state} and may not become {to}")
+        return state != to
+
+    def _state(self, group_id: int) -> GroupState:
         row = self._db.execute("SELECT state FROM groups WHERE group_id = ?", (group_id,)).fetchone()
         if row is None:
             raise LedgerError(f"group {group_id} does not exist")
-        if row[0] != to and to not in TRANSITIONS[GroupState(row[0])]:
-            raise LedgerError(f"group {group_id} is {row[0]} and may not become {to}")
-        return bool(row[0] != to)
+        return GroupState(row[0])
 
     def entries(self, state: GroupState, limit: int = -1) -> list[Entry]:
         """Return at most `limit` groups in a state (-1: all), by the version of the oldest token, then by id."""
@@ -246,15 +263,47 @@ class Ledger:
         return [Entry(r[0], GroupState(r[1]), DropReason(r[2]) if r[2] else None, *r[3:]) for r in rows]
 
     def payload(self, group_id: int) -> bytes:
-        """Return the stored rollouts of a group, or raise LedgerError if there are none."""
-        row = self._db.execute("SELECT payload FROM payloads WHERE group_id = ?", (group_id,)).fetchone()
+        """Return the stored rollouts of a group, or raise LedgerError if there are none or they are damaged."""
+        row = self._db.execute(
+            "SELECT segment, start, length, checksum FROM rollouts WHERE group_id = ?", (group_id,)
+        ).fetchone()
         if row is None:
             raise LedgerError(f"group {group_id} has no stored rollouts")
-        return bytes(row[0])
+        try:
+            return self._segments.read(Location(*row))
+        except LedgerError as error:
+            raise LedgerError(
+                f"the rollouts of group {group_id} cannot be read: {error}; check the disk, then rerun with "
+                "run.resume=auto: the group will be generated again"
+            ) from error
 
     def has_payload(self, group_id: int) -> bool:
         """Return whether the rollouts of a group are stored."""
-        return self._db.execute("SELECT 1 FROM payloads WHERE group_id = ?", (group_id,)).fetchone() is not None
+        return self._db.execute("SELECT 1 FROM rollouts WHERE group_id = ?", (group_id,)).fetchone() is not None
+
+    def forget_damaged(self) -> int:
+        """Read the rollouts of all groups, and forget those that are damaged or missing.
+
+        Ready and leased groups without rollouts become pending.
+
+        Returns:
+            The number of groups whose rollouts were forgotten.
+        """
+        with self.transaction():
+            stored = self._db.execute("SELECT * FROM rollouts").fetchall()
+            damaged = [group_id for group_id, *location in stored if not self._is_whole(Location(*location))]
+            self._db.executemany("DELETE FROM rollouts WHERE group_id = ?", [(i,) for i in damaged])
+            live = [i for i in damaged if self._state(i) in (S.READY, S.LEASED)]
+            self.move(live, S.PENDING)
+        return len(damaged)
+
+    def _is_whole(self, location: Location) -> bool:
+        try:
+            self._segments.read(location)
+        except LedgerError as error:
+            _logger.warning("%s", error)
+            return False
+        return True
 
     def counts(self) -> dict[GroupState, int]:
         """Return the number of groups for every state."""
@@ -268,7 +317,10 @@ class Ledger:
 
     def queries(self, state: GroupState) -> list[tuple[int, Query]]:
         """Return ids and queries of the groups in a state, by id."""
-        rows = self._db.execute("SELECT group_id, query FROM groups WHERE state = ? ORDER BY group_id", (state,))
+        rows = self._db.execute(
+            "SELECT group_id, query FROM groups JOIN queries USING (group_id) WHERE state = ? ORDER BY group_id",
+            (state,),
+        )
         return [(group_id, Query(**json.loads(query))) for group_id, query in rows]
 
     def forget_payloads(self, version: int) -> int:
@@ -277,12 +329,14 @@ class Ledger:
         A fall-back to a version older than that generates the trained ones again.
         """
         with self.transaction():
-            # CROSS JOIN keeps the order: the payloads that are left are few, the trained groups are not
-            return self._db.execute(
-                "DELETE FROM payloads WHERE group_id IN (SELECT group_id FROM payloads "
+            # CROSS JOIN keeps the order: the rollouts that are left are few, the trained groups are not
+            count = self._db.execute(
+                "DELETE FROM rollouts WHERE group_id IN (SELECT group_id FROM rollouts "
                 "CROSS JOIN groups USING (group_id) WHERE state IN (?, ?) AND learner_version < ?)",
                 (S.TRAINED, S.DROPPED, version),
             ).rowcount
+        self._segments.keep({name for (name,) in self._db.execute("SELECT DISTINCT segment FROM rollouts")})
+        return count
 
     def flush(self) -> None:
         """Write all commits to the disk, so that they survive a crash of the machine, not only of the process.
@@ -290,15 +344,18 @@ class Ledger:
         Raises:
             DiskFull: the disk is full; the call may be repeated.
         """
+        self._segments.flush()
+        self._db.execute("PRAGMA synchronous=FULL")  # a commit now syncs the log, with all commits before it
         try:
-            self._db.execute("PRAGMA wal_checkpoint(FULL)")
-        except sqlite3.OperationalError as error:
-            _raise_if_full(error)
-            raise
+            with self.transaction():
+                self._db.execute("UPDATE owner SET epoch = epoch")
+        finally:
+            self._db.execute("PRAGMA synchronous=NORMAL")
 
     def close(self) -> None:
         """Close the database."""
         self._db.close()
+        self._segments.close()
 
 
 def _raise_if_full(error: BaseException) -> None:

@@ -1,15 +1,25 @@
-"""The ledger's tables, and the changes that bring an older ledger to them."""
+"""The ledger's tables, and their version."""
 
 from __future__ import annotations
 
 import sqlite3
+from pathlib import Path
 
+from quatro_ray.errors import LedgerError
+from quatro_ray.replay.migration import migrate
+from quatro_ray.replay.segments import Segments
 from quatro_ray.replay.versions import SCHEMA as VERSIONS
 
-_GROUPS = """
-CREATE TABLE IF NOT EXISTS groups (
+VERSION = 1
+"""The version of the tables; the database has it as its `user_version`."""
+
+# A commit writes whole pages, and most commits change a few rows
+_PAGE_BYTES = 512
+
+# SQLite writes a row as a whole: beside its state, a query would be written again by every change of it
+_TABLES = """
+CREATE TABLE groups (
     group_id INTEGER PRIMARY KEY,    -- chosen by the caller, so that admitting again changes nothing
-    query TEXT NOT NULL,             -- JSON
     state TEXT NOT NULL,
     reason TEXT,                     -- of a drop
     learner_version INTEGER,         -- of a lease or an expiry: the version that the step trains from
@@ -21,21 +31,20 @@ CREATE TABLE IF NOT EXISTS groups (
     admitted_at REAL NOT NULL,       -- seconds since the epoch
     ready_at REAL
 );
-CREATE TABLE IF NOT EXISTS owner (epoch INTEGER NOT NULL);
-"""
-
-# SQLite writes a row as a whole: beside its rollouts, every change of a group's state would write them again
-_PAYLOADS = """
-CREATE TABLE IF NOT EXISTS payloads (
+CREATE INDEX by_age ON groups (state, oldest_version, group_id);
+CREATE INDEX by_learner_version ON groups (state, learner_version) WHERE learner_version IS NOT NULL;
+CREATE TABLE queries (
     group_id INTEGER PRIMARY KEY,
-    payload BLOB NOT NULL            -- replay/serialization.py, from ready on
+    query TEXT NOT NULL              -- JSON
 );
-"""
-
-_INDEXES = """
-DROP INDEX IF EXISTS by_state;
-CREATE INDEX IF NOT EXISTS by_age ON groups (state, oldest_version, group_id);
-CREATE INDEX IF NOT EXISTS by_learner_version ON groups (state, learner_version) WHERE learner_version IS NOT NULL;
+CREATE TABLE rollouts (              -- of the groups whose rollouts are kept: replay/segments.py:Location
+    group_id INTEGER PRIMARY KEY,
+    segment TEXT NOT NULL,
+    start INTEGER NOT NULL,
+    length INTEGER NOT NULL,
+    checksum INTEGER NOT NULL
+);
+CREATE TABLE owner (epoch INTEGER NOT NULL);
 """
 
 _TALLY = """
@@ -45,13 +54,13 @@ CREATE TABLE tally (                 -- so that counting takes the same time how
     total INTEGER NOT NULL,
     PRIMARY KEY (kind, name)
 ) WITHOUT ROWID;
-INSERT INTO tally SELECT 'state', state, COUNT(*) FROM groups GROUP BY state;
-INSERT INTO tally SELECT 'reason', reason, COUNT(*) FROM groups WHERE reason IS NOT NULL GROUP BY reason;
-INSERT INTO tally SELECT 'source', json_extract(query, '$.source'), COUNT(*) FROM groups GROUP BY 2;
-INSERT INTO tally SELECT 'tokens', '', COALESCE(SUM(num_tokens), 0) FROM groups;
-CREATE TRIGGER tally_admission AFTER INSERT ON groups BEGIN
-    INSERT INTO tally VALUES ('state', NEW.state, 1), ('source', json_extract(NEW.query, '$.source'), 1)
+INSERT INTO tally VALUES ('tokens', '', 0);
+CREATE TRIGGER tally_source AFTER INSERT ON queries BEGIN
+    INSERT INTO tally VALUES ('source', json_extract(NEW.query, '$.source'), 1)
         ON CONFLICT DO UPDATE SET total = total + 1;
+END;
+CREATE TRIGGER tally_admission AFTER INSERT ON groups BEGIN
+    INSERT INTO tally VALUES ('state', NEW.state, 1) ON CONFLICT DO UPDATE SET total = total + 1;
 END;
 CREATE TRIGGER tally_state AFTER UPDATE OF state ON groups WHEN NEW.state <> OLD.state BEGIN
     INSERT INTO tally VALUES ('state', OLD.state, -1), ('state', NEW.state, 1)
@@ -66,20 +75,55 @@ END;
 """
 
 
-def prepare(db: sqlite3.Connection) -> None:
-    """Create the tables that are missing, and bring those of an older ledger to the present form."""
-    db.executescript(_GROUPS + _PAYLOADS + VERSIONS)
+def prepare(db: sqlite3.Connection, path: Path | str, segments: Segments) -> None:
+    """Create the tables in a new database, or bring those of version 0 to the present form.
+
+    Args:
+        db: the database.
+        path: its file, for messages.
+        segments: takes the rollouts of a ledger of version 0, which had them in the database.
+
+    Raises:
+        LedgerError: the database is not a ledger of a version that can be read.
+    """
+    db.execute(f"PRAGMA page_size={_PAGE_BYTES}")
+    db.execute("PRAGMA journal_mode=WAL")
     with db:  # all of it, or nothing
         db.execute("BEGIN IMMEDIATE")
-        columns = {row[1] for row in db.execute("PRAGMA table_info(groups)")}
-        if "step" in columns:  # it always held the learner's version
-            db.execute("ALTER TABLE groups RENAME COLUMN step TO learner_version")
-        if "payload" in columns:
-            db.execute("INSERT OR IGNORE INTO payloads SELECT group_id, payload FROM groups WHERE payload IS NOT NULL")
-            db.execute("ALTER TABLE groups DROP COLUMN payload")
-        _run(db, _INDEXES)
-        if not db.execute("SELECT 1 FROM sqlite_master WHERE name = 'tally'").fetchone():
-            _run(db, _TALLY)
+        check_version(db, path)
+        version = _version(db)
+        if version is None:
+            create_tables(db)
+            _run(db, VERSIONS)
+        elif version == 0:
+            migrate(db, segments, create_tables)
+        db.execute(f"PRAGMA user_version={VERSION}")
+
+
+def create_tables(db: sqlite3.Connection) -> None:
+    """Create all tables but that of the versions, inside a transaction."""
+    _run(db, _TABLES + _TALLY)
+
+
+def check_version(db: sqlite3.Connection, path: Path | str) -> None:
+    """Raise LedgerError if the database has tables, and they are not those of a version that can be read."""
+    version = _version(db)
+    if version not in (None, 0, VERSION) or (version == 0 and not _has_table(db, "payloads")):
+        raise LedgerError(
+            f"{path} is a ledger of version {version}, and this quatro_ray reads version {VERSION}; continue the run "
+            "with the quatro_ray that began it, or begin a new one in another run.dir"
+        )
+
+
+def _version(db: sqlite3.Connection) -> int | None:
+    """Return the version of the tables; None if there are none."""
+    if not db.execute("SELECT 1 FROM sqlite_master").fetchone():
+        return None
+    return int(db.execute("PRAGMA user_version").fetchone()[0])
+
+
+def _has_table(db: sqlite3.Connection, name: str) -> bool:
+    return db.execute("SELECT 1 FROM sqlite_master WHERE type = 'table' AND name = ?", (name,)).fetchone() is not None
 
 
 def _run(db: sqlite3.Connection, script: str) -> None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from dataclasses import asdict
 from typing import Any
 
 import numpy as np
@@ -16,7 +15,7 @@ def to_bytes(group: RolloutGroup) -> bytes:
     """Return the group as bytes, for the ledger."""
     header = {
         "group_id": group.group_id,
-        "query": asdict(group.query),
+        "query": vars(group.query),
         "rollouts": [_header(r) for r in group.rollouts],
     }
     arrays: dict[str, np.ndarray] = {
@@ -24,7 +23,7 @@ def to_bytes(group: RolloutGroup) -> bytes:
         "prompt_token_ids": group.prompt_token_ids,
         "token_ids": np.concatenate([r.token_ids for r in group.rollouts]),
         "behavior_logprobs": np.concatenate([r.behavior_logprobs for r in group.rollouts]),
-        "sampled": np.concatenate([r.is_sampled() for r in group.rollouts]),
+        "sampled": _sampled(group),
     }
     return save(arrays)
 
@@ -33,10 +32,21 @@ def from_bytes(data: bytes) -> RolloutGroup:
     """Return the group that `to_bytes` converted."""
     arrays = load(data)
     header = json.loads(arrays["header"].tobytes())
-    ends = np.cumsum([h["num_tokens"] for h in header["rollouts"]])[:-1]
-    columns = [np.split(arrays[name], ends) for name in ("token_ids", "behavior_logprobs", "sampled")]
-    rollouts = tuple(_rollout(*parts) for parts in zip(header["rollouts"], *columns, strict=True))
-    return RolloutGroup(header["group_id"], Query(**header["query"]), arrays["prompt_token_ids"], rollouts)
+    all_sampled = bool(arrays["sampled"].all())
+    rollouts, end = [], 0
+    for of_rollout in header["rollouts"]:
+        start, end = end, end + of_rollout["num_tokens"]
+        sampled = None if all_sampled else arrays["sampled"][start:end]
+        rollouts.append(
+            _rollout(of_rollout, arrays["token_ids"][start:end], arrays["behavior_logprobs"][start:end], sampled)
+        )
+    return RolloutGroup(header["group_id"], Query(**header["query"]), arrays["prompt_token_ids"], tuple(rollouts))
+
+
+def _sampled(group: RolloutGroup) -> np.ndarray:
+    if all(r.sampled is None for r in group.rollouts):
+        return np.ones(sum(r.num_tokens for r in group.rollouts), dtype=np.bool_)
+    return np.concatenate([r.is_sampled() for r in group.rollouts])
 
 
 def _header(rollout: Rollout) -> dict[str, Any]:
@@ -57,7 +67,9 @@ def _score(score: Score) -> dict[str, Any]:
     return {"reward": score.reward, "outcome": score.outcome, "detail": score.detail, "parts": values}
 
 
-def _rollout(header: dict[str, Any], token_ids: np.ndarray, logprobs: np.ndarray, sampled: np.ndarray) -> Rollout:
+def _rollout(
+    header: dict[str, Any], token_ids: np.ndarray, logprobs: np.ndarray, sampled: np.ndarray | None
+) -> Rollout:
     score = header["score"]
     return Rollout(
         token_ids=token_ids,
@@ -65,7 +77,7 @@ def _rollout(header: dict[str, Any], token_ids: np.ndarray, logprobs: np.ndarray
         spans=tuple(VersionSpan(*s) for s in header["spans"]),
         text=header["text"],
         finish_reason=header["finish_reason"],
-        sampled=None if sampled.all() else sampled,
+        sampled=None if sampled is None or sampled.all() else sampled,
         transcript=header["transcript"],
         environment=header["environment"],
         score=Score(score["reward"], Outcome(score["outcome"]), score["detail"], score["parts"]) if score else None,

@@ -8,14 +8,14 @@ from quatro_ray.errors import LedgerError
 from quatro_ray.replay.staleness import Lineage, Stretch
 
 SCHEMA = """
-CREATE TABLE IF NOT EXISTS versions (
+CREATE TABLE versions (
     version INTEGER PRIMARY KEY,     -- a number is issued once
     parent INTEGER,
     step INTEGER NOT NULL,           -- optimiser steps from the starting policy
     fell_back INTEGER NOT NULL       -- 1: the weights of `parent` under a new number; 0: one step from it
 );
-CREATE INDEX IF NOT EXISTS first_of_stretch ON versions (version) WHERE fell_back OR version = 0;
-INSERT OR IGNORE INTO versions VALUES (0, NULL, 0, 0);
+CREATE INDEX first_of_stretch ON versions (version) WHERE fell_back OR version = 0;
+INSERT INTO versions VALUES (0, NULL, 0, 0);
 """
 
 

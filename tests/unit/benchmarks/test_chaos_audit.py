@@ -160,7 +160,7 @@ def before(*groups: Group) -> Ledger:
 
 
 def test_what_went_on_as_it_should_is_neither_lost_nor_duplicated() -> None:
-    under_way = (*GROUPS[:2], Group(3, "generating", None, None, None, None, None))
+    under_way = (*GROUPS[:2], Group(3, "pending", None, None, None, None, None))
     assert compare(before(*under_way), books().ledger) == (set(), set())
 
 

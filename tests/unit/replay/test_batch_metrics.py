@@ -85,8 +85,6 @@ def test_the_step_that_they_missed_counts_expired_groups_once() -> None:
 
     def ready(group_id: int, version: int, *tokens: int) -> None:
         buffer.ledger.admit(group_id, [Query(str(group_id), "p", "a")], version)
-        buffer.start(group_id)
-        buffer.generated(group_id)
         made = group(group_id, *(replace(scored(n, answer=1.0), spans=rollout(n, version).spans) for n in tokens))
         buffer.ready(made)
 

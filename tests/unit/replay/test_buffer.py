@@ -1,6 +1,10 @@
 """The ledger and the buffer: a random interleaving of everything that can happen, and the cases by hand."""
 
+import errno
+import os
+import sqlite3
 from collections import Counter
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
@@ -16,15 +20,15 @@ from quatro_ray.replay import serialization, staleness
 from quatro_ray.replay.buffer import ReplayBuffer
 from quatro_ray.replay.ledger import TRANSITIONS, Ledger
 from quatro_ray.replay.staleness import Lineage, Stretch
-from quatro_ray.types import DropReason, GroupState, Query
+from quatro_ray.types import DropReason, GroupState, Query, RolloutGroup
 from tests.make import group, rollout
 
 S = GroupState
 
 
 class RingMachine(RuleBasedStateMachine):
-    """Any order of admit, generate, verify, fail, retry, lease, commit, checkpoint, fall-back, drop, and of calls made
-    twice, as Ray does where an answer was lost."""
+    """Any order of admit, ready, lease, commit, checkpoint, fall-back, drop, and of calls made twice, as Ray does where
+    an answer was lost."""
 
     GROUPS_PER_STEP, MAX_STALENESS, NUM_STEPS = 2, 2, 6
 
@@ -36,6 +40,7 @@ class RingMachine(RuleBasedStateMachine):
         self.saved = [0]  # versions of checkpoints
         self.leased: list[int] = []
         self.admitted: set[int] = set()
+        self.made: dict[int, RolloutGroup] = {}  # those that were ready once
         self.trained: dict[int, int] = {}  # by group, the version that it was trained from
 
     def _ids(self, *states: GroupState) -> list[int]:
@@ -57,30 +62,39 @@ class RingMachine(RuleBasedStateMachine):
 
     @rule(data=st.data())
     def progress(self, data: st.DataObject) -> None:
-        """One group goes one state on, or back to pending, or is dropped."""
-        ids = self._ids(S.PENDING, S.GENERATING, S.VERIFYING)
+        """A pending group becomes ready, or is dropped."""
+        ids = self._ids(S.PENDING)
         if not ids:
             return
         group_id = data.draw(st.sampled_from(ids))
-        state = next(s for s in (S.PENDING, S.GENERATING, S.VERIFYING) if group_id in self._ids(s))
-        what = data.draw(st.sampled_from(["go", "go", "go", "retry", "drop"]))
-        if what == "drop":
+        if data.draw(st.sampled_from(["go", "go", "go", "drop"])) == "drop":
             self.buffer.drop(group_id, DropReason.VERIFIER_ERROR)
-        elif what == "retry" and state is not S.PENDING:
-            self.buffer.retry(group_id)
-        elif state is S.PENDING:
-            self.buffer.start(group_id)
-        elif state is S.GENERATING:
-            self.buffer.generated(group_id)
+            return
+        version = data.draw(st.integers(max(0, self.version - 4), self.version))
+        made = group(group_id, rollout(version=version), rollout(version=version, reward=0.0))
+        if self.buffer.ledger.versions.lineage(self.version).holds(version):
+            self.buffer.ready(made)
+            self.made[group_id] = made
         else:
-            version = data.draw(st.integers(max(0, self.version - 4), self.version))
-            made = group(group_id, rollout(version=version), rollout(version=version, reward=0.0))
-            if self.buffer.ledger.versions.lineage(self.version).holds(version):
+            with pytest.raises(LedgerError, match=f"tokens of version {version}, which is abandoned"):
                 self.buffer.ready(made)
-                self.buffer.ready(made)
-            else:
-                with pytest.raises(LedgerError, match=f"tokens of version {version}, which is abandoned"):
-                    self.buffer.ready(made)
+
+    @precondition(lambda self: self.made)
+    @rule(data=st.data())
+    def is_told_again_that_a_group_is_ready(self, data: st.DataObject) -> None:
+        """However late; a group that was leased or trained since is not made ready again."""
+        group_id = data.draw(st.sampled_from(sorted(self.made)))
+        ledger = self.buffer.ledger
+        before = ledger._state(group_id)
+        line = ledger.versions.lineage(self.version)
+        if before is S.PENDING or not all(map(line.holds, self.made[group_id].versions())):
+            return
+        if before is S.DROPPED:
+            with pytest.raises(LedgerError, match="is dropped and may not become ready"):
+                self.buffer.ready(self.made[group_id])
+        else:
+            self.buffer.ready(self.made[group_id])
+        assert ledger._state(group_id) is before
 
     @precondition(lambda self: not self.leased)
     @rule()
@@ -92,8 +106,8 @@ class RingMachine(RuleBasedStateMachine):
         assert len(lease.groups) == self.GROUPS_PER_STEP
         assert lease.lineage.version == self.version
         for leased in lease.groups:
-            assert lease.lineage.holds(leased.oldest_version) and lease.lineage.holds(leased.newest_version)
-            assert lease.lineage.staleness(np.array([leased.oldest_version]))[0] <= self.MAX_STALENESS
+            assert all(lease.lineage.holds(version) for version in leased.versions())
+            assert lease.lineage.staleness(np.array(list(leased.versions()))).max() <= self.MAX_STALENESS
         self.leased = [g.group_id for g in lease.groups]
         _, again = self.buffer.lease(self.version)
         assert again is not None and [g.group_id for g in again.groups] == self.leased
@@ -131,7 +145,7 @@ class RingMachine(RuleBasedStateMachine):
     def controller_dies(self) -> None:
         found = self.buffer.recover()
         assert found.next_id == len(self.admitted) + 1 and found.newest_version == self.version
-        assert not self._ids(S.GENERATING, S.VERIFYING)
+        assert found.num_damaged == 0
 
     @precondition(lambda self: not self.leased)
     @rule()
@@ -193,8 +207,6 @@ def to_ready(buffer: ReplayBuffer, count: int, version: int = 0) -> list[int]:
     newer_from = 1 if buffer.ledger.versions.newest() > version else None
     ids = buffer.admit(buffer.ledger.next_id(), [Query(str(i), "p", "a") for i in range(count)], version)
     for i in ids:
-        buffer.start(i)
-        buffer.generated(i)
         buffer.ready(group(i, rollout(version=version), rollout(version=version, newer_from=newer_from)))
     return ids
 
@@ -341,7 +353,7 @@ def test_moves_are_all_or_none() -> None:
     a, b = ledger.admit(1, [Query("a", "p", "a"), Query("b", "p", "b")], 0)
     ledger.move([b], S.DROPPED, reason=DropReason.STALE)
     with pytest.raises(LedgerError):
-        ledger.move([a, b], S.GENERATING)
+        ledger.move([a, b], S.READY)
     assert ledger.counts()[S.PENDING] == 1
 
 
@@ -351,18 +363,16 @@ def test_a_drop_needs_a_reason_and_nothing_else_has_one() -> None:
     with pytest.raises(LedgerError, match="reason"):
         ledger.move([a], S.DROPPED)
     with pytest.raises(LedgerError, match="reason"):
-        ledger.move([a], S.GENERATING, reason=DropReason.STALE)
+        ledger.move([a], S.READY, reason=DropReason.STALE)
     assert ledger.queries(S.PENDING) == [(a, Query("a", "p", "a"))]
 
 
 def test_unscored_groups_are_not_ready() -> None:
     buffer = make_buffer()
     (i,) = buffer.admit(1, [Query("a", "p", "a")], 0)
-    buffer.start(i)
-    buffer.generated(i)
     with pytest.raises(ValueError, match="without a score"):
         buffer.ready(group(i, rollout(reward=None)))
-    assert buffer.ledger.counts()[S.VERIFYING] == 1
+    assert buffer.ledger.counts()[S.PENDING] == 1
 
 
 def test_bytes_and_back() -> None:
@@ -379,32 +389,7 @@ def test_bytes_and_back() -> None:
         np.testing.assert_array_equal(a.is_sampled(), b.is_sampled())
     assert [r.sampled is None for r in after.rollouts] == [True, True, False]
     assert after.rollouts[2].versions().tolist() == [4, -1]
-    assert (after.oldest_version, after.newest_version) == (3, 5)
-
-
-def test_rollouts_in_the_table_of_groups_are_moved_out_of_it(tmp_path: Path) -> None:
-    """An older ledger also had no totals."""
-    path = tmp_path / "ledger.sqlite"
-    buffer = make_buffer(path)
-    ids = to_ready(buffer, 3)
-    buffer.drop(ids[2], DropReason.RUN_ENDED)
-    expected = [buffer.ledger.payload(i) for i in ids]
-    seen = (buffer.ledger.counts(), buffer.ledger.drops(), buffer.ledger.num_tokens(), buffer.ledger.num_admitted())
-    db = buffer.ledger._db
-    db.executescript(
-        "ALTER TABLE groups ADD COLUMN payload BLOB;"
-        "UPDATE groups SET payload = (SELECT payload FROM payloads WHERE payloads.group_id = groups.group_id);"
-        "DROP TABLE payloads; DROP TRIGGER tally_admission; DROP TRIGGER tally_state; DROP TRIGGER tally_reason;"
-        "DROP TRIGGER tally_tokens; DROP TABLE tally; DROP INDEX by_age; DROP INDEX by_learner_version;"
-        "CREATE INDEX by_state ON groups (state, group_id);"
-    )
-    buffer.ledger.close()
-
-    for _ in range(2):
-        again = Ledger(path)
-        assert [again.payload(i) for i in ids] == expected
-        assert seen == (again.counts(), again.drops(), again.num_tokens(), again.num_admitted())
-        again.close()
+    assert after.versions() == {3, 4, 5}
 
 
 def test_rollouts_are_freed_that_no_checkpoint_needs(tmp_path: Path) -> None:
@@ -419,17 +404,110 @@ def test_rollouts_are_freed_that_no_checkpoint_needs(tmp_path: Path) -> None:
     assert (buffer.absorbed(2), buffer.absorbed(3)) == (0, 2)
 
 
-def test_an_older_ledger_is_read_and_its_column_renamed(tmp_path: Path) -> None:
-    """Before `learner_version` the column was called `step`."""
+def test_a_ledger_of_another_version_is_refused(tmp_path: Path) -> None:
     path = tmp_path / "ledger.sqlite"
     ledger = Ledger(path)
-    ledger.admit(1, [Query("a", "1+1=", "2")], 0)
-    ledger._db.execute("ALTER TABLE groups RENAME COLUMN learner_version TO step")
-    ledger._db.execute("UPDATE groups SET state = 'leased', step = 7")
+    ledger._db.execute("PRAGMA user_version=7")
     ledger.close()
+    with pytest.raises(LedgerError, match=r"is a ledger of version 7, and this quatro_ray reads version 1; continue"):
+        Ledger(path)
 
-    for _ in range(2):  # migrated once, then as it is
-        again = Ledger(path)
-        (entry,) = again.entries(S.LEASED)
-        assert entry.learner_version == 7
-        again.close()
+
+def segments(folder: Path) -> list[Path]:
+    return sorted((folder / "ledger.rollouts").iterdir())
+
+
+def damage(segment: Path) -> None:
+    content = bytearray(segment.read_bytes())
+    for at in range(0, len(content), 100):
+        content[at] ^= 1
+    segment.write_bytes(content)
+
+
+@pytest.mark.parametrize("what", [damage, Path.unlink, lambda segment: os.truncate(segment, 10)])
+def test_groups_whose_rollouts_cannot_be_read_are_generated_again(
+    tmp_path: Path, what: Callable[[Path], object]
+) -> None:
+    buffer = make_buffer(tmp_path / "ledger.sqlite")
+    trained = to_ready(buffer, 2)
+    buffer.lease(0)
+    buffer.commit(0)
+    buffer.ledger.close()
+    again = make_buffer(tmp_path / "ledger.sqlite")
+    whole = to_ready(again, 1, 1)  # in a segment of its own
+    old, new = segments(tmp_path)
+    what(old)
+    assert again.recover().num_damaged == 2
+    assert again.recover().num_damaged == 0
+    assert again.ledger.counts()[S.TRAINED] == 2 and again.ledger.has_payload(whole[0])
+    back = again.fall_back(0, known=1)
+    assert (back.num_ready, back.num_pending) == (0, 3)
+    assert [i for i, _ in again.pending()] == trained + whole
+
+    (ready, *_) = [e.group_id for e in again.ledger.entries(S.PENDING)]
+    again.ready(group(ready, rollout(version=2), rollout(version=2)))
+    what(new)
+    assert again.recover().num_damaged == 2, "those of before the fall-back count too"
+    assert again.ledger.counts()[S.READY] == 0 and again.ledger.counts()[S.PENDING] == 3
+
+
+def test_a_lease_of_damaged_rollouts_names_the_file_and_the_remedy(tmp_path: Path) -> None:
+    buffer = make_buffer(tmp_path / "ledger.sqlite")
+    to_ready(buffer, 2)
+    (segment,) = segments(tmp_path)
+    damage(segment)
+    with pytest.raises(LedgerError, match=r"rollouts of group \d cannot be read: .*1-1 is damaged .*resume=auto"):
+        buffer.lease(0)
+    assert buffer.ledger.counts()[S.READY] == 2
+
+
+def test_segments_are_deleted_when_nothing_in_them_is_needed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("quatro_ray.replay.segments._MAX_BYTES", 1)  # one group a segment
+    buffer = make_buffer(tmp_path / "ledger.sqlite")
+    ids = to_ready(buffer, 4)
+    assert len(segments(tmp_path)) == 4
+    buffer.lease(0)
+    buffer.commit(0)
+    buffer.absorbed(1)
+    assert [path.name for path in segments(tmp_path)] == ["1-3", "1-4"]
+    assert [bool(buffer.ledger.payload(i)) for i in ids[2:]] == [True, True]
+
+
+def test_rollouts_on_a_full_disk_are_told_and_may_be_stored_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """After a part of them was written."""
+    buffer = make_buffer(tmp_path / "ledger.sqlite")
+    to_ready(buffer, 1)
+    (i,) = buffer.admit(2, [Query("q", "p", "a")], 0)
+    write = os.pwrite
+
+    def half(file: int, data: bytes, start: int) -> int:
+        monkeypatch.setattr(os, "pwrite", full)
+        return write(file, data[: len(data) // 2], start)
+
+    def full(*_args: object) -> int:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(os, "pwrite", half)
+    with pytest.raises(DiskFull, match="rollouts cannot be written"):
+        buffer.ready(group(i))
+    assert buffer.ledger.counts()[S.PENDING] == 1
+    monkeypatch.setattr(os, "pwrite", write)
+    buffer.ready(group(i))
+    _, lease = buffer.lease(0)
+    assert lease is not None and len(lease.groups) == 2
+
+
+def test_flush_does_not_depend_on_readers(tmp_path: Path) -> None:
+    """A reader keeps SQLite from moving its log into the database, but not from writing the log to the disk."""
+    buffer = make_buffer(tmp_path / "ledger.sqlite")
+    reader = sqlite3.connect(tmp_path / "ledger.sqlite", isolation_level=None)
+    reader.execute("BEGIN")
+    reader.execute("SELECT * FROM groups").fetchall()
+    to_ready(buffer, 2)
+    traced: list[str] = []
+    buffer.ledger._db.set_trace_callback(traced.append)
+    buffer.flush()
+    assert traced.index("PRAGMA synchronous=FULL") < traced.index("COMMIT") < traced.index("PRAGMA synchronous=NORMAL")
+    reader.close()
