@@ -1,34 +1,61 @@
 """CPU of the controller for each group, over the number of engines: `python -m benchmarks.controller`.
 
-The real controller, fleet, weight sync and buffer (ledger in memory) with simulated engines in virtual time: eight
-groups of 16 responses an engine and step, so that a larger system does more of the same. Engines, learner and verifiers
-only wait, and what their simulation costs is in the figure. It has no Ray, whose calls come on top. The last line is
-JSON; the exit status is 1 if a group costs more than FLAT times as much in the largest system as in the smallest.
+The real controller, fleet, weight sync and buffer (ledger in memory) in virtual time: eight groups of 16 responses an
+engine and step, so that a larger system does more of the same. Engines, learner and verifiers only wait. It has no Ray,
+whose calls come on top. The last line is JSON; the exit status is 1 if a group costs more than FLAT times as much in
+the largest system as in the smallest.
 """
 
 from __future__ import annotations
 
+import asyncio
 import json
 import sys
+from functools import lru_cache
 from pathlib import Path
+from random import Random
+
+import numpy as np
 
 from quatro_ray.actors.memory import collect_rarely
 from quatro_ray.config import Config, load_config
 from quatro_ray.simulation.decoding import EngineSpeed
+from quatro_ray.simulation.engine import SimulatedEngine
 from quatro_ray.simulation.ring import simulate
 from quatro_ray.simulation.workload import Lengths, Workload
+from quatro_ray.types import GenerationSummary, Query, Rollout, RolloutGroup, SamplingParams, VersionSpan
 
 ENGINES = (8, 64, 256, 1_024)
 FLAT = 1.2
 _GROUPS_PER_ENGINE = 8
 _NUM_STEPS, _NUM_WARMUP_STEPS = 9, 3
+_NUM_TOKENS, _LOG_SECONDS = 8, 3.0
+_PROMPT = np.ones(1, dtype=np.int32)
+_RNG = Random(0)
 _WORKLOAD = Workload(
     Lengths(median=1_000, sigma=1.0, longest=16_384),
     EngineSpeed(iteration_s=0.01, sequence_s=2e-5, context_s=4e-9, max_num_seqs=256),
-    step_s=30.0,
+    step_s=10.0,
     token_s=0.0,
-    tokens_per_item=1_024,
 )
+
+
+class WaitingEngine(SimulatedEngine):
+    """An engine that costs no time itself: it returns the same rollouts for each group, after a random time."""
+
+    async def generate(
+        self, group_id: int, query: Query, sampling: SamplingParams, group_size: int, begun: tuple[Rollout, ...] = ()
+    ) -> tuple[GenerationSummary, RolloutGroup]:
+        await asyncio.sleep(_RNG.lognormvariate(_LOG_SECONDS, 0.5))
+        group = RolloutGroup(group_id, query, _PROMPT, rollouts_of(await self.policy_version(), group_size))
+        return GenerationSummary(group.num_tokens, 0), group
+
+
+@lru_cache
+def rollouts_of(version: int, group_size: int) -> tuple[Rollout, ...]:
+    ids, logprobs = np.ones(_NUM_TOKENS, dtype=np.int32), np.zeros(_NUM_TOKENS, dtype=np.float32)
+    rollout = Rollout(ids, logprobs, (VersionSpan(version, 0, _NUM_TOKENS),), text="", finish_reason="stop")
+    return (rollout,) * group_size
 
 
 def config(num_engines: int) -> Config:
@@ -50,7 +77,9 @@ def main() -> int:
     collect_rarely()  # as a run does
     found = {}
     for num_engines in ENGINES:
-        figures = simulate(config(num_engines), _WORKLOAD, num_warmup_steps=_NUM_WARMUP_STEPS)
+        figures = simulate(
+            config(num_engines), _WORKLOAD, num_warmup_steps=_NUM_WARMUP_STEPS, make_engine=WaitingEngine
+        )
         found[num_engines] = {
             "cpu_ms_per_group": round(1e3 * figures.cpu_s_per_group, 3),
             "step_s": round(figures.step_s, 1),

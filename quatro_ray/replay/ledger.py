@@ -237,7 +237,7 @@ class Ledger:
 
     def entries(self, state: GroupState, limit: int = -1) -> list[Entry]:
         """Return at most `limit` groups in a state (-1: all), by the version of the oldest token, then by id."""
-        return self._entries("state = ? ORDER BY oldest_version, group_id LIMIT ?", (state, limit))
+        return self._entries(f"state = '{state}' ORDER BY oldest_version, group_id LIMIT ?", (limit,))
 
     def of_learner(self, state: GroupState, version: int, *, or_later: bool = False) -> list[Entry]:
         """Return the groups in a state whose lease or expiry has this `learner_version`, in the order of `entries`.
@@ -255,7 +255,7 @@ class Ledger:
     def older_than(self, version: int) -> list[Entry]:
         """Return the ready groups whose oldest token is of an earlier version, in the order of `entries`."""
         return self._entries(
-            "state = ? AND oldest_version < ? ORDER BY oldest_version, group_id", (GroupState.READY, version)
+            f"state = '{S.READY}' AND oldest_version < ? ORDER BY oldest_version, group_id", (version,)
         )
 
     def _entries(self, where: str, values: tuple[str | int, ...]) -> list[Entry]:
@@ -317,10 +317,8 @@ class Ledger:
 
     def queries(self, state: GroupState) -> list[tuple[int, Query]]:
         """Return ids and queries of the groups in a state, by id."""
-        rows = self._db.execute(
-            "SELECT group_id, query FROM groups JOIN queries USING (group_id) WHERE state = ? ORDER BY group_id",
-            (state,),
-        )
+        joined = "groups JOIN queries USING (group_id)"
+        rows = self._db.execute(f"SELECT group_id, query FROM {joined} WHERE state = '{state}' ORDER BY group_id")
         return [(group_id, Query(**json.loads(query))) for group_id, query in rows]
 
     def forget_payloads(self, version: int) -> int:

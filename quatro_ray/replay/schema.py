@@ -31,8 +31,11 @@ CREATE TABLE groups (
     admitted_at REAL NOT NULL,       -- seconds since the epoch
     ready_at REAL
 );
-CREATE INDEX by_age ON groups (state, oldest_version, group_id);
-CREATE INDEX by_learner_version ON groups (state, learner_version) WHERE learner_version IS NOT NULL;
+-- of the few groups that are live, so that the indexes stay small
+CREATE INDEX pending ON groups (group_id) WHERE state = 'pending';
+CREATE INDEX ready ON groups (oldest_version, group_id) WHERE state = 'ready';
+CREATE INDEX leased ON groups (group_id) WHERE state = 'leased';
+CREATE INDEX by_learner_version ON groups (learner_version) WHERE learner_version IS NOT NULL;
 CREATE TABLE queries (
     group_id INTEGER PRIMARY KEY,
     query TEXT NOT NULL              -- JSON

@@ -32,9 +32,13 @@ class SimulatedLearner:
         batch = cast(LeasedBatch, leased)
         items = sum(group.num_tokens for group in batch.groups)
         await asyncio.sleep(self._workload.step_s + self._workload.token_s * items * self._workload.tokens_per_item)
-        ages: Counter[int] = Counter()
+        by_version: Counter[int] = Counter()
         for span in (span for group in batch.groups for rollout in group.rollouts for span in rollout.spans):
-            ages[int(batch.lineage.staleness(np.array([span.version]))[0])] += span.end - span.start
+            by_version[span.version] += span.end - span.start
+        ages_of = batch.lineage.staleness(np.array(list(by_version))).tolist()
+        ages: Counter[int] = Counter()
+        for age, num in zip(ages_of, by_version.values(), strict=True):
+            ages[age] += num
         return {
             "tokens/trained": items * self._workload.tokens_per_item,
             "off_policy/staleness_tokens": dict(ages),

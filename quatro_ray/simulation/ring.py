@@ -7,6 +7,7 @@ import json
 import shutil
 import tempfile
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
@@ -73,7 +74,14 @@ class Simulated:
     cpu_s_per_group: float
 
 
-def simulate(config: Config, workload: Workload, *, num_warmup_steps: int, keep: Path | None = None) -> Simulated:
+def simulate(
+    config: Config,
+    workload: Workload,
+    *,
+    num_warmup_steps: int,
+    keep: Path | None = None,
+    make_engine: Callable[[Workload], SimulatedEngine] = SimulatedEngine,
+) -> Simulated:
     """Run the configuration on simulated engines and learner, and return figures.
 
     Args:
@@ -81,6 +89,7 @@ def simulate(config: Config, workload: Workload, *, num_warmup_steps: int, keep:
         workload: speeds, lengths and failures.
         num_warmup_steps: steps that the figures leave out.
         keep: where the records of the run are copied to, if they are wanted.
+        make_engine: makes each engine.
     """
     with tempfile.TemporaryDirectory(prefix="quatro_ray_") as folder:
         inside = _patient(config, Path(folder))
@@ -88,7 +97,7 @@ def simulate(config: Config, workload: Workload, *, num_warmup_steps: int, keep:
         cpu: list[float] = []
         recorder = _Timed(cpu, inside, clock=loop.time)
         try:
-            controller, buffer = loop.run_until_complete(_run(loop, inside, workload, recorder))
+            controller, buffer = loop.run_until_complete(_run(loop, inside, workload, recorder, make_engine))
         finally:
             recorder.close()
             loop.close()
@@ -136,11 +145,17 @@ class _Timed(Recorder):
         self._cpu.append(time.process_time())
 
 
-async def _run(loop: VirtualLoop, config: Config, workload: Workload, recorder: Recorder) -> tuple[Fleet, ReplayBuffer]:
-    first = [SimulatedEngine(workload) for _ in range(config.generator.num_engines)]
+async def _run(
+    loop: VirtualLoop,
+    config: Config,
+    workload: Workload,
+    recorder: Recorder,
+    make_engine: Callable[[Workload], SimulatedEngine],
+) -> tuple[Fleet, ReplayBuffer]:
+    first = [make_engine(workload) for _ in range(config.generator.num_engines)]
     spare = iter(first)
     fleet = Fleet(
-        lambda _: next(spare, None) or SimulatedEngine(workload),
+        lambda _: next(spare, None) or make_engine(workload),
         config.generator,
         _DEADLINE_S,
         clock=loop.time,
