@@ -311,6 +311,21 @@ class EngineLoad:
 
 
 @dataclass(frozen=True)
+class Installed:
+    """How an engine took new weights.
+
+    Attributes:
+        version: version of the weights that the engine's own process reports.
+        num_in_flight: groups, and turns of episodes, that were paused meanwhile.
+        pause_s: time during which generation was paused, seconds.
+    """
+
+    version: int
+    num_in_flight: int
+    pause_s: float
+
+
+@dataclass(frozen=True)
 class SamplingParams:
     """How responses are sampled. Behaviour log-probs refer to exactly this distribution."""
 

@@ -11,7 +11,7 @@ from quatro_ray.actors.base import WATCHED, HostMixin, interface_of
 from quatro_ray.actors.shared_memory import detach_resource_tracker
 from quatro_ray.config import GeneratorConfig
 from quatro_ray.engines.generation import GenerationEngine
-from quatro_ray.types import EngineLoad, GenerationSummary, Query, Rollout, RolloutGroup, SamplingParams
+from quatro_ray.types import EngineLoad, GenerationSummary, Installed, Query, Rollout, RolloutGroup, SamplingParams
 
 
 @ray.remote(concurrency_groups=WATCHED)
@@ -91,6 +91,14 @@ class GeneratorActor(HostMixin):
     async def finish_weight_update(self, version: int) -> None:
         """Complete the update; the engine's weights are `version` from now on."""
         await self._engine.finish_weight_update(version)
+
+    async def receive_weights(self) -> None:
+        """Begin to receive a whole set of weights while generation continues; only with gloo."""
+        await self._engine.receive_weights()
+
+    async def install_weights(self, version: int) -> Installed:
+        """Load the received weights; running requests are paused and continue under `version`."""
+        return await self._engine.install_weights(version)
 
     async def weight_checksums(self) -> dict[str, str]:
         """Return the SHA-256 of every worker's parameters by name."""

@@ -14,7 +14,7 @@ from ray.exceptions import RayTaskError
 from quatro_ray.actors.calls import ACTOR_DIED, value_of, value_or_cancel
 from quatro_ray.errors import last_line
 from quatro_ray.failures import EngineDied, EngineLost
-from quatro_ray.types import EngineLoad, GenerationSummary, Query, Rollout, SamplingParams
+from quatro_ray.types import EngineLoad, GenerationSummary, Installed, Query, Rollout, SamplingParams
 
 T = TypeVar("T")
 
@@ -63,6 +63,14 @@ class GeneratorClient:
     async def resume(self) -> None:
         """Continue the frozen requests under the present weights."""
         await _alive(value_of(self.actor.resume.remote()))
+
+    async def receive_weights(self) -> None:
+        """Begin to receive weights while generation continues."""
+        await _alive(value_of(self.actor.receive_weights.remote()))
+
+    async def install_weights(self, version: int) -> Installed:
+        """Load the received weights; running requests are paused and continue under `version`."""
+        return await _alive(value_of(self.actor.install_weights.remote(version)))
 
     async def policy_version(self) -> int:
         """Return the version that the engine's own process reports."""

@@ -19,6 +19,7 @@ from quatro_ray.types import (
     EngineLoad,
     GenerationSummary,
     GroupSummary,
+    Installed,
     Query,
     Rollout,
     SamplingParams,
@@ -73,6 +74,17 @@ class Engine(Protocol):
 
     async def resume(self) -> None:
         """Continue the frozen requests under the present weights."""
+        ...
+
+    async def receive_weights(self) -> None:
+        """Begin to receive weights in the background; called before the learner sends, if the back end is gloo."""
+        ...
+
+    async def install_weights(self, version: int) -> Installed:
+        """Load the received weights; running requests are paused meanwhile and continue under `version`.
+
+        After an exception the engine may hold a part of the weights.
+        """
         ...
 
     async def policy_version(self) -> int:

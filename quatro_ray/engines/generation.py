@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import time
 import uuid
 from collections.abc import AsyncIterator, Callable, Iterator, Sequence
 from contextlib import asynccontextmanager, contextmanager
@@ -19,7 +20,7 @@ from quatro_ray.engines.vllm_outputs import joined, request_params, sampled_so_f
 from quatro_ray.errors import ConfigError
 from quatro_ray.failures import EngineDied
 from quatro_ray.seeding import seed_of
-from quatro_ray.types import EngineLoad, Query, Rollout, RolloutGroup, SamplingParams
+from quatro_ray.types import EngineLoad, Installed, Query, Rollout, RolloutGroup, SamplingParams
 
 if TYPE_CHECKING:
     from vllm.v1.engine.async_llm import AsyncLLM
@@ -45,6 +46,7 @@ class GenerationEngine:
         self._sync_backend = sync_backend
         self._seed = seed
         self._version = -1
+        self._is_receiving = False
         self._num_running = 0
         self._num_generated_tokens = 0
         self._counter = TokenCounter()
@@ -236,7 +238,8 @@ class GenerationEngine:
             num_accepted_tokens=self._counter.num_accepted_tokens,
         )
 
-    # Weight transfer: vLLM's own calls, in the order init → pause → start → update → finish → resume
+    # Weight transfer: vLLM's own calls, after init in the order pause → start → update → finish → resume; with gloo
+    # receive_weights (start → update), while generation continues, and then install_weights (pause → finish → resume)
 
     async def pause(self) -> int:
         """Freeze running requests, and return how many groups and turns of episodes there are."""
@@ -277,6 +280,27 @@ class GenerationEngine:
         """Complete the update; tokens sampled from now on are of policy `version`."""
         await self.llm.finish_weight_update(weight_version=str(version))
         self._version = version
+
+    async def receive_weights(self) -> None:
+        """Begin to receive a new version in the background; only with gloo. Repeat it after a new connection."""
+        from vllm.distributed.weight_transfer.base import WeightTransferUpdateRequest
+
+        # both calls are queued together, so that they wait for one step of the engine's process and not for two
+        calls = [] if self._is_receiving else [self.llm.start_weight_update()]
+        self._is_receiving = True
+        with _engine_death():
+            await asyncio.gather(*calls, self.llm.update_weights(WeightTransferUpdateRequest(update_info={})))
+
+    async def install_weights(self, version: int) -> Installed:
+        """Load the weights that `receive_weights` received; requests are paused and continue under `version`."""
+        start = time.monotonic()
+        with _engine_death():
+            num_in_flight = await self.pause()
+            await self.finish_weight_update(version)
+            self._is_receiving = False
+            reported = await self.policy_version()
+            await self.resume()
+        return Installed(reported, num_in_flight, time.monotonic() - start)
 
     async def policy_version(self) -> int:
         """Return the version that the engine's own process reports."""

@@ -13,7 +13,16 @@ import numpy as np
 from quatro_ray.failures import EngineLost
 from quatro_ray.simulation.decoding import Batch
 from quatro_ray.simulation.workload import Workload
-from quatro_ray.types import EngineLoad, GenerationSummary, Query, Rollout, RolloutGroup, SamplingParams, VersionSpan
+from quatro_ray.types import (
+    EngineLoad,
+    GenerationSummary,
+    Installed,
+    Query,
+    Rollout,
+    RolloutGroup,
+    SamplingParams,
+    VersionSpan,
+)
 
 
 @dataclass
@@ -120,6 +129,14 @@ class SimulatedEngine:
         """Take the weights of `version`; raise EngineLost if the engine is gone."""
         self._check()
         self._versions.append((self._batch.progress, version))
+
+    async def receive_weights(self) -> None:
+        """Raise: a simulated engine is paused during transfers."""
+        raise NotImplementedError("a simulated engine is paused during transfers")
+
+    async def install_weights(self, version: int) -> Installed:
+        """Raise: a simulated engine is paused during transfers."""
+        raise NotImplementedError("a simulated engine is paused during transfers")
 
     async def policy_version(self) -> int:
         """Return the version of the weights."""

@@ -168,7 +168,9 @@ async def _run(
         verifiers=SimulatedVerifiers(workload),
         replay=DirectReplay(buffer),
         learner=learner,
-        weight_sync=WeightSyncCoordinator(fleet, learner, config.weight_sync, _DEADLINE_S),
+        weight_sync=WeightSyncCoordinator(
+            fleet, learner, config.weight_sync, _DEADLINE_S, generates_during_transfer=False
+        ),
         checkpoints=CheckpointStore(config.run.dir / "checkpoints", config.checkpoint.keep),
     )
     queries = [Query(str(i), "simulated", "", source="simulated") for i in range(_NUM_QUERIES)]

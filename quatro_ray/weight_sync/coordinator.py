@@ -1,4 +1,12 @@
-"""Coordinates a weight update: pause → (connect) → transfer → resume → verify → (check), with a deadline on each phase.
+"""Coordinates a weight update, with a deadline on each phase.
+
+If engines can hold a second copy of the weights, they generate during the transfer:
+
+    (connect) → receive → send → install (pause, load, resume) → verify → (check)
+
+Otherwise the new weights replace the old ones as they arrive:
+
+    pause → (connect) → send → resume → verify → (check)
 
 An engine gets work only while it is known to hold a whole version. An engine that fails a phase by itself is removed,
 and a later update takes it in again after its restart. If the transfer fails, every engine in it may hold part of the
@@ -10,7 +18,8 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
-from collections.abc import Awaitable, Sequence
+from collections.abc import Awaitable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, Generic, Protocol, TypeVar
 
@@ -20,6 +29,7 @@ from quatro_ray.config import WeightSyncConfig
 from quatro_ray.errors import WeightSyncError
 from quatro_ray.failures import TransferFailed
 from quatro_ray.timeouts import within
+from quatro_ray.types import Installed
 from quatro_ray.weight_sync.agreement import AgreementCheck, mean_difference
 
 _logger = logging.getLogger(__name__)
@@ -33,7 +43,7 @@ class Sender(Protocol):
         ...
 
     async def send_weights(self, version: int) -> None:
-        """Send the learner's weights to the connected engines, which then hold `version`."""
+        """Send the learner's weights to the connected engines. Those that are paused then hold `version`."""
         ...
 
 
@@ -46,6 +56,14 @@ class Engine(Protocol):
 
     async def resume(self) -> None:
         """Continue the frozen requests under the present weights."""
+        ...
+
+    async def receive_weights(self) -> None:
+        """Begin to receive weights while generation continues."""
+        ...
+
+    async def install_weights(self, version: int) -> Installed:
+        """Load the received weights; running requests are paused and continue under `version`."""
         ...
 
     async def policy_version(self) -> int:
@@ -106,7 +124,7 @@ class Update:
     Attributes:
         version: the policy version that the engines hold now.
         num_in_flight: groups and turns of episodes that were paused and then continued.
-        pause_s: time during which generation was paused, seconds.
+        pause_s: time during which generation was paused, seconds; the longest of all engines.
         transfer_s: time of the transfer alone, seconds.
         logprob_abs_diff: largest mean difference between an engine and the learner, or between an engine's sampled
             log-probs and its scores, nats; None without a check.
@@ -124,6 +142,8 @@ class WeightSyncCoordinator(Generic[SlotT]):
 
     Args:
         engine_deadline_s: how long an update waits for a first engine if none is there.
+        generates_during_transfer: engines receive weights beside their own and load them afterwards. If False, they are
+            paused for the whole update.
         agreement: holds engines against the learner. An engine that differs gets the weights again, then is restarted,
             then the run ends. None: engines are not checked.
     """
@@ -136,12 +156,15 @@ class WeightSyncCoordinator(Generic[SlotT]):
         sender: Sender,
         config: WeightSyncConfig,
         engine_deadline_s: float,
+        *,
+        generates_during_transfer: bool,
         agreement: AgreementCheck | None = None,
     ) -> None:
         self._engines = engines
         self._sender = sender
         self._config = config
         self._engine_deadline_s = engine_deadline_s
+        self._deliver = self._receive_and_install if generates_during_transfer else self._pause_and_send
         self._connected: list[SlotT] = []
         self._last_failure = ""
         self._agreement = agreement
@@ -181,31 +204,63 @@ class WeightSyncCoordinator(Generic[SlotT]):
 
     async def _once(self, version: int, slots: list[SlotT]) -> Update | None:
         """Try once; return None if no engine is left that holds the version."""
-        start = time.monotonic()
-        for slot in slots:
-            slot.update_begins()
-        in_flight = await self._each(slots, "pause", self._config.pause_deadline_s)
-        paused = list(in_flight)
-        if not paused:
-            return None
-        await self._connect(paused)
-        sending = time.monotonic()
-        await self._send(version, paused)
-        sent = time.monotonic()
-        resumed = await self._each(paused, "resume", self._config.resume_deadline_s)
-        paused_s = time.monotonic() - start
-        have = await self._each(list(resumed), "policy_version", self._config.resume_deadline_s)
-        for slot, reported in have.items():
-            slot.update_ends()
-            if reported != version:
-                self._lost(slot, f"reports version {reported} after an update to version {version}")
-        right = [slot for slot, reported in have.items() if reported == version]
+        installed, transfer_s = await self._deliver(version, slots)
+        for slot, now in installed.items():
+            if now.version != version:
+                self._lost(slot, f"reports version {now.version} after an update to version {version}")
+        right = [slot for slot, now in installed.items() if now.version == version]
         agreeing, difference = await self._check(right, version)
         if not agreeing:
             return None
         for slot in agreeing:
             await self._engines.synced(slot)
-        return Update(version, sum(in_flight[slot] for slot in have), paused_s, sent - sending, difference)
+        num_in_flight = sum(now.num_in_flight for now in installed.values())
+        pause_s = max(now.pause_s for now in installed.values())
+        return Update(version, num_in_flight, pause_s, transfer_s, difference)
+
+    async def _receive_and_install(self, version: int, slots: list[SlotT]) -> tuple[dict[SlotT, Installed], float]:
+        """Transfer the weights while the engines generate, and then let them load.
+
+        Returns:
+            The engines that loaded the weights, and the time of the transfer, seconds.
+        """
+        if self._connected != slots:
+            with _paused(slots):  # an engine stands still until the learner meets it
+                await self._connect(slots)
+        if not await self._receive(slots):
+            return {}, 0.0
+        transfer_s = await self._send(version, slots)
+        with _paused(slots):
+            installed = await self._each(slots, "install_weights", self._config.transfer_deadline_s, version)
+        return installed, transfer_s
+
+    async def _receive(self, slots: list[SlotT]) -> bool:
+        """Let all engines begin to receive; return False if one of them does not.
+
+        An engine that hangs is found here, alone: a transfer that waited for it would fail for all.
+        """
+        self._connected = []  # unless all receive, some wait for what this connection sends next
+        receiving = await self._each(slots, "receive_weights", self._config.pause_deadline_s)
+        if len(receiving) < len(slots):
+            return False
+        self._connected = slots
+        return True
+
+    async def _pause_and_send(self, version: int, slots: list[SlotT]) -> tuple[dict[SlotT, Installed], float]:
+        """Transfer the weights while the engines are paused; returns what _receive_and_install does."""
+        start = time.monotonic()
+        with _paused(slots):
+            in_flight = await self._each(slots, "pause", self._config.pause_deadline_s)
+            paused = list(in_flight)
+            if not paused:
+                return {}, 0.0
+            if self._connected != paused:
+                await self._connect(paused)
+            transfer_s = await self._send(version, paused)
+            resumed = await self._each(paused, "resume", self._config.resume_deadline_s)
+            pause_s = time.monotonic() - start
+            have = await self._each(list(resumed), "policy_version", self._config.resume_deadline_s)
+        return {slot: Installed(have[slot], in_flight[slot], pause_s) for slot in have}, transfer_s
 
     async def _check(self, slots: list[SlotT], version: int) -> tuple[list[SlotT], float | None]:
         """Return the engines that agree with the learner, or none if one has to get the weights again; if not due, all.
@@ -253,13 +308,11 @@ class WeightSyncCoordinator(Generic[SlotT]):
             )
 
     async def _connect(self, slots: list[SlotT]) -> None:
-        """Connect the learner to exactly these engines, unless they are those of the last update.
+        """Connect the learner to exactly these engines.
 
         Raises:
             TransferFailed: the connection failed; no weights were touched.
         """
-        if self._connected == slots:
-            return
         self._connected = []
         try:
             await self._sender.open_transfer([slot.client for slot in slots])
@@ -271,7 +324,9 @@ class WeightSyncCoordinator(Generic[SlotT]):
             raise
         self._connected = slots
 
-    async def _send(self, version: int, slots: list[SlotT]) -> None:
+    async def _send(self, version: int, slots: list[SlotT]) -> float:
+        """Send the weights to the connected engines, and return the time that it took, seconds."""
+        start = time.monotonic()
         try:
             await self._sender.send_weights(version)
         except BaseException as error:  # after a cancellation, too, it is unknown what the engines hold
@@ -279,6 +334,7 @@ class WeightSyncCoordinator(Generic[SlotT]):
             for slot in slots:
                 self._lost(slot, f"its weights are in doubt, the update to version {version} failed: {error}")
             raise
+        return time.monotonic() - start
 
     async def _each(self, slots: list[SlotT], method: str, deadline_s: float, *args: Any) -> dict[SlotT, Any]:
         """Call a method of all engines, and return the answers by slot; engines that do not answer are lost."""
@@ -304,3 +360,15 @@ class WeightSyncCoordinator(Generic[SlotT]):
     def _lost(self, slot: SlotT, why: str, *, core_died: bool = False) -> None:
         self._last_failure = why
         self._engines.lost(slot, why, core_died=core_died)
+
+
+@contextmanager
+def _paused(slots: Sequence[Slot]) -> Iterator[None]:
+    """Mark the engines as paused by an update inside the `with` block."""
+    for slot in slots:
+        slot.update_begins()
+    try:
+        yield
+    finally:
+        for slot in slots:
+            slot.update_ends()

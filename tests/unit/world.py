@@ -35,6 +35,7 @@ from quatro_ray.types import (
     EngineLoad,
     GenerationSummary,
     GroupSummary,
+    Installed,
     Query,
     Rollout,
     RolloutGroup,
@@ -55,6 +56,8 @@ class FakeGenerator:
         self.died: str | None = None
         self.hung = False
         self.num_sampled = 0
+        self.received: int | None = None
+        """The version that it received and did not install."""
         self.tells = False
         """Its actor survives it, and says how far each group came."""
         self.continued: list[int] = []
@@ -106,6 +109,16 @@ class FakeGenerator:
 
     async def resume(self) -> None:
         await self._alive()
+
+    async def receive_weights(self) -> None:
+        await self._alive()
+        self.received = None
+
+    async def install_weights(self, version: int) -> Installed:
+        await self._alive()
+        assert self.received == version
+        self.version, self.received = version, None
+        return Installed(version, self.running, 0.0)
 
     async def policy_version(self) -> int:
         await self._alive()
@@ -237,7 +250,10 @@ class FakeLearner:
         for engine in self.engines:
             if engine.died is not None or engine.hung:
                 raise TransferFailed(f"an engine is gone: {engine.died}")
-            engine.version = version
+            if self.world.generates_during_transfer:
+                engine.received = version
+            else:
+                engine.version = version
 
     async def save_checkpoint(self, folder: Path, deadline_s: float) -> Any:
         await self._alive(0.3)
@@ -309,6 +325,7 @@ class World:
         self.generators: list[FakeGenerator] = []
         self.make_generator: Any = lambda index: FakeGenerator(self.rng)
         self.learner = FakeLearner(self)
+        self.generates_during_transfer = True
         self.send_error: Exception | None = None
         self.verifiers = FakeVerifiers()
         self.evaluator: Any = None
@@ -353,7 +370,13 @@ class World:
             verifiers=self.verifiers,
             replay=replay,
             learner=self.learner,
-            weight_sync=WeightSyncCoordinator(self.fleet, self.learner, self.config.weight_sync, 180),
+            weight_sync=WeightSyncCoordinator(
+                self.fleet,
+                self.learner,
+                self.config.weight_sync,
+                180,
+                generates_during_transfer=self.generates_during_transfer,
+            ),
             checkpoints=CheckpointStore(self.config.run.dir / "checkpoints", self.config.checkpoint.keep),
             evaluator=self.evaluator,
         )

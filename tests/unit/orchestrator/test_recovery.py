@@ -23,13 +23,14 @@ NUM_SCHEDULES = int(os.environ.get("QUATRO_NUM_SCHEDULES", "150"))
 @settings(max_examples=NUM_SCHEDULES, deadline=None, derandomize=True)
 @example(  # both engines hang while they start
     faults=[(0.5, "engine dies", 0), (1.0, "engine hangs", 0), (1.0, "engine hangs", 1)],
-    eta=2, repeat_every=0, evaluate_s=0.3, seed=0,
+    eta=2, repeat_every=0, evaluate_s=0.3, generates_during_transfer=False, seed=0,
 )  # fmt: skip
 @given(
     faults=st.lists(st.tuples(st.floats(0.05, 15), st.sampled_from(FAULTS), st.integers(0, 1)), max_size=6),
     eta=st.sampled_from([0, 2]),
     repeat_every=st.sampled_from([0, 3]),
     evaluate_s=st.sampled_from([None, 0.3, 5.0]),
+    generates_during_transfer=st.booleans(),
     seed=st.integers(0, 5),
 )
 def test_no_schedule_of_faults_loses_or_repeats_a_group(
@@ -38,6 +39,7 @@ def test_no_schedule_of_faults_loses_or_repeats_a_group(
     eta: int,
     repeat_every: int,
     evaluate_s: float | None,
+    generates_during_transfer: bool,
     seed: int,
 ) -> None:
     """`evaluate_s`: how long engines of their own take; None: the generators evaluate."""
@@ -45,6 +47,7 @@ def test_no_schedule_of_faults_loses_or_repeats_a_group(
     world = make_world(path, replay={"max_staleness": eta}, evaluation={"every_steps": 3})
     world.evaluator = None if evaluate_s is None else FakeEvaluator(world.learner, evaluate_s)
     world.rng, world.repeat_every = random.Random(seed), repeat_every
+    world.generates_during_transfer = generates_during_transfer
     world.faults = schedule(faults)
     run_to_the_end(world)
     audit(world)

@@ -9,6 +9,7 @@ import pytest
 from quatro_ray.config import WeightSyncConfig
 from quatro_ray.errors import WeightSyncError
 from quatro_ray.failures import LearnerLost, TransferFailed
+from quatro_ray.types import Installed
 from quatro_ray.weight_sync.agreement import AgreementCheck, Scored, fixed_sequences
 from quatro_ray.weight_sync.coordinator import Update, WeightSyncCoordinator
 from quatro_ray.weight_sync.engine_client import EngineClient
@@ -18,6 +19,9 @@ class Engine:
     def __init__(self, running: int = 2, stuck_in: str = "") -> None:
         self.running, self.stuck_in = running, stuck_in
         self.version, self.paused, self.calls = 0, False, []  # type: ignore[var-annotated]
+        self.receiving: bool = False
+        self.received: int | None = None
+        """The version that arrived and is not installed."""
         self.off_by: list[float] = []
         """By how many nats each of the next scores is wrong."""
         self.sampling_off_by = 0.0
@@ -35,6 +39,16 @@ class Engine:
     async def resume(self) -> None:
         await self._maybe_hang("resume")
         self.paused = False
+
+    async def receive_weights(self) -> None:
+        await self._maybe_hang("receive_weights")
+        self.receiving = True
+
+    async def install_weights(self, version: int) -> Installed:
+        await self._maybe_hang("install_weights")
+        assert self.received is not None
+        self.version, self.received = self.received, None
+        return Installed(self.version, self.running, pause_s=self.running / 100)
 
     async def policy_version(self) -> int:
         await self._maybe_hang("policy_version")
@@ -92,6 +106,8 @@ class Sender:
         self.failures = failures
         self.connections: list[list[Engine]] = []
         self.offset = 0
+        self.during_send: Any = None
+        """Called with the engines while the weights are under way."""
 
     async def open_transfer(self, engines: Any) -> None:
         self.connections.append(list(engines))
@@ -99,77 +115,133 @@ class Sender:
             raise error
 
     async def send_weights(self, version: int) -> None:
-        assert all(e.paused for e in self.connections[-1])
+        engines = self.connections[-1]
+        assert all(e.receiving != e.paused for e in engines)
+        if self.during_send is not None:
+            self.during_send(engines)
         if error := self.failures.pop("send", None):
             raise error
-        for engine in self.connections[-1]:
-            engine.version = version + self.offset
+        for engine in engines:
+            if engine.receiving:
+                engine.received, engine.receiving = version + self.offset, False
+            else:
+                engine.version = version + self.offset
 
 
 CONFIG = WeightSyncConfig(pause_deadline_s=0.1, transfer_deadline_s=0.1, resume_deadline_s=0.1)
 
 
-def update(fleet: Fleet, sender: Sender, *versions: int) -> list[Update]:
+PAUSED = ["pause", "resume", "policy_version"]
+"""The calls of an update during which engines are paused."""
+GENERATING = ["receive_weights", "install_weights"]
+"""The calls of one whose transfer engines generate during."""
+both_kinds = pytest.mark.parametrize("generates", [True, False], ids=["generating", "paused"])
+
+
+def update(fleet: Fleet, sender: Sender, *versions: int, generates: bool = True) -> list[Update]:
     async def run() -> list[Update]:
-        sync = WeightSyncCoordinator(fleet, sender, CONFIG, engine_deadline_s=0.3)
+        sync = WeightSyncCoordinator(fleet, sender, CONFIG, engine_deadline_s=0.3, generates_during_transfer=generates)
         return [await sync.update(v) for v in versions]
 
     return asyncio.run(run())
 
 
-def test_a_whole_update() -> None:
+@both_kinds
+def test_a_whole_update(generates: bool) -> None:
     fleet, sender = Fleet(Engine(2), Engine(3)), Sender()
-    first, second = update(fleet, sender, 4, 5)
+    first, second = update(fleet, sender, 4, 5, generates=generates)
     assert (first.version, first.num_in_flight, second.version) == (4, 5, 5)
     assert len(sender.connections) == 1  # the same engines need no new connection
-    assert all(m.client.calls == ["pause", "resume", "policy_version"] * 2 for m in fleet.slots)
+    assert all(m.client.calls == (GENERATING if generates else PAUSED) * 2 for m in fleet.slots)
     assert len(fleet.holding) == 4 and not any(m.is_updating for m in fleet.slots)
 
 
-@pytest.mark.parametrize("phase", ["pause", "resume", "policy_version"])
-def test_an_engine_that_misses_a_phase_is_taken_out_and_the_others_go_on(phase: str) -> None:
+def test_engines_count_as_paused_only_while_they_are() -> None:
+    fleet, sender = Fleet(Engine(2), Engine(3)), Sender()
+    sender.during_send = lambda _: updating.append([slot.is_updating for slot in fleet.slots])
+    updating: list[list[bool]] = []
+    (done,) = update(fleet, sender, 1, generates=True)
+    update(fleet, sender, 2, generates=False)
+    assert updating == [[False, False], [True, True]]
+    assert done.pause_s == 0.03  # as the slower engine reports
+
+
+@pytest.mark.parametrize(("phase", "generates"), [(p, True) for p in GENERATING] + [(p, False) for p in PAUSED])
+def test_an_engine_that_misses_a_phase_is_taken_out_and_the_others_go_on(phase: str, generates: bool) -> None:
     fleet, sender = Fleet(Engine(2, stuck_in=phase), Engine(3)), Sender()
-    (done,) = update(fleet, sender, 1)
+    (done,) = update(fleet, sender, 1, generates=generates)
     assert fleet.whys == [f"weight sync: '{phase}' missed its deadline of 0.1 s"]
     assert done.num_in_flight == 3 and [m.client.running for m in fleet.holding] == [3]
 
 
-def test_after_a_failed_transfer_no_engine_of_it_is_trusted() -> None:
+def test_an_engine_that_does_not_receive_holds_up_no_transfer() -> None:
+    """The others receive again over a new connection: over the old one they would wait for what it sends next."""
+    fleet, sender = Fleet(Engine(stuck_in="receive_weights"), other := Engine()), Sender()
+    sent_to: list[int] = []
+    sender.during_send = lambda engines: sent_to.append(len(engines))
+    update(fleet, sender, 1)
+    assert sent_to == [1] and [len(c) for c in sender.connections] == [2, 1]
+    assert other.calls == ["receive_weights", *GENERATING]
+
+
+def test_an_update_that_is_cancelled_while_engines_begin_to_receive_leaves_no_connection() -> None:
+    async def run() -> None:
+        sync = WeightSyncCoordinator(fleet, sender, CONFIG, engine_deadline_s=0.3, generates_during_transfer=True)
+        cancelled = asyncio.ensure_future(sync.update(1))
+        while not engine.calls:
+            await asyncio.sleep(0)
+        cancelled.cancel()
+        await asyncio.gather(cancelled, return_exceptions=True)
+        engine.stuck_in = ""
+        await sync.update(1)
+
+    engine = Engine(stuck_in="receive_weights")
+    fleet, sender = Fleet(engine), Sender()
+    asyncio.run(run())
+    assert len(sender.connections) == 2 and not fleet.whys
+
+
+@both_kinds
+def test_after_a_failed_transfer_no_engine_of_it_is_trusted(generates: bool) -> None:
     """It may hold a part of the new weights."""
     fleet, sender = Fleet(Engine(), Engine()), Sender(send=TransferFailed("broken pipe"))
     with pytest.raises(WeightSyncError, match=r"no engine ran within 0\.3 s; the last failure: broken pipe"):
-        update(fleet, sender, 7)
+        update(fleet, sender, 7, generates=generates)
     assert len(fleet.whys) == 2 and not fleet.holding
     assert all("in doubt, the update to version 7 failed: broken pipe" in why for why in fleet.whys)
 
 
-def test_a_learner_that_dies_is_told_apart_and_leaves_engines_in_doubt() -> None:
+@both_kinds
+def test_a_learner_that_dies_is_told_apart_and_leaves_engines_in_doubt(generates: bool) -> None:
     fleet = Fleet(Engine())
     with pytest.raises(LearnerLost, match="a rank died"):
-        update(fleet, Sender(send=LearnerLost("a rank died")), 1)
+        update(fleet, Sender(send=LearnerLost("a rank died")), 1, generates=generates)
     assert "in doubt" in fleet.whys[0]
 
 
-def test_a_connection_that_fails_blames_who_does_not_answer() -> None:
+@both_kinds
+def test_a_connection_that_fails_blames_who_does_not_answer(generates: bool) -> None:
     fleet, sender = Fleet(Engine(stuck_in="policy_version"), Engine()), Sender(open=TransferFailed("timed out"))
-    (done,) = update(fleet, sender, 1)
+    (done,) = update(fleet, sender, 1, generates=generates)
     assert done.version == 1
     assert fleet.whys == ["weight sync: 'policy_version' missed its deadline of 0.1 s"]
     assert [len(c) for c in sender.connections] == [2, 1]
 
 
-def test_a_connection_that_nobody_can_be_blamed_for_starts_all_again() -> None:
+@both_kinds
+def test_a_connection_that_nobody_can_be_blamed_for_starts_all_again(generates: bool) -> None:
     fleet = Fleet(Engine(), Engine())
     with pytest.raises(WeightSyncError, match="no engine ran"):
-        update(fleet, Sender(open=TransferFailed("timed out")), 1)
+        update(fleet, Sender(open=TransferFailed("timed out")), 1, generates=generates)
     assert fleet.whys == ["could not be connected to the learner"] * 2
 
 
-def test_a_version_that_did_not_arrive_takes_the_engine_out() -> None:
+@both_kinds
+def test_a_version_that_did_not_arrive_takes_the_engine_out(generates: bool) -> None:
     fleet, sender = Fleet(Engine()), Sender()
     sender.offset = -1
     with pytest.raises(WeightSyncError, match="no engine ran"):
-        update(fleet, sender, 5)
+        update(fleet, sender, 5, generates=generates)
     assert fleet.whys == ["reports version 4 after an update to version 5"] and not fleet.holding
 
 
@@ -207,7 +279,7 @@ def checked(fleet: Fleet, *versions: int, every: int = 1, max_tokens: int = 30) 
     agreement = AgreementCheck(scorer, max_tokens, max_nats=0.01, every_updates=every, deadline_s=0.1)
 
     async def run() -> list[Update]:
-        sync = WeightSyncCoordinator(fleet, Sender(), CONFIG, 0.3, agreement)
+        sync = WeightSyncCoordinator(fleet, Sender(), CONFIG, 0.3, generates_during_transfer=True, agreement=agreement)
         return [await sync.update(v) for v in versions]
 
     return asyncio.run(run()), scorer.num_calls
@@ -233,7 +305,7 @@ def test_an_engine_that_differs_gets_the_weights_again() -> None:
     fleet = Fleet(engine, other)
     (update,), num_calls = checked(fleet, 1)
     assert num_calls == 2 and not fleet.whys
-    assert engine.calls.count("pause") == other.calls.count("pause") == 2
+    assert engine.calls.count("install_weights") == other.calls.count("install_weights") == 2
     assert update.logprob_abs_diff == pytest.approx(0, abs=1e-6)
     assert {slot.client for slot in fleet.holding} == {engine, other}
 
