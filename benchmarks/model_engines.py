@@ -60,30 +60,19 @@ def difference(left: Sequence[Sequence[float]], right: Sequence[Sequence[float]]
 
 
 class Client:
-    """Calls one engine, whose event loop runs in another thread; vLLM's VLLMWeightSyncClient."""
+    """Calls one engine, whose event loop runs in another thread; as much of vLLM's client as gloo calls."""
 
     def __init__(self, engine: Any, loop: asyncio.AbstractEventLoop) -> None:
         self._engine = engine
         self._loop = loop
 
-    def _call(self, method: str, *args: Any) -> Any:
+    def call(self, method: str, *args: Any) -> Any:
+        """Return what a coroutine of the engine returns."""
         return asyncio.run_coroutine_threadsafe(getattr(self._engine, method)(*args), self._loop).result(DEADLINE_S)
 
     def init_weight_transfer_engine(self, init_info: dict[str, Any]) -> None:
         """Connect the engine's workers."""
-        self._call("init_weight_transfer_engine", init_info)
-
-    def start_weight_update(self) -> None:
-        """Prepare the workers."""
-        self._call("start_weight_update")
-
-    def update_weights(self, update_info: dict[str, Any]) -> None:
-        """Let the workers receive the tensors."""
-        self._call("update_weights", update_info)
-
-    def finish_weight_update(self) -> None:
-        """Complete the update as version 1."""
-        self._call("finish_weight_update", 1)
+        self.call("init_weight_transfer_engine", init_info)
 
 
 async def with_engine(path: Path, work: Callable[[Any], Any], **settings: object) -> Any:
@@ -131,22 +120,26 @@ def free_port() -> int:
 
 
 def send(model: Any, engine: Any, loop: asyncio.AbstractEventLoop, num_workers: int = 1) -> None:
-    """Send all weights, under their names and in their layout on disk, as a learner of one rank does."""
+    """Send all weights as version 1, under their names and in their layout on disk, as a learner of one rank does."""
     from quatro_ray.engines.policy import as_on_disk
     from quatro_ray.weight_sync.sender import open_transfer
     from quatro_ray.weight_sync.zero_source import ZeroWeightSource
 
     source = ZeroWeightSource(dict(model.named_parameters()), lambda state: as_on_disk(model, state))
-    open_transfer(
+    client = Client(engine, loop)
+    transfer = open_transfer(
         "gloo",
         rank=0,
         master_address="127.0.0.1",
         master_port=free_port(),
         num_workers=num_workers,
         deadline_s=DEADLINE_S,
-        client=Client(engine, loop),  # type: ignore[arg-type]  # the calls that vLLM's trainer makes
+        client=client,  # type: ignore[arg-type]
         source=source,
-    ).send_weights()
+    )
+    client.call("receive_weights")
+    transfer.send_weights()
+    client.call("install_weights", 1)
 
 
 def measure(name: str, folder: Path, *, with_export: bool = True) -> dict[str, float | str]:

@@ -121,7 +121,7 @@ class LearnerActor(HostMixin):
         )
 
     def send_weights(self, version: int) -> None:
-        """Send the weights to the connected engines, which then hold `version`.
+        """Send the weights to the connected engines. With gloo they still have to load them.
 
         If the connection fails, this rank still takes part in all gathers, so that the ranks stay in step.
 

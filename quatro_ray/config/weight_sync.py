@@ -17,9 +17,11 @@ class WeightSyncConfig(Section):
     rendezvous_deadline_s: float = Field(120, gt=0)
     """Seconds within which learner and engines must connect to each other."""
     pause_deadline_s: float = Field(30, gt=0)
-    """Seconds within which an engine must pause generation; one that does not is restarted."""
+    """Seconds within which an engine must pause generation, or with gloo begin to receive; one that does not is
+    restarted."""
     transfer_deadline_s: float = Field(300, gt=0)
-    """Seconds within which the weights must arrive. Raise it for large models or slow networks."""
+    """Seconds within which the weights must arrive, and with gloo be loaded after that. Raise it for large models or
+    slow networks."""
     resume_deadline_s: float = Field(30, gt=0)
     """Seconds within which an engine must resume generation and report its version."""
     check_every_updates: int = Field(10, ge=1)

@@ -128,7 +128,7 @@ class Cluster:
                 self.learner,
                 config.weight_sync,
                 _STARTS_WAITED_FOR * config.generator.start_deadline_s,
-                generates_during_transfer=False,
+                generates_during_transfer=config.sync_backend == "gloo",
                 agreement=_agreement(config, self.learner),
             ),
             checkpoints=checkpoint_store(config),

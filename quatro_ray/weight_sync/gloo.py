@@ -1,16 +1,24 @@
 """vLLM weight transfer over gloo, for machines without an accelerator.
 
-It has the life cycle of vLLM's NCCL back end: one rendezvous, then for each update start → receive → finish. A tensor
-is sent by one broadcast from rank 0, the trainer.
+The engines receive while they generate. After one rendezvous, each update has three phases:
+
+1. the workers begin to receive, each in a thread of its own (`update_weights`, which returns at once);
+2. rank 0 of the trainer sends all tensors by broadcasts (`send_weights`);
+3. while the engine is paused, the workers load what they have received (`finish_weight_update`).
+
+From the second phase to the third each worker holds one more copy of all weights in host memory.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
+import math
+from collections.abc import Callable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from datetime import timedelta
-from typing import Any, ClassVar, Self
+from itertools import islice
+from threading import Thread
+from typing import Any, ClassVar, Self, TypeVar
 
 import torch
 from torch.distributed import BroadcastOptions, ProcessGroup
@@ -25,25 +33,63 @@ from vllm.distributed.weight_transfer.base import (
     WeightTransferUpdateInfo,
 )
 
+T = TypeVar("T")
+
+_BUCKET_BYTES = 16 << 20
+"""Most bytes of a broadcast, unless one tensor alone has more: each broadcast wakes every process of the group."""
+
+
+@dataclass
+class Layout:
+    """The tensors of an update: one entry for each, in the order of the trainer's source."""
+
+    names: list[str]
+    dtype_names: list[str]
+    shapes: list[list[int]]
+
+    @classmethod
+    def of(cls, source: WeightSource) -> Self:
+        """Return the layout of a source, without gathering anything."""
+        meta = source.metadata()
+        return cls(
+            names=[m.name for m in meta],
+            dtype_names=[str(m.dtype).removeprefix("torch.") for m in meta],
+            shapes=[list(m.shape) for m in meta],
+        )
+
+    def buckets(self) -> Iterator[slice]:
+        """Yield the tensors of each broadcast: neighbours of one dtype that fit into _BUCKET_BYTES, or a larger one."""
+        first, num_bytes = 0, 0
+        for i, (dtype, shape) in enumerate(zip(self.dtype_names, self.shapes, strict=True)):
+            size = math.prod(shape) * getattr(torch, dtype).itemsize
+            if i > first and (dtype != self.dtype_names[first] or num_bytes + size > _BUCKET_BYTES):
+                yield slice(first, i)
+                first, num_bytes = i, 0
+            num_bytes += size
+        if self.names:
+            yield slice(first, len(self.names))
+
 
 @dataclass(kw_only=True)
 class GlooInitInfo(WeightTransferInitInfo):
-    """Arguments for a worker to join; its rank is `rank_offset` plus its number inside the engine."""
+    """Arguments for a worker to join; its rank is `rank_offset` plus its number inside the engine.
+
+    Attributes:
+        timeout_s: limit of the rendezvous and of each broadcast, seconds.
+        layout: fields of a Layout.
+    """
 
     master_address: str
     master_port: int
     rank_offset: int
     world_size: int
     timeout_s: float
+    layout: dict[str, Any]
 
 
 @dataclass
 class GlooUpdateInfo(WeightTransferUpdateInfo):
-    """Metadata of one update: one entry per tensor, in the order of the broadcasts."""
-
-    names: list[str]
-    dtype_names: list[str]
-    shapes: list[list[int]]
+    """Has no fields, because all updates of a connection have the same layout."""
 
 
 @dataclass
@@ -72,15 +118,45 @@ def _broadcast(group: ProcessGroup, tensor: torch.Tensor) -> None:
     group.broadcast([tensor], options).wait()
 
 
-def _received(group: ProcessGroup, update_info: GlooUpdateInfo) -> Iterator[tuple[str, torch.Tensor]]:
-    for name, dtype, shape in zip(update_info.names, update_info.dtype_names, update_info.shapes, strict=True):
-        tensor = torch.empty(shape, dtype=getattr(torch, dtype))
-        _broadcast(group, tensor)
-        yield name, tensor
+def _send(group: ProcessGroup, layout: Layout, source: WeightSource) -> None:
+    """Broadcast all tensors of a source; it holds one bucket beside the tensors that the source gathers."""
+    weights = iter(source)
+    for bucket in layout.buckets():
+        names, tensors = zip(*islice(weights, bucket.stop - bucket.start), strict=True)
+        assert list(names) == layout.names[bucket], f"the source yielded {names}, not {layout.names[bucket]}"
+        _broadcast(group, torch.cat([tensor.reshape(-1) for tensor in tensors]))
+    assert next(weights, None) is None, "the source yielded more tensors than its metadata has"
+
+
+def _receive(group: ProcessGroup, layout: Layout) -> list[tuple[str, torch.Tensor]]:
+    """Return all tensors by name, as views of the buffers that they came in."""
+    received: list[tuple[str, torch.Tensor]] = []
+    for bucket in layout.buckets():
+        shapes = layout.shapes[bucket]
+        sizes = [math.prod(shape) for shape in shapes]
+        buffer = torch.empty(sum(sizes), dtype=getattr(torch, layout.dtype_names[bucket.start]), device="cpu")
+        _broadcast(group, buffer)
+        tensors = (part.view(shape) for part, shape in zip(buffer.split(sizes), shapes, strict=True))
+        received.extend(zip(layout.names[bucket], tensors, strict=True))
+    return received
+
+
+def _in_background(work: Callable[[], T]) -> Future[T]:
+    """Return the future of `work` in a daemon thread; that of an executor would keep the process from ending."""
+    future: Future[T] = Future()
+
+    def run() -> None:
+        try:
+            future.set_result(work())
+        except BaseException as error:
+            future.set_exception(error)
+
+    Thread(target=run, name="receives weights", daemon=True).start()
+    return future
 
 
 class GlooWeightTransferEngine(WeightTransferEngine[GlooInitInfo, GlooUpdateInfo]):
-    """Worker side: receives checkpoint-format tensors and loads them layer by layer."""
+    """Worker side: receives checkpoint-format tensors in the background, and loads them when the update is finished."""
 
     init_info_cls = GlooInitInfo
     update_info_cls = GlooUpdateInfo
@@ -88,6 +164,9 @@ class GlooWeightTransferEngine(WeightTransferEngine[GlooInitInfo, GlooUpdateInfo
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         self._group: ProcessGroup | None = None
+        self._layout = Layout([], [], [])
+        self._timeout_s = 0.0
+        self._received: Future[list[tuple[str, torch.Tensor]]] | None = None
 
     def init_transfer_engine(self, init_info: GlooInitInfo) -> None:
         """Join the process group; this blocks until the trainer joins, for at most `timeout_s`."""
@@ -96,17 +175,45 @@ class GlooWeightTransferEngine(WeightTransferEngine[GlooInitInfo, GlooUpdateInfo
         self._group = _join(
             init_info.master_address, init_info.master_port, rank, init_info.world_size, init_info.timeout_s
         )
+        self._layout, self._timeout_s = Layout(**init_info.layout), init_info.timeout_s
 
     def start_weight_update(self) -> None:
-        """Prepare every layer to load weights in checkpoint format."""
-        from vllm.model_executor.model_loader.reload import initialize_layerwise_reload
+        """Do nothing: the model is in use until `finish_weight_update`."""
 
-        initialize_layerwise_reload(self.model)
+    def update_weights(self, update_info: dict[str, Any]) -> None:
+        """Begin to receive; overrides the base class, which would synchronise an accelerator."""
+        self.receive_weights(self.parse_update_info(update_info))
+
+    def receive_weights(self, update_info: GlooUpdateInfo) -> None:
+        """Begin to receive, and return at once.
+
+        A transfer that was begun over an earlier connection is forgotten; its thread ends with that connection.
+
+        Raises:
+            RuntimeError: `init_transfer_engine` was not called.
+        """
+        if self._group is None:
+            raise RuntimeError("init_transfer_engine() must be called before the first update")
+        group, layout = self._group, self._layout
+        self._received = _in_background(lambda: _receive(group, layout))
 
     def finish_weight_update(self) -> None:
-        """Finish the reload of all layers, and pack the weights again that vLLM packs only when it loads a model."""
-        from vllm.model_executor.model_loader.reload import finalize_layerwise_reload
+        """Load what was received; the caller has paused the engine.
 
+        The model gets one iterator, as from a checkpoint: each call of `load_weights` looks up all its parameters. Then
+        the weights are packed again that vLLM packs only when it loads a model.
+
+        Raises:
+            RuntimeError: nothing was received.
+            TimeoutError: the weights did not arrive within `timeout_s`; the model still has its old weights.
+        """
+        from vllm.model_executor.model_loader.reload import finalize_layerwise_reload, initialize_layerwise_reload
+
+        if self._received is None:
+            raise RuntimeError("update_weights() must be called before finish_weight_update()")
+        weights, self._received = self._received.result(self._timeout_s), None
+        initialize_layerwise_reload(self.model)
+        self.model.load_weights(iter(weights))
         finalize_layerwise_reload(self.model, self.model_config)
         self._repack_tied_heads()
         self._repack_experts()
@@ -137,43 +244,31 @@ class GlooWeightTransferEngine(WeightTransferEngine[GlooInitInfo, GlooUpdateInfo
             if isinstance(layer, RoutedExperts) and isinstance(method, UnquantizedFusedMoEMethod) and method.moe_kernel:
                 method.moe_kernel.fused_experts.process_weights_after_loading(layer)
 
-    def update_weights(self, update_info: dict[str, Any]) -> None:
-        """Receive one update; overrides the base class, which would synchronise an accelerator."""
-        self.receive_weights(self.parse_update_info(update_info))
-
-    def receive_weights(self, update_info: GlooUpdateInfo) -> None:
-        """Receive the tensors one by one, while the model loads them.
-
-        The model gets one iterator, as from a checkpoint: each call of `load_weights` looks up all its parameters.
-
-        Args:
-            update_info: the tensors, in the order in which the trainer sends them.
-
-        Raises:
-            RuntimeError: `init_transfer_engine` was not called.
-        """
-        if self._group is None:
-            raise RuntimeError("init_transfer_engine() must be called before the first update")
-        tensors = _received(self._group, update_info)
-        self.model.load_weights(tensors)
-        for _ in tensors:  # what the model does not ask for is sent too
-            pass
-
     def shutdown(self) -> None:
         """Drop the process group; `init_transfer_engine` may be called again."""
         self._group = None
 
 
 class GlooTrainerWeightTransferEngine(TrainerWeightTransferEngine[GlooTrainerInitInfo]):
-    """Trainer side: every rank iterates the source (a collective); rank 0 also sends and drives the engines."""
+    """Trainer side: every rank iterates the source (a collective), and rank 0 sends what it yields.
+
+    The caller lets the engines begin to receive before `send_weights`, and lets them load afterwards.
+    """
 
     init_info_cls = GlooTrainerInitInfo
 
     def __init__(
-        self, *, client: VLLMWeightSyncClient, source: WeightSource, is_sender: bool, group: ProcessGroup | None
+        self,
+        *,
+        client: VLLMWeightSyncClient,
+        source: WeightSource,
+        is_sender: bool,
+        group: ProcessGroup | None,
+        layout: Layout,
     ) -> None:
         super().__init__(client=client, source=source, is_sender=is_sender)
         self._group = group
+        self._layout = layout
 
     @classmethod
     def trainer_init(
@@ -192,8 +287,9 @@ class GlooTrainerWeightTransferEngine(TrainerWeightTransferEngine[GlooTrainerIni
         """
         if source is None:
             raise ValueError("the gloo back end needs a WeightSource to send; pass source=")
+        layout = Layout.of(source)
         if not init_info.is_sender:
-            return cls(client=client, source=source, is_sender=False, group=None)
+            return cls(client=client, source=source, is_sender=False, group=None, layout=layout)
         address, port, world_size = init_info.master_address, init_info.master_port, init_info.world_size
         worker_info = GlooInitInfo(
             master_address=address,
@@ -201,40 +297,23 @@ class GlooTrainerWeightTransferEngine(TrainerWeightTransferEngine[GlooTrainerIni
             rank_offset=1,
             world_size=world_size,
             timeout_s=init_info.timeout_s,
+            layout=asdict(layout),
         )
         # the workers block until rank 0 joins, so the call to them must run beside our own
         with ThreadPoolExecutor(max_workers=1) as executor:
             future = executor.submit(client.init_weight_transfer_engine, asdict(worker_info))
             group = _join(address, port, 0, world_size, init_info.timeout_s)
             future.result(timeout=init_info.timeout_s)
-        return cls(client=client, source=source, is_sender=True, group=group)
+        return cls(client=client, source=source, is_sender=True, group=group, layout=layout)
 
     def send_weights(self) -> None:
-        """Send all weights, and drive the update of the engines; a collective over the trainer ranks."""
+        """Send all weights to engines that already receive; a collective over the trainer ranks."""
         assert self.source is not None
-        if not self.is_sender:
-            for _ in self.source:
-                pass
+        if self._group is not None:
+            _send(self._group, self._layout, self.source)
             return
-        assert self._group is not None
-        meta = self.source.metadata()
-        update = GlooUpdateInfo(
-            names=[m.name for m in meta],
-            dtype_names=[str(m.dtype).removeprefix("torch.") for m in meta],
-            shapes=[list(m.shape) for m in meta],
-        )
-        self.client.start_weight_update()
-        executor = ThreadPoolExecutor(max_workers=1)
-        try:
-            future = executor.submit(self.client.update_weights, asdict(update))
-            for expected, (name, tensor) in zip(meta, self.source, strict=True):
-                assert name == expected.name, f"the source yielded {name}, its metadata says {expected.name}"
-                _broadcast(self._group, tensor.contiguous())
-            future.result()  # without a timeout, because the client's own calls have the deadline
-        finally:
-            # after a failed broadcast the other side stays blocked; joining its thread would hide the error
-            executor.shutdown(wait=False)
-        self.client.finish_weight_update()
+        for _ in self.source:
+            pass
 
     def shutdown(self) -> None:
         """Drop the process group."""
