@@ -295,7 +295,9 @@ class GenerationEngine:
         """Load the weights that `receive_weights` received; requests are paused and continue under `version`."""
         start = time.monotonic()
         with _engine_death():
-            num_in_flight = await self.pause()
+            num_in_flight = self._num_running
+            # pause_generation would also wait 20 ms for outputs on their way here, which carry their version already
+            await self.llm.engine_core.pause_scheduler_async(mode="keep", clear_cache=False)
             await self.finish_weight_update(version)
             self._is_receiving = False
             reported = await self.policy_version()
