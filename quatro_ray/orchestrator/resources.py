@@ -172,6 +172,9 @@ def _memory(config: Config) -> list[str]:
         + (" (optimiser part on the CPU)" if config.learner.offload == "cpu" else ""),
         f"  engine: {weights:.3f} GiB of weights a device",
     ]
+    if config.sync_backend == "gloo":
+        received = parameters * _BYTES[config.learner.dtype] / gib
+        lines.append(f"  engine: {received:.3f} GiB of host memory a device while it receives new weights")
     cache = config.generator.kv_cache_gib or (CPU_KV_CACHE_GIB if config.cluster.device == "cpu" else None)
     if cache is not None:
         lines.append(f"  engine: {cache:g} GiB of keys and values")

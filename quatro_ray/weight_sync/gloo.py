@@ -6,7 +6,8 @@ The engines receive while they generate. After one rendezvous, each update has t
 2. rank 0 of the trainer sends all tensors by broadcasts (`send_weights`);
 3. while the engine is paused, the workers load what they have received (`finish_weight_update`).
 
-From the second phase to the third each worker holds one more copy of all weights in host memory.
+From the second phase to the third each worker holds one more copy of all weights in host memory, in the trainer's dtype
+and not divided between the workers of an engine.
 """
 
 from __future__ import annotations

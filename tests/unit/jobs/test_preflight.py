@@ -153,7 +153,9 @@ def test_an_engine_reserves_a_device_for_each_worker_of_each_copy(tmp_path: Path
 @pytest.mark.parametrize("kind", ["float32", "bfloat16"])
 def test_plan_counts_weights_by_their_headers(tmp_path: Path, folder: Path, kind: str) -> None:
     save_file({"a": torch.zeros(377_472, dtype=getattr(torch, kind))}, folder / "model.safetensors")
-    assert "  377,472 parameters" in describe(pretrained(tmp_path, folder)).splitlines()
+    lines = describe(pretrained(tmp_path, folder)).splitlines()
+    assert "  377,472 parameters" in lines
+    assert "  engine: 0.001 GiB of host memory a device while it receives new weights" in lines
 
 
 def test_devices_and_memory_of_this_machine(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
