@@ -2,16 +2,17 @@
 
 The model and the long-tailed lengths of benchmarks/counting.py, engine and learner pinned to one core each:
 
-- G: tokens a second of the engine alone, under the load that it has in the system;
-- L: trained tokens a second of the learner alone, on the groups that the engine made for G;
+- G: tokens a second of the engine by itself, under the load that it has in the system;
+- L: trained tokens a second of the learner by itself, on groups that the engine made before;
 - P: trained tokens a second of the whole system with `max_staleness: 6`, after its first steps; with 2 the engine may
   not begin enough groups to be full while it waits for the longest responses, and P is bound by that;
 - S: the same with `max_staleness: 0`, where engine and learner wait for each other.
 
 P is at most min(G, L), and P/S at most (1/G + 1/L)·min(G, L). In the first case both sides are about as fast, in the
-second the engine is half as fast, because it decodes fewer responses at a time. The other processes of the system share
-both cores. G, L and P are medians of rounds in which they take turns; S is of one run. The last line is JSON; the exit
-status is 1 if a case misses a target.
+second the engine is half as fast, because it decodes fewer responses at a time. G and L are measured at the same time,
+because two cores share caches and memory; neither side waits for the other. In P and S the other processes of the
+system share both cores. G, L and P are medians of rounds; S is of one run. The last line is JSON; the exit status is 1
+if a case misses a target.
 """
 
 from __future__ import annotations
@@ -20,11 +21,12 @@ import argparse
 import asyncio
 import json
 import os
+import signal
 import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from itertools import count, cycle
@@ -42,9 +44,9 @@ ENGINE_CORE, LEARNER_CORE = 0, 1
 _CORES = {"GeneratorActor": ENGINE_CORE, "EngineCore": ENGINE_CORE, "LearnerActor": LEARNER_CORE}
 _MAX_STALENESS = 6
 _ROUNDS = 3
-_NUM_STEPS, _NUM_WARMUP_STEPS, _NUM_LAST_STEPS = 26, 6, 4
-_GENERATED_GROUPS, _WARMUP_GROUPS = 128, 32
-_TRAINED_BATCHES, _WARMUP_BATCHES = 10, 2
+_NUM_STEPS, _NUM_WARMUP_STEPS, _NUM_LAST_STEPS = 26, 6, 6
+_RECORDED_GROUPS, _WARMUP_BATCHES = 96, 2
+_MEASURED_S = 40.0
 _DEADLINE_S = 1_200
 _ENV = {"OMP_NUM_THREADS": "1", "VLLM_LOGGING_LEVEL": "WARNING", "VLLM_CPU_OMP_THREADS_BIND": "nobind"}
 
@@ -78,11 +80,32 @@ def config(case: Case, **settings: Any) -> Config:
     )
 
 
-# The engine alone
+# Each side by itself
 
 
-async def generate(case: Case, groups_file: Path) -> float:
-    """Keep an engine as busy as the system does; write its groups, and return tokens a second."""
+class Together:
+    """Lets two processes begin to measure at the same moment: each makes a file and waits for that of the other."""
+
+    def __init__(self, folder: Path, part: str) -> None:
+        self._mine = folder / f"{part}.ready"
+        self._other = folder / f"{'train' if part == 'generate' else 'generate'}.ready"
+        self._deadline = time.monotonic() + _DEADLINE_S
+
+    def is_ready(self) -> bool:
+        """Say that this process is ready, and return whether the other one is, too."""
+        if time.monotonic() > self._deadline:
+            raise TimeoutError(f"the other side was not ready within {_DEADLINE_S} s")
+        self._mine.touch()
+        return self._other.exists()
+
+
+async def generate(case: Case, groups_file: Path, start: Together | None) -> float:
+    """Keep an engine as busy as the system does, and return tokens a second.
+
+    Args:
+        groups_file: receives the groups.
+        start: when to begin to measure; None to make some groups only.
+    """
     from quatro_ray.engines.generation import GenerationEngine
     from quatro_ray.replay.serialization import to_bytes
     from quatro_ray.types import Query, Response, RolloutGroup, SamplingParams, Score
@@ -92,7 +115,7 @@ async def generate(case: Case, groups_file: Path) -> float:
     engine = GenerationEngine(str(START), settings.generator, device="cpu", sync_backend="gloo", seed=0)
     await engine.start()
     groups: list[RolloutGroup] = []
-    numbers, begun, first = count(), 0.0, 0
+    numbers = count()
 
     async def one(number: int) -> RolloutGroup:
         row = rows[number % len(rows)]
@@ -103,15 +126,20 @@ async def generate(case: Case, groups_file: Path) -> float:
         return replace(group, rollouts=tuple(replace(r, score=s) for r, s in zip(group.rollouts, scores, strict=True)))
 
     async def keep_busy() -> None:
-        nonlocal begun, first
-        while len(groups) < _GENERATED_GROUPS:
+        while True:
             groups.append(await one(next(numbers)))
-            if len(groups) == _WARMUP_GROUPS:
-                begun, first = time.perf_counter(), engine.load().num_sampled_tokens
 
     workers = [asyncio.create_task(keep_busy()) for _ in range(settings.generator.max_groups_in_flight)]
-    await asyncio.wait(workers, return_when=asyncio.FIRST_COMPLETED)
-    speed = (engine.load().num_sampled_tokens - first) / (time.perf_counter() - begun)
+    speed = 0.0
+    if start is None:
+        while len(groups) < _RECORDED_GROUPS:
+            await asyncio.sleep(0.1)
+    else:
+        while len(groups) < _RECORDED_GROUPS // 3 or not start.is_ready():
+            await asyncio.sleep(0.1)
+        begun, first = time.perf_counter(), engine.load().num_sampled_tokens
+        await asyncio.sleep(_MEASURED_S)
+        speed = (engine.load().num_sampled_tokens - first) / (time.perf_counter() - begun)
     for worker in workers:
         worker.cancel()
     await asyncio.gather(*workers, return_exceptions=True)
@@ -121,10 +149,7 @@ async def generate(case: Case, groups_file: Path) -> float:
     return speed
 
 
-# The learner alone
-
-
-def train(case: Case, groups_file: Path) -> float:
+def train(case: Case, groups_file: Path, start: Together) -> float:
     """Train on recorded groups, and return response tokens a second."""
     import torch
 
@@ -145,20 +170,22 @@ def train(case: Case, groups_file: Path) -> float:
     engine = LearningEngine(spec, rank=0)
     engine.start("127.0.0.1", free_port())
     groups = cycle([from_bytes(bytes.fromhex(line)) for line in groups_file.read_text().splitlines()])
-    num_tokens, begun = 0, 0.0
-    for number in range(_TRAINED_BATCHES):
-        if number == _WARMUP_BATCHES:
-            num_tokens, begun = 0, time.perf_counter()
+
+    def step() -> int:
         chosen = [next(groups) for _ in range(settings.replay.groups_per_step)]
-        batch = pack(
-            chosen,
-            Lineage.unbroken(engine.version),
-            num_ranks=1,
-            rank=0,
-            tokens_per_micro_batch=learner.tokens_per_micro_batch,
-        )
+        tokens = learner.tokens_per_micro_batch
+        lineage = Lineage.unbroken(engine.version)
+        batch = pack(chosen, lineage, num_ranks=1, rank=0, tokens_per_micro_batch=tokens)
         engine.train_step(batch, engine.version)
-        num_tokens += len(batch.rollout_index)
+        return len(batch.rollout_index)
+
+    for _ in range(_WARMUP_BATCHES):
+        step()
+    while not start.is_ready():
+        step()  # the other side is to find this core busy
+    num_tokens, begun = 0, time.perf_counter()
+    while time.perf_counter() - begun < _MEASURED_S:
+        num_tokens += step()
     speed = num_tokens / (time.perf_counter() - begun)
     engine.shutdown()
     return speed
@@ -166,23 +193,45 @@ def train(case: Case, groups_file: Path) -> float:
 
 def run_part(part: str, name: str, groups_file: Path) -> float:
     """Measure one side in this process, on its core."""
-    if part == "generate":
-        os.sched_setaffinity(0, {ENGINE_CORE})
-        return asyncio.run(generate(CASES[name], groups_file))
-    os.sched_setaffinity(0, {LEARNER_CORE})
-    return train(CASES[name], groups_file)
+    case, start = CASES[name], Together(groups_file.parent, part)
+    if part == "train":
+        os.sched_setaffinity(0, {LEARNER_CORE})
+        return train(case, groups_file, start)
+    os.sched_setaffinity(0, {ENGINE_CORE})
+    if part == "record":
+        return asyncio.run(generate(case, groups_file, None))
+    return asyncio.run(generate(case, groups_file.with_suffix(".again"), start))
 
 
-def alone(part: str, name: str, groups_file: Path) -> float:
-    """Measure one side in a process of its own."""
+def begin_part(part: str, name: str, groups_file: Path) -> subprocess.Popen[str]:
+    """Start a part in a process of its own, whose messages go to a file beside the groups."""
     command = [sys.executable, "-m", "benchmarks.pipeline", "--part", part, "--case", name]
     command += ["--groups", str(groups_file)]
-    done = subprocess.run(
-        command, capture_output=True, text=True, timeout=_DEADLINE_S, env=os.environ | _ENV, check=False
-    )
-    if done.returncode:
-        sys.exit(f"{part}, {name}: {done.stderr[-2000:]}")
-    return float(done.stdout.splitlines()[-1])
+    with groups_file.with_name(f"{part}.log").open("w") as log:
+        return subprocess.Popen(
+            command, stdout=subprocess.PIPE, stderr=log, text=True, env=os.environ | _ENV, start_new_session=True
+        )
+
+
+def result_of(process: subprocess.Popen[str], log: Path) -> float:
+    """Return what a part has measured."""
+    output, _ = process.communicate(timeout=_DEADLINE_S)
+    if process.returncode:
+        sys.exit(f"{log.stem}: {log.read_text()[-2000:]}")
+    return float(output.splitlines()[-1])
+
+
+def run_parts(parts: Sequence[str], name: str, groups_file: Path) -> list[float]:
+    """Run parts at the same time, and return what they have measured."""
+    for left in groups_file.parent.glob("*.ready"):
+        left.unlink()
+    processes = [begin_part(part, name, groups_file) for part in parts]
+    try:
+        return [result_of(p, groups_file.with_name(f"{part}.log")) for p, part in zip(processes, parts, strict=True)]
+    finally:
+        for process in processes:
+            if process.poll() is None:  # the other one has failed
+                os.killpg(process.pid, signal.SIGKILL)
 
 
 # The whole system
@@ -232,11 +281,13 @@ def compare(name: str, num_rounds: int) -> dict[str, Any]:
         folder = Path(temporary)
         groups_file = folder / "groups"
         engines, learners, wholes = [], [], []
+        run_parts(["record"], name, groups_file)
         for number in range(num_rounds):
-            engines.append(alone("generate", name, groups_file))
-            learners.append(alone("train", name, groups_file))
+            engine, learner = run_parts(["generate", "train"], name, groups_file)
+            engines.append(engine)
+            learners.append(learner)
             wholes.append(together(case, _MAX_STALENESS, folder, number))
-            print(f"{name}: G {engines[-1]:.0f}, L {learners[-1]:.0f}, P {wholes[-1]}", flush=True)
+            print(f"{name}: G {engine:.0f}, L {learner:.0f}, P {wholes[-1]}", flush=True)
         synchronous = together(case, 0, folder)
     return figures(case, engines, learners, wholes, synchronous)
 
@@ -278,7 +329,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--case", choices=list(CASES), action="append", help="by default all")
     parser.add_argument("--rounds", type=int, default=_ROUNDS)
-    parser.add_argument("--part", choices=["generate", "train"], help=argparse.SUPPRESS)
+    parser.add_argument("--part", choices=["record", "generate", "train"], help=argparse.SUPPRESS)
     parser.add_argument("--groups", type=Path, help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     names = arguments.case or list(CASES)

@@ -74,16 +74,17 @@ def interval(rates: Sequence[float], level: float = 0.95) -> tuple[float, float]
         rates: a share of each question, in [0, 1], such as that of its correct responses.
         level: probability with which the interval holds.
     """
-    from scipy.stats import beta, norm, t
+    # quantiles of normal, Student's t and beta distributions: scipy.stats would load for more than a second
+    from scipy.special import betaincinv, ndtri, stdtrit
 
     num, mean, tail = len(rates), float(np.mean(rates)), (1 - level) / 2
     flips = float(num)
     if num > 1 and (variance := float(np.var(rates, ddof=1)) / num) > 0:
         # few questions know their variance badly, as the wider tails of Student's t say
-        flips = mean * (1 - mean) / variance * (norm.ppf(tail) / t.ppf(tail, num - 1)) ** 2
+        flips = mean * (1 - mean) / variance * float(ndtri(tail) / stdtrit(num - 1, tail)) ** 2
     successes = flips * mean
-    low = float(beta.ppf(tail, successes, flips - successes + 1)) if mean > 0 else 0.0
-    high = float(beta.ppf(1 - tail, successes + 1, flips - successes)) if mean < 1 else 1.0
+    low = float(betaincinv(successes, flips - successes + 1, tail)) if mean > 0 else 0.0
+    high = float(betaincinv(successes + 1, flips - successes, 1 - tail)) if mean < 1 else 1.0
     return low, high
 
 
