@@ -13,8 +13,12 @@ from quatro_ray.config.base import Accepts, FunctionPath, ModelPath, Section
 Extraction = Literal["whole", "boxed", "answer_tag", "hashes", "last_number"]
 
 
+MAX_ABS_REWARD = 1e6
+"""Largest magnitude of a reward, of a weight and of the weighted sum."""
+
+
 class _Reward(Section):
-    weight: float = 1.0
+    weight: float = Field(1.0, ge=-MAX_ABS_REWARD, le=MAX_ABS_REWARD)
     """Factor of this reward in the weighted sum."""
     only: tuple[str, ...] | None = None
     """Sources of data.train and data.eval that this reward scores. null: all."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 from pydantic import Field
 
 from quatro_ray.config.base import Section
+from quatro_ray.config.rewards import MAX_ABS_REWARD
 
 
 class VerifierConfig(Section):
@@ -26,5 +27,5 @@ class VerifierConfig(Section):
     """Responses that a worker scores before it is replaced, which bounds memory leaks of reward functions."""
     max_retries: int = Field(1, ge=0)
     """Retries of a group after the machinery failed; after the last one the group is dropped with that reason."""
-    exhausted_reward: float = 0.0
+    exhausted_reward: float = Field(0.0, ge=-MAX_ABS_REWARD, le=MAX_ABS_REWARD)
     """Score of a response that exceeded its limits twice."""

@@ -12,6 +12,7 @@ from importlib import import_module
 from typing import Any
 
 from quatro_ray.config import ReasoningGymRewardConfig
+from quatro_ray.rewards.answer_grammar import EXPRESSION_TASKS, LITERAL_TASKS, evaluates_literals_only, is_expression
 from quatro_ray.rewards.base import AnswerUnreadable
 from quatro_ray.rewards.extract import answer_of
 from quatro_ray.types import Query, Response
@@ -20,20 +21,8 @@ METADATA_KEY = "reasoning_gym"
 """Key in Query.metadata; its value is JSON with task, params, seed, size and index."""
 SANDBOX_VARIABLE = "QUATRO_RAY_SANDBOX"
 """Environment variable of a worker process inside the sandbox; rewards/workers.py sets it to 1."""
-EXECUTING_TASKS = frozenset(
-    {
-        "binary_matrix",
-        "countdown",
-        "intermediate_integration",
-        "n_queens",
-        "polynomial_multiplication",
-        "puzzle24",
-        "simple_integration",
-        "spiral_matrix",
-        "string_insertion",
-    }
-)
-"""Tasks whose scorers pass the response to eval or to sympy's parser, which evaluates it (reasoning-gym 0.1.25)."""
+EXECUTING_TASKS = LITERAL_TASKS | EXPRESSION_TASKS
+"""Tasks whose scorers evaluate the response. They are scored in the sandbox, as a second line of defence."""
 
 
 class ReasoningGymReward:
@@ -62,6 +51,8 @@ class ReasoningGymReward:
         entry = json.loads(query.metadata[METADATA_KEY])
         if entry["task"] in EXECUTING_TASKS and not in_sandbox():
             raise RuntimeError(f"the scorer of {entry['task']} executes responses, and this process is not sandboxed")
+        if entry["task"] in EXPRESSION_TASKS and not is_expression(answer):
+            answer = ""  # gets what the scorer gives to a text that it cannot parse
         dataset = _dataset(entry["task"], json.dumps(entry["params"], sort_keys=True), entry["seed"], entry["size"])
         score = _score(dataset, answer, dataset[entry["index"]])
         threshold = self._config.threshold
@@ -98,4 +89,7 @@ def in_sandbox() -> bool:
 def _dataset(task: str, params: str, seed: int, size: int) -> Any:
     import reasoning_gym
 
-    return reasoning_gym.create_dataset(task, seed=seed, size=size, **json.loads(params))
+    dataset = reasoning_gym.create_dataset(task, seed=seed, size=size, **json.loads(params))
+    if task in LITERAL_TASKS:
+        evaluates_literals_only(dataset)
+    return dataset

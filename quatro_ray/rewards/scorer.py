@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 import asyncio
-import math
 from collections.abc import Collection, Mapping, Sequence
 
 from quatro_ray.config import CodeRewardConfig, RewardConfig, VerifierConfig
+from quatro_ray.config.rewards import MAX_ABS_REWARD
 from quatro_ray.failures import RewardUnavailable
 from quatro_ray.isolation.self_test import self_test
 from quatro_ray.rewards.base import RemoteReward
 from quatro_ray.rewards.registry import REMOTE, applies
 from quatro_ray.rewards.workers import LocalScore, RewardProcesses
 from quatro_ray.types import Outcome, Query, Response, Score
+
+_RULE = f"a reward must be a finite number between {-MAX_ABS_REWARD:g} and {MAX_ABS_REWARD:g}"
 
 
 class Scorer:
@@ -79,11 +81,11 @@ class Scorer:
             return Score(self._config.exhausted_reward, Outcome.EXHAUSTED, local.detail)
         both = {**local.values, **remote}
         values = {name: both[name] for name in names}
-        if wrong := [name for name, value in values.items() if not math.isfinite(value)]:
-            raise RewardUnavailable(f"rewards.{wrong[0]} gave {values[wrong[0]]}: a reward must be a finite number")
+        if wrong := [name for name, value in values.items() if not abs(value) <= MAX_ABS_REWARD]:
+            raise RewardUnavailable(f"rewards.{wrong[0]} gave {values[wrong[0]]}: {_RULE}")
         total = sum(self._rewards[name].weight * value for name, value in values.items())
-        if not math.isfinite(total):
-            raise RewardUnavailable(f"the weighted sum of {values} is {total}: a reward must be a finite number")
+        if not abs(total) <= MAX_ABS_REWARD:
+            raise RewardUnavailable(f"the weighted sum of {values} is {total}: {_RULE}")
         outcome = Outcome.UNREADABLE if local.unreadable else Outcome.OK
         return Score(total, outcome, local.unreadable, values, local.printed)
 

@@ -45,6 +45,7 @@ def obey(query, response):
             time.sleep(600)
         case "copies": return float(os.fork() > 1)
         case "nan": return float("nan")
+        case "huge": return -1e154
         case "pid": return os.getpid()
         case "token": return float("RAY_AUTH_TOKEN" in os.environ)
     return 1.0
@@ -112,7 +113,7 @@ def test_what_a_copy_of_the_process_answers_is_not_taken_for_another_response(aw
 
 def test_what_the_machinery_causes_is_never_a_reward(awkward: Any) -> None:
     async def work(scorer: Scorer) -> None:
-        for text in ("raise", "nan"):
+        for text in ("raise", "nan", "huge"):
             with pytest.raises(RewardUnavailable, match=r"cannot score|a reward must be a finite number"):
                 await scorer(QUERY, response(text))
         waiting = asyncio.create_task(scorer(QUERY, response("hang")))
