@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 import shutil
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -13,6 +12,7 @@ from typing import Any
 
 from quatro_ray.config import Config
 from quatro_ray.errors import CheckpointError
+from quatro_ray.files import sync
 
 MANIFEST = "manifest.json"
 _STATE = "state.json"
@@ -107,13 +107,14 @@ class CheckpointStore:
         """
         try:
             digests = _seal(writing, {"version": version, "step": _step_of(writing), "state": state}, digests)
+            damage = _damage(writing, thorough=False)
         except OSError as error:
             raise CheckpointError(f"{writing}: {error}") from error
-        if what := _damage(writing, thorough=False):
-            raise CheckpointError(f"{writing}: {what}")
+        if damage:
+            raise CheckpointError(f"{writing}: {damage}")
         path = writing.with_name(writing.name.removesuffix(_WRITING))
         replace_folder(writing, path)  # a checkpoint of an abandoned lineage may have that name
-        _sync(path.parent)
+        sync(path.parent)
         self._newest_bytes = sum(size for size, _ in digests.values())
         for old in self._complete()[self._keep :]:
             if old != path:
@@ -126,17 +127,26 @@ class CheckpointStore:
         Args:
             damaged: called with a message for each newer checkpoint that is damaged; such a folder is renamed, so
                 that it is never loaded.
+
+        Raises:
+            CheckpointError: a checkpoint cannot be read, which does not mean that it is damaged; it is not changed.
         """
         for path in self._complete():
-            if what := _damage(path, thorough=True):
-                aside = path.with_name(path.name + _DAMAGED)
-                shutil.rmtree(aside, ignore_errors=True)
-                path.rename(aside)
-                damaged(f"{path}: {what}; it is now {aside.name}, and the checkpoint before it is used")
-                continue
-            checkpoint = _read(path)
-            self._newest_bytes = size_of(path)
-            return checkpoint
+            try:
+                damage = _damage(path, thorough=True)
+                checkpoint = None if damage else _read(path)
+            except OSError as error:
+                raise CheckpointError(
+                    f"{path}: cannot be read ({error}), and may be intact; make it readable, then rerun with "
+                    "run.resume=auto"
+                ) from error
+            if checkpoint is not None:
+                self._newest_bytes = size_of(path)
+                return checkpoint
+            aside = path.with_name(path.name + _DAMAGED)
+            shutil.rmtree(aside, ignore_errors=True)
+            path.rename(aside)
+            damaged(f"{path}: {damage}; it is now {aside.name}, and the checkpoint before it is used")
         return None
 
     def newest_step(self) -> int | None:
@@ -176,11 +186,16 @@ def _damage(path: Path, *, thorough: bool) -> str | None:
     Args:
         path: folder of the checkpoint.
         thorough: compare contents too, not only sizes.
+
+    Raises:
+        OSError: a file is there and cannot be read.
     """
     try:
         files = json.loads((path / MANIFEST).read_text())["files"]
-    except (OSError, ValueError, KeyError, TypeError):
-        return f"{MANIFEST} cannot be read"
+    except FileNotFoundError:
+        return f"{MANIFEST} is missing"
+    except (ValueError, KeyError, TypeError):
+        return f"{MANIFEST} is not a manifest"
     for name, (size, digest) in files.items():
         file = path / name
         if not file.is_file():
@@ -197,21 +212,12 @@ def _seal(writing: Path, record: Mapping[str, Any], digests: Digests) -> Digests
     digests = digests | {_STATE: ((writing / _STATE).stat().st_size, _sha256(writing / _STATE))}
     _write(writing / MANIFEST, {"files": digests})
     for path in writing.iterdir():
-        _sync(path)
+        sync(path)
     return digests
 
 
 def _write(path: Path, value: Mapping[str, object]) -> None:
     path.write_text(json.dumps(value))
-
-
-def _sync(path: Path) -> None:
-    """Flush to disk: otherwise a rename could survive a power failure that the contents do not."""
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 def size_of(folder: Path) -> int:

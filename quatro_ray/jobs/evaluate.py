@@ -14,6 +14,7 @@ from ray.exceptions import RayError
 from quatro_ray.config import Config, TinyModelConfig, dump_config, model_path
 from quatro_ray.data.registry import describe
 from quatro_ray.errors import ClusterError, ConfigError, last_line
+from quatro_ray.files import replace_file
 from quatro_ray.jobs.preflight import check_evaluation
 from quatro_ray.orchestrator.cluster import spawn_evaluation
 from quatro_ray.orchestrator.connection import connect
@@ -51,7 +52,7 @@ def evaluate_model(
     if checkpoint is not None:
         model_path = _convert(config, checkpoint, out)
     progress = Progress()
-    (out / "config.yaml").write_text(dump_config(config))
+    replace_file(out / "config.yaml", dump_config(config))
     for line in describe(dataset):
         if line.startswith("data.eval."):
             progress.say(line)
@@ -145,4 +146,4 @@ def _make_folder(path: Path) -> None:
 
 
 def _write(path: Path, records: Sequence[Mapping[str, object]]) -> None:
-    path.write_text("".join(json.dumps(record) + "\n" for record in records), encoding="utf-8")
+    replace_file(path, "".join(json.dumps(record) + "\n" for record in records))

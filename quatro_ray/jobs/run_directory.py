@@ -16,19 +16,22 @@ from pathlib import Path
 from quatro_ray.config import Config, Section, dump_config, load_config
 from quatro_ray.engines.checkpoint_store import checkpoint_store
 from quatro_ray.errors import ConfigError, LedgerError
+from quatro_ray.files import replace_file
 from quatro_ray.replay import schema
 
 _LEDGER = "ledger.sqlite"
 _INPUTS = "inputs.json"
+_LOCK = ".writer"
 _RESOLVED_CONFIG = "config.yaml"
 """Marks a directory as a run: `run.overwrite` replaces only a directory that holds this file."""
 
 _RESULTS = frozenset({"metrics.jsonl", "rollouts.jsonl"})
 """The files to which a run adds with each step; empty before the first."""
 _LEFT_BY_A_START = _RESULTS | {
-    ".writer", "checkpoints", "config.yaml", "evaluation_rollouts.jsonl", "evaluations.jsonl", "events.jsonl",
-    "inputs.json", "ledger.rollouts", "ledger.sqlite", "ledger.sqlite-shm", "ledger.sqlite-wal", "model",
-    "model.writing", "notes.log", "stall.txt", "tensorboard", "timeline.jsonl", "timeline.1.jsonl",
+    _LOCK, "checkpoints", "config.yaml", "config.yaml.writing", "evaluation_rollouts.jsonl", "evaluations.jsonl",
+    "events.jsonl", "inputs.json", "inputs.json.writing", "ledger.rollouts", "ledger.sqlite", "ledger.sqlite-shm",
+    "ledger.sqlite-wal", "model", "model.writing", "notes.log", "stall.txt", "tensorboard",
+    "timeline.jsonl", "timeline.1.jsonl",
 }  # fmt: skip
 """All that a run may have written before it admitted its first group."""
 
@@ -52,13 +55,22 @@ def check_run_dir(config: Config, inputs: Mapping[str, str] | None = None) -> No
 
 
 def prepare_run_dir(config: Config, inputs: Mapping[str, str] | None = None) -> bool:
-    """Create or claim `run.dir`, and write the resolved configuration into it.
+    """Do what `claim_run_dir` does, but do not hold the directory."""
+    with claim_run_dir(config, inputs) as resumes:
+        return resumes
+
+
+@contextmanager
+def claim_run_dir(config: Config, inputs: Mapping[str, str] | None = None) -> Iterator[bool]:
+    """Create or claim `run.dir`, write the resolved configuration into it, and hold it inside the `with` block.
+
+    No other process writes between the checks and the end of the block.
 
     Args:
         config: the resolved configuration.
         inputs: fingerprints of data and model (jobs/fingerprints.py); None if they are not known.
 
-    Returns:
+    Yields:
         True if a run in the directory is to be resumed. Otherwise the directory holds only the configuration.
 
     Raises:
@@ -66,8 +78,12 @@ def prepare_run_dir(config: Config, inputs: Mapping[str, str] | None = None) -> 
             hold a run; the run in it has another configuration, has more steps already, or is in use by another
             process; or it cannot be written.
     """
-    with _usable(config):
-        return _prepare(config, inputs or {})
+    with ExitStack() as held:
+        with _usable(config):
+            _check_content(config, inputs or {})  # so that a refused start leaves no trace
+            held.enter_context(only_writer(config))
+            resumes = _prepare(config, inputs or {})
+        yield resumes
 
 
 @contextmanager
@@ -87,30 +103,22 @@ def _check_writable(folder: Path) -> None:
 
 
 def _prepare(config: Config, inputs: Mapping[str, str]) -> bool:
+    """Check again what `run.dir` holds, because another process may have written before this one held it."""
     path = config.run.dir
     _check_content(config, inputs)
-    if _resumes(config):
-        with only_writer(config):
-            _check_content(config, inputs)
-            _write(path, config, inputs)
+    if resumes := _resumes(config):
         _logger.info("run.dir=%s: resuming the run in it", path)
-        return (path / _LEDGER).is_file()
-    if path.exists() and any(path.iterdir()):
-        with only_writer(config):
-            _check_content(config, inputs)
-            _logger.info("run.dir=%s: replacing the run in it", path)
-            _empty(path)
-    if config.checkpoint.dir is not None and not config.checkpoint.dir.is_relative_to(path):
-        config.checkpoint.dir.mkdir(parents=True, exist_ok=True)
-    path.mkdir(parents=True, exist_ok=True)
+    elif _content(path):
+        _logger.info("run.dir=%s: replacing the run in it", path)
+        _empty(path)
     _write(path, config, inputs)
-    return False
+    return resumes and (path / _LEDGER).is_file()
 
 
 def _write(path: Path, config: Config, inputs: Mapping[str, str]) -> None:
-    (path / _RESOLVED_CONFIG).write_text(dump_config(config))
+    replace_file(path / _RESOLVED_CONFIG, dump_config(config))
     if inputs:
-        (path / _INPUTS).write_text(json.dumps(inputs, indent=2) + "\n")
+        replace_file(path / _INPUTS, json.dumps(inputs, indent=2) + "\n")
 
 
 def read_inputs(path: Path) -> dict[str, str]:
@@ -160,7 +168,7 @@ def _check_content(config: Config, inputs: Mapping[str, str]) -> None:
         check_steps(config)
         _check_ledger(path)
         return
-    if path.exists() and (not path.is_dir() or any(path.iterdir())) and not _failed_to_start(path):
+    if path.exists() and (not path.is_dir() or _content(path)) and not _failed_to_start(path):
         if not config.run.overwrite:
             raise ConfigError(
                 f"run.dir={path}: is not empty; choose another, or set run.overwrite=true to replace it, or "
@@ -206,9 +214,14 @@ def _holds_results(child: Path) -> bool:
     return child.name in _RESULTS and child.stat().st_size > 0
 
 
+def _content(path: Path) -> list[Path]:
+    """Return what a directory holds, without the lock of its writer."""
+    return [child for child in path.iterdir() if child.name != _LOCK]
+
+
 def _empty(path: Path) -> None:
     """Delete the content of a directory but not the directory: it may be a mounted volume, or a link to one."""
-    for child in path.iterdir():
+    for child in _content(path):
         if child.is_dir() and not child.is_symlink():
             shutil.rmtree(child)
         else:
@@ -284,10 +297,11 @@ def check_steps(config: Config) -> None:
 def only_writer(config: Config) -> Iterator[None]:
     """Hold an exclusive lock on `run.dir` and `checkpoint.dir`. Raises ConfigError if another process holds one."""
     with ExitStack() as locks:
-        for name, folder in (("run.dir", config.run.dir), ("checkpoint.dir", config.checkpoint.dir)):
-            if folder is not None:
+        for name, folder in (("checkpoint.dir", config.checkpoint.dir), ("run.dir", config.run.dir)):
+            # a folder within run.dir has the lock of run.dir
+            if folder is not None and (folder == config.run.dir or not folder.is_relative_to(config.run.dir)):
                 folder.mkdir(parents=True, exist_ok=True)
-                lock = locks.enter_context((folder / ".writer").open("w"))
+                lock = locks.enter_context((folder / _LOCK).open("w"))
                 try:
                     fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
                 except BlockingIOError as error:

@@ -20,8 +20,9 @@ from quatro_ray.data.dataset import Dataset, QueryStream
 from quatro_ray.data.registry import describe
 from quatro_ray.engines.checkpoint_store import replace_folder
 from quatro_ray.errors import ClusterError, Preempted, last_line
+from quatro_ray.files import replace_file
 from quatro_ray.jobs.prepared import Prepared, prepare
-from quatro_ray.jobs.run_directory import only_writer, prepare_run_dir
+from quatro_ray.jobs.run_directory import claim_run_dir
 from quatro_ray.orchestrator.cluster import spawn
 from quatro_ray.orchestrator.connection import connect
 from quatro_ray.orchestrator.controller import Controller
@@ -51,8 +52,7 @@ def train(config: Config, *, verbose: bool = False) -> Path:
     with _sigterm_ends_the_start():
         with waiting_for("the checks of data and model", Progress().say):
             prepared = prepare(config)
-        resume = prepare_run_dir(config, prepared.inputs)
-        with only_writer(config):
+        with claim_run_dir(config, prepared.inputs) as resume:
             return _train(config, prepared, resume=resume, verbose=verbose)
 
 
@@ -99,7 +99,7 @@ def _train(config: Config, prepared: Prepared, *, resume: bool, verbose: bool) -
         recorder.close()
         ray.shutdown()
     summary = summarise(counters, stats, memory | {"controller": own_peak_rss_bytes()}, seconds, shares)
-    (run_dir / "summary.json").write_text(json.dumps(summary, indent=2) + "\n")
+    replace_file(run_dir / "summary.json", json.dumps(summary, indent=2) + "\n")
     return write_report(run_dir)
 
 

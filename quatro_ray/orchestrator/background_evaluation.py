@@ -9,6 +9,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Protocol
 
+from quatro_ray.files import replace_file
 from quatro_ray.telemetry.activity import Activity
 from quatro_ray.telemetry.counters import Counters
 from quatro_ray.telemetry.evaluation_result import EvaluationResult
@@ -101,9 +102,7 @@ class BackgroundEvaluation:
                         self.path(version), version, step, self._held_out, self._recorder.note
                     )
                 self.add(results)
-                writing = self._results(version).with_suffix(".writing")
-                writing.write_text(json.dumps([r.to_dict() for r in results]))
-                writing.replace(self._results(version))
+                replace_file(self._results(version), json.dumps([r.to_dict() for r in results]))
             shutil.rmtree(self.path(version))
             del self._pending[0]
             self._changed.set()

@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import errno
 import os
-from collections.abc import Callable
-from itertools import takewhile
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 _NO_SPACE = (errno.ENOSPC, errno.EDQUOT)
 _MAX_WAITING_BYTES = 2**24
-_MAX_LINE_BYTES = 2**12
+_TAIL_BYTES = 2**14
 
 
 class AppendLog:
@@ -30,9 +29,7 @@ class AppendLog:
         self._waiting = bytearray()
         self.num_dropped = 0
         self._file = path.open("ab", buffering=0)
-        content = path.read_bytes()
-        if not content.endswith(b"\n"):
-            self._file.truncate(content.rfind(b"\n") + 1)
+        self._file.truncate(_end_of_last_line(path))
 
     def write(self, line: str) -> None:
         """Append a line, given without its line end. Raises OSError for any error except a full disk."""
@@ -51,14 +48,32 @@ class AppendLog:
     def keep(self, is_kept: Callable[[bytes], bool]) -> None:
         """Delete all lines for which `is_kept` is false.
 
-        Lines before the first deleted one are not written again, so this works on a full disk.
+        Lines before the first deleted one are not written again, so this works on a full disk. Only kept lines after it
+        are in memory.
         """
-        on_disk = self._path.read_bytes()
-        lines = (on_disk + self._waiting).splitlines(keepends=True)
-        num_kept_bytes = min(sum(map(len, takewhile(is_kept, lines))), len(on_disk))
-        self._file.truncate(num_kept_bytes)
-        self._waiting = bytearray(b"".join(line for line in lines if is_kept(line))[num_kept_bytes:])
+        num_leading, rest, has_deleted = 0, bytearray(), False
+        for line in self._lines():
+            if not is_kept(line):
+                has_deleted = True
+            elif has_deleted:
+                rest += line
+            else:
+                num_leading += len(line)
+        num_on_disk = self._path.stat().st_size
+        self._file.truncate(min(num_leading, num_on_disk))
+        self._waiting = self._waiting[: max(0, num_leading - num_on_disk)] + rest
         self._flush()
+
+    def _lines(self) -> Iterator[bytes]:
+        """Yield all lines, with those that wait; the last one on disk may be incomplete, and its end may wait."""
+        incomplete = b""
+        with self._path.open("rb") as file:
+            for line in file:
+                if line.endswith(b"\n"):
+                    yield line
+                else:
+                    incomplete = line
+        yield from (incomplete + self._waiting).splitlines(keepends=True)
 
     def close(self) -> None:
         """Write the lines that wait, as far as there is space, and close the file."""
@@ -86,11 +101,24 @@ def earlier(path: Path) -> Path:
     return path.with_suffix(f".1{path.suffix}")
 
 
-def last_line_of(path: Path) -> bytes | None:
-    """Return the last line of a log whose lines are short, or None if it has none."""
+def last_lines_of(path: Path) -> Iterator[bytes]:
+    """Yield the last lines of a log whose lines are short, the newest first."""
     for file in (path, earlier(path)):
-        if file.is_file() and file.stat().st_size:
+        if file.is_file():
             with file.open("rb") as opened:
-                opened.seek(max(0, file.stat().st_size - _MAX_LINE_BYTES))
-                return opened.read().splitlines()[-1]
-    return None
+                opened.seek(max(0, file.stat().st_size - _TAIL_BYTES))
+                yield from reversed(opened.read().splitlines())
+
+
+def _end_of_last_line(path: Path) -> int:
+    """Return the number of bytes up to the end of the last complete line."""
+    with path.open("rb") as file:
+        end = file.seek(0, os.SEEK_END)
+        while end > 0:
+            start = max(0, end - _TAIL_BYTES)
+            file.seek(start)
+            found = file.read(end - start).rfind(b"\n")
+            if found >= 0:
+                return start + found + 1
+            end = start
+    return 0

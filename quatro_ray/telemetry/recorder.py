@@ -4,16 +4,17 @@ from __future__ import annotations
 
 import json
 import logging
+import re
 import time
 from collections import defaultdict
-from collections.abc import Callable, Iterator, Mapping, Sequence, Set
-from contextlib import contextmanager
+from collections.abc import Callable, Container, Iterator, Mapping, Sequence, Set
+from contextlib import contextmanager, suppress
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 from quatro_ray.telemetry.activity import CONTROLLER, IDLE, Activity, shares
-from quatro_ray.telemetry.append_log import AppendLog, last_line_of
+from quatro_ray.telemetry.append_log import AppendLog, last_lines_of
 from quatro_ray.telemetry.console import Progress
 from quatro_ray.telemetry.evaluation_result import EvaluationResult
 from quatro_ray.telemetry.logs import without_secrets
@@ -23,6 +24,7 @@ _OF_EVALUATIONS = ("evaluations", "evaluation_rollouts")
 _BY_STEP = ("metrics", "rollouts", *_OF_EVALUATIONS)
 _SHOWN_EVENTS = {"lost", "recovered", "given_up", "fell_back", "damaged", "failed"}
 _WARNING_EVENTS = {"lost", "given_up", "damaged", "failed"}
+_FIRST_FIELD = re.compile(rb'\{"step": (\d+)[,}]')
 TIMELINE = "timeline.jsonl"
 _MAX_TIMELINE_BYTES = 2**26
 _MAX_DRAWN = 16
@@ -143,10 +145,9 @@ class Recorder:
             evaluated: steps whose evaluations stay.
         """
         for name, file in self._by_step.items():
-            if name in _OF_EVALUATIONS:
-                file.keep(lambda line: _step(line) in evaluated)
-            else:
-                file.keep(lambda line: _step(line) <= step)
+            steps = evaluated if name in _OF_EVALUATIONS else range(step + 1)
+            if num_damaged := _keep_steps(file, steps):
+                self.event("damaged", f"{name}.jsonl", why=f"{num_damaged} lines cannot be read; they are left out")
         if self._board is not None:
             self._board.restart(step + 1)
 
@@ -210,16 +211,33 @@ class Recorder:
         self._progress.close()
 
 
-def _step(line: bytes) -> int:
-    return int(json.loads(line)["step"])
+def _keep_steps(file: AppendLog, steps: Container[int]) -> int:
+    """Delete the records of other steps, and lines that cannot be read; return the number of the latter."""
+    num_damaged = 0
+
+    def is_kept(line: bytes) -> bool:
+        nonlocal num_damaged
+        step = _step(line)
+        num_damaged += step is None
+        return step in steps
+
+    file.keep(is_kept)
+    return num_damaged
+
+
+def _step(line: bytes) -> int | None:
+    """Return the step of a record by its first field, so that long lines are not parsed; None if it has none."""
+    found = _FIRST_FIELD.match(line)
+    return int(found[1]) if found else None
 
 
 def _last_time(run_dir: Path) -> float:
     """Return the time of the last line in the timeline of an earlier part of the run, in seconds; 0 if none."""
-    if (line := last_line_of(run_dir / TIMELINE)) is None:
-        return 0.0
-    record = json.loads(line)
-    return float(record.get("end", record.get("t", 0.0)))
+    for line in last_lines_of(run_dir / TIMELINE):
+        with suppress(ValueError):  # a damaged line: the one before it is as good
+            record = json.loads(line)
+            return float(record.get("end", record.get("t", 0.0)))
+    return 0.0
 
 
 def _rounded(values: list[float]) -> list[float]:

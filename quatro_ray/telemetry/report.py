@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import html
-import os
 import time
 from collections import Counter
 from collections.abc import Callable, Mapping
 from pathlib import Path
 
 from quatro_ray.errors import ConfigError
+from quatro_ray.files import replace_file
 from quatro_ray.telemetry.report_plots import sections
 from quatro_ray.telemetry.report_rollouts import rollouts
 from quatro_ray.telemetry.run_files import Record, RunFiles, is_run, newest_change, read_run
@@ -44,9 +44,8 @@ def write_report(run_dir: Path, *, refresh_s: float | None = None) -> Path:
         raise ConfigError(f"{run_dir}: holds no run, as it has no config.yaml; give the run.dir of a run")
     matplotlib.use("svg")
     run = read_run(run_dir)
-    path, writing = run_dir / "report.html", run_dir / "report.html.writing"
-    writing.write_text(_page(run, refresh_s if run.summary is None else None), encoding="utf-8")
-    os.replace(writing, path)
+    path = run_dir / "report.html"
+    replace_file(path, _page(run, refresh_s if run.summary is None else None))
     return path
 
 

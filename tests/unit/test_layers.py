@@ -7,7 +7,7 @@ import quatro_ray
 
 ROOT = Path(quatro_ray.__file__).parent
 LAYERS = [
-    {"types", "errors", "timeouts", "seeding", "chats"},
+    {"types", "errors", "timeouts", "seeding", "chats", "files"},
     {"failures", "config", "telemetry", "algorithms"},
     {"replay", "weight_sync", "isolation"},
     {"rewards"},

@@ -44,7 +44,7 @@ def test_the_newest_ones_are_kept_and_say_what_they_are(tmp_path: Path) -> None:
         (lambda p: (p / "rank_0.pt").write_text("weighst"), "rank_0.pt does not have the checksum"),
         (lambda p: (p / "rank_0.pt").unlink(), "rank_0.pt is missing"),
         (lambda p: (p / "state.json").write_text("{}"), "state.json has 2 bytes"),
-        (lambda p: (p / "manifest.json").write_text("{"), "manifest.json cannot be read"),
+        (lambda p: (p / "manifest.json").write_text("{"), "manifest.json is not a manifest"),
     ],
 )
 def test_a_damaged_one_is_named_put_aside_and_the_one_before_is_used(tmp_path: Path, damage, what: str) -> None:  # type: ignore[no-untyped-def]
@@ -103,3 +103,15 @@ def test_folders_are_replaced_whole(tmp_path: Path) -> None:
     replace_folder(tmp_path / "export.writing", tmp_path / "export")
     assert [p.name for p in (tmp_path / "export").iterdir()] == ["new"]
     assert [p.name for p in tmp_path.iterdir()] == ["export"]
+
+
+def test_one_that_cannot_be_read_is_told_and_left_alone(tmp_path: Path) -> None:
+    store = CheckpointStore(tmp_path, keep=2)
+    path = write(store, 1)
+    (path / "manifest.json").rename(path / "elsewhere")
+    (path / "manifest.json").mkdir()  # any error that is not about the content, such as a missing permission
+    with pytest.raises(CheckpointError, match=r"step_1: cannot be read \(.*\), and may be intact; make it readable"):
+        newest(store)
+    (path / "manifest.json").rmdir()
+    (path / "elsewhere").rename(path / "manifest.json")
+    assert newest(store) == (1, [])

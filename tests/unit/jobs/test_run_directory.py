@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
+import errno
+import os
+import sqlite3
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing
 from pathlib import Path
+from threading import Barrier
 from typing import Any
 
 import pytest
 
 from quatro_ray.config import load_config
 from quatro_ray.errors import ConfigError
-from quatro_ray.jobs.run_directory import check_run_dir, only_writer, prepare_run_dir
+from quatro_ray.jobs.run_directory import check_run_dir, claim_run_dir, only_writer, prepare_run_dir
 from quatro_ray.replay.ledger import Ledger
 from tests.make import config, group
 
@@ -79,7 +84,7 @@ def test_a_replaced_run_leaves_its_directory_where_it_is(begun: Path, tmp_path: 
     (tmp_path / "link").symlink_to(begun)
     assert not prepare_run_dir(run(tmp_path / "link", run={"resume": "never", "overwrite": True}))
     assert (tmp_path / "link").is_symlink()
-    assert sorted(p.name for p in begun.iterdir()) == ["config.yaml"]
+    assert sorted(p.name for p in begun.iterdir()) == [".writer", "config.yaml"]
 
 
 def test_checkpoints_of_two_runs_never_meet(tmp_path: Path) -> None:
@@ -107,7 +112,7 @@ def test_checkpoints_within_the_run_are_the_runs(tmp_path: Path) -> None:
     (path / "kept" / "step_10").mkdir(parents=True)
     assert prepare_run_dir(run(path, **within))
     assert not prepare_run_dir(run(path, run={"resume": "never", "overwrite": True}, **within))
-    assert sorted(p.name for p in path.iterdir()) == ["config.yaml"]
+    assert sorted(p.name for p in path.iterdir()) == [".writer", "config.yaml"]
 
 
 def test_what_cannot_be_written_is_told(tmp_path: Path) -> None:
@@ -154,3 +159,56 @@ def test_what_was_trained_or_is_not_ours_is_in_the_way(tmp_path: Path, left: str
     for use in (check_run_dir, prepare_run_dir):
         with pytest.raises(ConfigError, match="is not empty"):
             use(run(path, run={"resume": "never"}))
+
+
+def test_of_two_first_starts_one_has_the_directory_and_its_own_configuration(tmp_path: Path) -> None:
+    for number in range(40):
+        path, barrier, held = tmp_path / f"run-{number}", Barrier(2), Barrier(2)
+
+        def start(num_steps: int, path: Path = path, barrier: Barrier = barrier, held: Barrier = held) -> int | None:
+            mine = run(path, run={"num_steps": num_steps})
+            barrier.wait(60)
+            try:
+                with claim_run_dir(mine):
+                    held.wait(60)  # the other one has been refused
+                    assert load_config(path / "config.yaml") == mine
+                    return num_steps
+            except ConfigError as error:
+                held.wait(60)
+                assert "another run writes here" in str(error) or "is not empty" in str(error)
+                return None
+
+        with ThreadPoolExecutor(2) as threads:
+            results = list(threads.map(start, (3, 4)))
+        assert sorted(results, key=str) in ([3, None], [4, None])
+
+
+def test_a_full_disk_leaves_the_old_configuration(begun: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    before = (begun / "config.yaml").read_text()
+
+    def full(_: int) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(os, "fsync", full)
+    with pytest.raises(ConfigError, match=r"cannot be used \(.*No space left on device"):
+        prepare_run_dir(run(begun, run={"num_steps": 50}))
+    assert (begun / "config.yaml").read_text() == before
+    assert not list(begun.glob("*.writing"))
+    monkeypatch.undo()
+    assert prepare_run_dir(run(begun, run={"num_steps": 50}))
+
+
+@pytest.mark.parametrize("content", [b"not a database, but long enough to be looked at" * 99, None])
+def test_a_ledger_that_cannot_be_continued_is_refused_before_anything_starts(
+    begun: Path, content: bytes | None
+) -> None:
+    ledger_of(begun, num_groups=1)
+    if content is None:
+        with closing(sqlite3.connect(begun / "ledger.sqlite")) as db:
+            db.execute("PRAGMA user_version=7")
+            db.commit()
+    else:
+        (begun / "ledger.sqlite").write_bytes(content)
+    for use in (check_run_dir, prepare_run_dir):
+        with pytest.raises(ConfigError, match=r"the run in it cannot be continued: .*(version 7|not a database)"):
+            use(run(begun))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -11,7 +12,7 @@ from benchmarks.faults.disk import Disk
 from quatro_ray.telemetry.append_log import AppendLog
 from quatro_ray.telemetry.console import Progress
 from quatro_ray.telemetry.recorder import Recorder
-from quatro_ray.types import EngineLoad
+from quatro_ray.types import EngineLoad, StepMetrics
 
 
 @pytest.fixture
@@ -93,3 +94,41 @@ def test_a_full_disk_is_told_once_and_ends_nothing(disk: Disk, capsys: pytest.Ca
     assert "could not be written" not in capsys.readouterr().out
     assert len((path / "timeline.jsonl").read_text().splitlines()) == 3002
     assert (path / "notes.log").read_text().splitlines()[-1].endswith("room again")
+
+
+METRICS: StepMetrics = {
+    "reward/mean": 0.5,
+    "policy/realised_kl_nats": [0.5],
+    "policy/entropy": 1.0,
+    "off_policy/staleness_mean": 2.0,
+    "off_policy/staleness_max": 3,
+    "step/skipped": 0.0,
+    "time/step_s": 4.0,
+}
+
+
+def recorder(path: Path) -> Recorder:
+    return Recorder(path, num_steps=9, tensorboard=False, progress=Progress(in_place=False))
+
+
+def test_damaged_lines_are_left_out_when_a_run_goes_back(tmp_path: Path) -> None:
+    records = recorder(tmp_path)
+    for step in (1, 2, 3):
+        records.step(step, METRICS, [{"text": "x" * 100_000}])
+    records.close()
+    for name in ("metrics", "rollouts"):
+        lines = (tmp_path / f"{name}.jsonl").read_bytes().splitlines(keepends=True)
+        (tmp_path / f"{name}.jsonl").write_bytes(lines[0] + bytes(4096) + b"\n" + lines[1] + b"{}\n" + lines[2])
+    (tmp_path / "timeline.jsonl").write_bytes(b'{"role": "learner", "end": 7.5}\n' + bytes(512) + b"\n")
+    again = recorder(tmp_path)
+    assert again.now() >= 7.5
+    again.rewind(2, set())
+    again.close()
+    for name in ("metrics", "rollouts"):
+        kept = (tmp_path / f"{name}.jsonl").read_text().splitlines()
+        assert [json.loads(line)["step"] for line in kept] == [1, 2]
+    events = [json.loads(line) for line in (tmp_path / "events.jsonl").read_text().splitlines()]
+    assert [(e["event"], e["part"], e["why"][:7]) for e in events] == [
+        ("damaged", "metrics.jsonl", "2 lines"),
+        ("damaged", "rollouts.jsonl", "2 lines"),
+    ]
