@@ -12,6 +12,7 @@ from pathlib import Path
 from zlib import crc32
 
 from quatro_ray.errors import DiskFull, LedgerError
+from quatro_ray.files import sync
 
 _MAX_BYTES = 64 * 2**20
 """A segment takes no more rollouts beyond this size. It is deleted as a whole, when none of its rollouts is needed."""
@@ -124,11 +125,7 @@ class Segments:
             return
         with self._disk():
             os.fsync(self._file)
-            folder = os.open(self._folder, os.O_RDONLY)
-            try:
-                os.fsync(folder)  # the name of a new segment
-            finally:
-                os.close(folder)
+            sync(self._folder)  # the name of a new segment
         self._unsynced = False
 
     @contextmanager

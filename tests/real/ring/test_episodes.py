@@ -112,13 +112,13 @@ def test_an_update_between_turns_shows_in_the_versions(ring: Ring, client: Any) 
     start = version(ring)
 
     async def work() -> tuple[GenerationSummary, RolloutGroup]:
-        mine = client("ask", params={"pause_s": 2.0})
+        mine = client("ask", params={"pause_s": 10.0})
         await play(mine)  # so that all processes are up, and the four episodes start together
         before = (await mine.load()).num_generated_tokens
         playing = asyncio.create_task(play(mine))
         while (await mine.load()).num_generated_tokens == before:
             await asyncio.sleep(0.05)
-        await asyncio.sleep(1.0)  # all are in the pause after their first turn
+        await asyncio.sleep(1.0)  # all are in the pause after their first turn, which is long enough for an update
         await ring.parts.weight_sync.update(start + 1)
         return await playing
 
