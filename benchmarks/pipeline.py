@@ -83,7 +83,7 @@ def config(case: Case, **settings: Any) -> Config:
 # Each side by itself
 
 
-class Together:
+class Barrier:
     """Lets two processes begin to measure at the same moment: each makes a file and waits for that of the other."""
 
     def __init__(self, folder: Path, part: str) -> None:
@@ -99,12 +99,12 @@ class Together:
         return self._other.exists()
 
 
-async def generate(case: Case, groups_file: Path, start: Together | None) -> float:
+async def generate(case: Case, groups_file: Path, barrier: Barrier | None) -> float:
     """Keep an engine as busy as the system does, and return tokens a second.
 
     Args:
         groups_file: receives the groups.
-        start: when to begin to measure; None to make some groups only.
+        barrier: when to begin to measure; None to make some groups only.
     """
     from quatro_ray.engines.generation import GenerationEngine
     from quatro_ray.replay.serialization import to_bytes
@@ -131,11 +131,11 @@ async def generate(case: Case, groups_file: Path, start: Together | None) -> flo
 
     workers = [asyncio.create_task(keep_busy()) for _ in range(settings.generator.max_groups_in_flight)]
     speed = 0.0
-    if start is None:
+    if barrier is None:
         while len(groups) < _RECORDED_GROUPS:
             await asyncio.sleep(0.1)
     else:
-        while len(groups) < _RECORDED_GROUPS // 3 or not start.is_ready():
+        while len(groups) < _RECORDED_GROUPS // 3 or not barrier.is_ready():
             await asyncio.sleep(0.1)
         begun, first = time.perf_counter(), engine.load().num_sampled_tokens
         await asyncio.sleep(_MEASURED_S)
@@ -149,7 +149,7 @@ async def generate(case: Case, groups_file: Path, start: Together | None) -> flo
     return speed
 
 
-def train(case: Case, groups_file: Path, start: Together) -> float:
+def train(case: Case, groups_file: Path, barrier: Barrier) -> float:
     """Train on recorded groups, and return response tokens a second."""
     import torch
 
@@ -181,7 +181,7 @@ def train(case: Case, groups_file: Path, start: Together) -> float:
 
     for _ in range(_WARMUP_BATCHES):
         step()
-    while not start.is_ready():
+    while not barrier.is_ready():
         step()  # the other side is to find this core busy
     num_tokens, begun = 0, time.perf_counter()
     while time.perf_counter() - begun < _MEASURED_S:
@@ -193,14 +193,14 @@ def train(case: Case, groups_file: Path, start: Together) -> float:
 
 def run_part(part: str, name: str, groups_file: Path) -> float:
     """Measure one side in this process, on its core."""
-    case, start = CASES[name], Together(groups_file.parent, part)
+    case, barrier = CASES[name], Barrier(groups_file.parent, part)
     if part == "train":
         os.sched_setaffinity(0, {LEARNER_CORE})
-        return train(case, groups_file, start)
+        return train(case, groups_file, barrier)
     os.sched_setaffinity(0, {ENGINE_CORE})
     if part == "record":
         return asyncio.run(generate(case, groups_file, None))
-    return asyncio.run(generate(case, groups_file.with_suffix(".again"), start))
+    return asyncio.run(generate(case, groups_file.with_suffix(".again"), barrier))
 
 
 def begin_part(part: str, name: str, groups_file: Path) -> subprocess.Popen[str]:
