@@ -49,7 +49,11 @@ def test_compressed_files_and_byte_order_marks(tmp_path: Path, name: str, mark: 
     assert prompts(load(str(tmp_path / name))) == ["a", "b"]
 
 
-@pytest.mark.parametrize("content", [gzip.compress(lines("a"))[:-9], lines("a"), b"\x1f\x8b\x08\x00" + bytes(20)])
+DAMAGED = {"cut": gzip.compress(lines("a"))[:-9], "plain text": lines("a"), "zeros": b"\x1f\x8b\x08\x00" + bytes(20)}
+
+
+# ids of their own: gzip writes the second into its header, and both workers must collect the same names
+@pytest.mark.parametrize("content", DAMAGED.values(), ids=DAMAGED)
 def test_a_damaged_archive_is_told(tmp_path: Path, content: bytes) -> None:
     (tmp_path / "a.jsonl.gz").write_bytes(content)
     with pytest.raises(DataError, match=r"data\.train\.mine\.path=.*a\.jsonl\.gz: cannot be read \(.+\); correct"):
