@@ -11,8 +11,9 @@ The model and the long-tailed lengths of benchmarks/counting.py, engine and lear
 P is at most min(G, L), and P/S at most (1/G + 1/L)·min(G, L). In the first case both sides are about as fast, in the
 second the engine is half as fast, because it decodes fewer responses at a time. G and L are measured at the same time,
 because two cores share caches and memory; neither side waits for the other. In P and S the other processes of the
-system share both cores. G, L and P are medians of rounds; S is of one run. The last line is JSON; the exit status is 1
-if a case misses a target.
+system share both cores, so each side gets less than a core: `cores` says how much, and `P of the cores' shares` is P
+relative to min(G, L) of as much CPU time. G, L and P are medians of rounds; S is of one run. The last line is JSON; the
+exit status is 1 if a case misses a target.
 """
 
 from __future__ import annotations
@@ -48,6 +49,7 @@ _NUM_STEPS, _NUM_WARMUP_STEPS, _NUM_LAST_STEPS = 26, 6, 6
 _RECORDED_GROUPS, _WARMUP_BATCHES = 96, 2
 _MEASURED_S = 40.0
 _DEADLINE_S = 1_200
+_LOOK_S = 2.0  # a look at all processes takes 7 ms
 _ENV = {"OMP_NUM_THREADS": "1", "VLLM_LOGGING_LEVEL": "WARNING", "VLLM_CPU_OMP_THREADS_BIND": "nobind"}
 
 
@@ -237,15 +239,33 @@ def run_parts(parts: Sequence[str], name: str, groups_file: Path) -> list[float]
 # The whole system
 
 
-def pin(tree: ProcessTree) -> None:
-    """Put engine and learner on their cores, with all threads that they have by now."""
-    for process in tree.processes():
-        with suppress(NoSuchProcess, ProcessLookupError):
-            title = " ".join(process.cmdline())
-            for name, core in _CORES.items():
-                if name in title:
+class Cores:
+    """Puts engine and learner on their cores, and keeps how much CPU time each has used at what time.
+
+    Attributes:
+        seconds: by core, pairs of the time and the CPU time so far.
+    """
+
+    def __init__(self) -> None:
+        self.seconds: dict[int, list[tuple[float, float]]] = {ENGINE_CORE: [], LEARNER_CORE: []}
+
+    def look(self, tree: ProcessTree) -> None:
+        """Pin all threads that there are by now."""
+        used = dict.fromkeys(self.seconds, 0.0)
+        for process in tree.processes():
+            with suppress(NoSuchProcess, ProcessLookupError):
+                title = " ".join(process.cmdline())
+                for core in {core for name, core in _CORES.items() if name in title}:
+                    used[core] += sum(process.cpu_times()[:2])
                     for thread in process.threads():
                         os.sched_setaffinity(thread.id, {core})
+        for core, seconds in used.items():
+            self.seconds[core].append((time.monotonic(), seconds))
+
+    def share(self, core: int, begin: float, end: float) -> float:
+        """Return the share of a core that its side had between two times."""
+        times = [(at, used) for at, used in self.seconds[core] if begin <= at <= end]
+        return (times[-1][1] - times[0][1]) / (times[-1][0] - times[0][0])
 
 
 def together(case: Case, max_staleness: int, folder: Path, number: int = 0) -> dict[str, Any]:
@@ -255,12 +275,16 @@ def together(case: Case, max_staleness: int, folder: Path, number: int = 0) -> d
     file.write_text(dump_config(config(case, **{"run.dir": run, "replay.max_staleness": max_staleness})))
     command = [str(Path(sys.executable).with_name("quatro-ray")), "train", str(file)]
     metrics = run / "metrics.jsonl"
-    moments = watch_lines(command, metrics, run.with_suffix(".log"), env={}, deadline_s=_DEADLINE_S, at_each_look=pin)
+    cores, log, begun = Cores(), run.with_suffix(".log"), time.monotonic()
+    moments = watch_lines(
+        command, metrics, log, env={}, deadline_s=_DEADLINE_S, at_each_look=cores.look, look_every_s=_LOOK_S
+    )
     steps = [json.loads(line) for line in metrics.read_text().splitlines()]
     measured = steps[_NUM_WARMUP_STEPS:-_NUM_LAST_STEPS]  # at the end there is nothing left to generate
     tokens = sum(step["tokens/trained"] for step in measured)
-    seconds = moments[-_NUM_LAST_STEPS - 1].time - moments[_NUM_WARMUP_STEPS - 1].time
-    return {"tokens_per_s": tokens / seconds, "time_share": dict(_shares(measured))}
+    begin, end = moments[_NUM_WARMUP_STEPS - 1].time, moments[-_NUM_LAST_STEPS - 1].time
+    shares = {core: round(cores.share(core, begun + begin, begun + end), 3) for core in cores.seconds}
+    return {"tokens_per_s": tokens / (end - begin), "cores": shares, "time_share": dict(_shares(measured))}
 
 
 def _shares(steps: list[dict[str, Any]]) -> Iterator[tuple[str, float]]:
@@ -306,6 +330,10 @@ def figures(
     perfect = (1 / engine + 1 / learner) * slower
     speed_up = whole / synchronous["tokens_per_s"]
     paused = median(each["time_share"].get("generators/paused", 0.0) for each in wholes)
+    of_shares = [
+        each["tokens_per_s"] / min(engine * each["cores"][ENGINE_CORE], learner * each["cores"][LEARNER_CORE])
+        for each in wholes
+    ]
     targets = {
         f"P/min(G, L) >= {case.target}": whole / slower >= case.target,
         f"P/S >= {_TARGET_OF_OVERLAP} of perfect overlap": speed_up >= _TARGET_OF_OVERLAP * perfect,
@@ -317,6 +345,8 @@ def figures(
         "P": round(whole),
         "S": round(synchronous["tokens_per_s"]),
         "P/min(G,L)": round(whole / slower, 3),
+        "P of the cores' shares": round(median(of_shares), 3),
+        "cores": [each["cores"] for each in wholes],
         "P/S": round(speed_up, 3),
         "perfect P/S": round(perfect, 3),
         "paused": round(paused, 4),
