@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, ClassVar, Self
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, model_validator
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, model_validator
 
 
 class BrokenRules(ValueError):
@@ -71,3 +72,23 @@ def _function_path(path: str) -> str:
 
 FunctionPath = Annotated[str, AfterValidator(_function_path), Accepts("module:name or path/to/file.py:name")]
 """The path of a user's function."""
+
+
+_VARIABLE = re.compile(r"[A-Za-z_][A-Za-z0-9_]*")
+
+
+def variable_name(name: str) -> str:
+    """Return the name of an environment variable; raise ValueError, without the text, if it is none."""
+    if not _VARIABLE.fullmatch(name):
+        raise ValueError(
+            "must be the name of an environment variable (the value is not shown: it may be a secret); correct it"
+        )
+    return name
+
+
+EnvironmentNames = Annotated[
+    tuple[Annotated[str, AfterValidator(variable_name)], ...],
+    Accepts("a list of names of environment variables"),
+    Field(repr=False),
+]
+"""Names of environment variables. They are not shown in messages: a user may have written a secret instead."""

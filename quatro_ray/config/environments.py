@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pydantic import Field, JsonValue
 
-from quatro_ray.config.base import FunctionPath, Section
+from quatro_ray.config.base import EnvironmentNames, FunctionPath, Section
 
 
 class EnvironmentConfig(Section):
@@ -32,5 +32,8 @@ class EnvironmentConfig(Section):
     """Address space of a process, MiB."""
     recycle_after: int = Field(1000, ge=1)
     """Episodes that a process plays before it is replaced."""
+    pass_env: EnvironmentNames = ()
+    """Names of environment variables that the function may read, besides PATH, HOME and the like; each must be set on
+    the machines of its actors. In the sandbox there are none."""
     sandbox: bool = False
     """Run the processes in the sandbox of the code reward. Needed for functions that execute the policy's text."""

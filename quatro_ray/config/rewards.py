@@ -6,9 +6,9 @@ import re
 from collections.abc import Iterator
 from typing import Annotated, Literal
 
-from pydantic import Field, field_validator
+from pydantic import AfterValidator, Field, field_validator
 
-from quatro_ray.config.base import Accepts, FunctionPath, ModelPath, Section
+from quatro_ray.config.base import Accepts, FunctionPath, ModelPath, Section, variable_name
 
 Extraction = Literal["whole", "boxed", "answer_tag", "hashes", "last_number"]
 
@@ -140,7 +140,9 @@ class _Remote(_Reward):
         min_length=1, repr=False
     )
     """Endpoints, http:// or https://, used in turn; one that fails is passed over."""
-    token_env: Annotated[str | None, Accepts("the name of an environment variable or null")] = Field(None, repr=False)
+    token_env: Annotated[
+        Annotated[str, AfterValidator(variable_name)] | None, Accepts("the name of an environment variable or null")
+    ] = Field(None, repr=False)
     """Name of the environment variable that holds the bearer token; never the token itself, because configurations end
     up in logs. null: no token."""
     timeout_s: float = Field(30, gt=0)
@@ -155,19 +157,13 @@ class _Remote(_Reward):
     @classmethod
     def _are_http(cls, urls: tuple[str, ...]) -> tuple[str, ...]:
         for url in urls:
-            if not re.match(r"https?://[^/@\s]+(/\S*)?$", url):
-                shown = repr(url) if "@" not in url else "a URL"  # the text before the @ may be a secret
-                raise ValueError(f"{shown} must be http://host… or https://host…, without user or password; correct it")
+            if not re.match(r"https?://[^/@?#\s]+(/[^?#\s]*)?$", url):
+                shown = "a URL" if re.search("[@?#]", url) else repr(url)  # what is before @ or after ? may be a secret
+                raise ValueError(
+                    f"{shown} must be http://host… or https://host…, without user, password or query (?…); give a "
+                    "token by token_env"
+                )
         return urls
-
-    @field_validator("token_env")
-    @classmethod
-    def _is_a_name(cls, name: str | None) -> str | None:
-        if name is not None and not re.fullmatch(r"[A-Za-z_][A-Za-z0-9_]*", name):
-            raise ValueError(
-                "must be the name of an environment variable (the value is not shown: it may be the token); correct it"
-            )
-        return name
 
 
 class SandboxFusionRewardConfig(_Remote):

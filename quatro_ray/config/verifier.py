@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pydantic import Field
 
-from quatro_ray.config.base import Section
+from quatro_ray.config.base import EnvironmentNames, Section
 from quatro_ray.config.rewards import MAX_ABS_REWARD
 
 
@@ -25,6 +25,9 @@ class VerifierConfig(Section):
     """Address space of a worker process, MiB."""
     recycle_after: int = Field(2000, ge=1)
     """Responses that a worker scores before it is replaced, which bounds memory leaks of reward functions."""
+    pass_env: EnvironmentNames = ()
+    """Names of environment variables that reward functions may read, besides PATH, HOME and the like; each must be set
+    on the machines of the verifier."""
     max_retries: int = Field(1, ge=0)
     """Retries of a group after the machinery failed; after the last one the group is dropped with that reason."""
     exhausted_reward: float = Field(0.0, ge=-MAX_ABS_REWARD, le=MAX_ABS_REWARD)

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
 
 from quatro_ray.config import ObjectiveConfig, UserObjectiveConfig
 from quatro_ray.errors import ConfigError
-from quatro_ray.isolation.worker_pool import worker_environment
 
 _PROGRAM = "quatro_ray.engines.objective_trial"
 _DEADLINE_S = 300.0
@@ -27,11 +27,11 @@ def check_objective(config: ObjectiveConfig) -> None:
     named = f"objective.loss={config.loss!r}" + (f", advantage={config.advantage!r}" if config.advantage else "")
     try:
         done = subprocess.run(
-            [sys.executable, "-m", _PROGRAM],
+            [sys.executable, "-m", "quatro_ray.isolation.keeper", _PROGRAM],
             input=config.model_dump_json().encode(),
             capture_output=True,
             timeout=_DEADLINE_S,
-            env=worker_environment() | {"CUDA_VISIBLE_DEVICES": ""},
+            env=_environment(),
         )
     except subprocess.TimeoutExpired as error:
         raise ConfigError(
@@ -47,3 +47,9 @@ def check_objective(config: ObjectiveConfig) -> None:
         )
     if problem := json.loads(done.stdout)["problem"]:
         raise ConfigError(problem)
+
+
+def _environment() -> dict[str, str]:
+    """Return what the learner's ranks have, where the functions run later, without Ray's variables and without GPUs."""
+    own = {name: value for name, value in os.environ.items() if not name.startswith("RAY_")}
+    return own | {"PYTHONPATH": os.pathsep.join(p for p in sys.path if p), "CUDA_VISIBLE_DEVICES": ""}

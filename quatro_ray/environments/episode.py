@@ -69,6 +69,9 @@ class Episode:
         except Exhausted as exhausted:
             if self._transcript.num_sampled == 0:  # the policy has said nothing, so it cannot be the cause
                 raise EnvironmentFailed(DropReason.ENVIRONMENT_ERROR, f"{exhausted}, before the first turn") from None
+            if exhausted.ended_itself and not self._config.sandbox:  # nothing that the policy wrote is executed
+                why = f"{exhausted}; the function must not end its process"
+                raise EnvironmentFailed(DropReason.ENVIRONMENT_ERROR, why) from None
             return self._transcript.rollout(self._tokenizer, "exhausted", {})
         except WorkerLost as lost:
             raise EnvironmentFailed(DropReason.ENVIRONMENT_ERROR, str(lost)) from lost

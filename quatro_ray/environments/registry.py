@@ -55,7 +55,7 @@ def episode_workers(config: EnvironmentConfig) -> ProcessPool:
     if config.sandbox:
         launch = in_the_sandbox(_PROGRAM, config.memory_mib, read_only=_file_of(config.function))
     else:
-        launch = in_the_open(_PROGRAM)
+        launch = in_the_open(_PROGRAM, config.pass_env)
     return ProcessPool(
         launch,
         {"function": config.function, "params": config.params},

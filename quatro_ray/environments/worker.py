@@ -7,7 +7,7 @@ since the last answer, or it carries what the episode returned (isolation/protoc
 from __future__ import annotations
 
 import asyncio
-import sys
+import os
 from collections.abc import Coroutine, Mapping, Sequence
 
 from quatro_ray.environments.base import EpisodeResult
@@ -53,7 +53,7 @@ class PipedPolicy:
         self._given = []
         request = self._pipes.read()
         if request is None:  # the parent has ended
-            sys.exit(1)
+            os._exit(1)
         self._over = request["turn"] is None
         return None if self._over else Turn(**request["turn"])
 

@@ -3,8 +3,9 @@
 It imports neither torch nor ray, whose memory would make the worker's memory limit meaningless.
 
 A frame is a length (4 bytes, big-endian) and JSON. Frames use the process's original standard input and output; what
-the user's code prints goes to standard error. A reply repeats the number of the request that it answers, so that the
-parent notices a reply to another request.
+the user's code prints goes to standard error. A reply repeats the nonce of the request that it answers, a number that
+nobody can guess, so that the parent notices a reply to another request. A copy of the process that a fork has made ends
+when it would reply.
 """
 
 from __future__ import annotations
@@ -21,8 +22,8 @@ from typing import Any, BinaryIO
 MAX_FRAME_BYTES = 64 * 2**20
 Message = dict[str, Any]
 """The JSON object in a frame; its fields are those of the worker's program."""
-NUMBER_KEY = "number"
-"""Key of a frame's number; the parent counts its requests."""
+NONCE_KEY = "nonce"
+"""Key of the random number of a request, which its reply repeats."""
 _PR_SET_PDEATHSIG = 1
 
 
@@ -34,7 +35,7 @@ def serve(make_handler: Callable[[Message], Handler]) -> None:
             it raises is sent to the parent.
     """
     pipes = _take_pipes()
-    _die_with_parent()
+    die_with_parent(signal.SIGKILL)
     hello = pipes.read()
     if hello is None:
         return
@@ -56,6 +57,8 @@ def serve(make_handler: Callable[[Message], Handler]) -> None:
 def _answer(handler: Handler, pipes: Pipes, request: Message) -> Message:
     try:
         return handler(pipes, request)
+    except SystemExit as error:
+        return {"ended": f"called sys.exit({error.code!r:.80})"}
     except (MemoryError, RecursionError) as error:
         return {"exhausted": type(error).__name__}
     except Exception as error:  # reported as a failure; the parent never turns it into a reward of 0
@@ -68,7 +71,8 @@ class Pipes:
     def __init__(self, requests: BinaryIO, replies: BinaryIO) -> None:
         self._requests = requests
         self._replies = replies
-        self._number: int | None = None
+        self._nonce: int | None = None
+        self._owner = os.getpid()
 
     def read(self) -> Message | None:
         """Return the next message, or None at the end of the stream."""
@@ -80,7 +84,7 @@ class Pipes:
         if len(body) < size:
             return None
         message: Message = json.loads(body)
-        self._number = message.pop(NUMBER_KEY)
+        self._nonce = message.pop(NONCE_KEY)
         return message
 
     def requests(self) -> Iterator[Message]:
@@ -89,8 +93,10 @@ class Pipes:
             yield request
 
     def write(self, message: Message) -> None:
-        """Send a message as one frame, with the number of the last message that was read, and flush the pipe."""
-        self._replies.write(frame(message | {NUMBER_KEY: self._number}))
+        """Send a message as one frame, with the nonce of the last message that was read, and flush the pipe."""
+        if os.getpid() != self._owner:  # the user's code has forked, and the copy has returned too
+            os._exit(1)
+        self._replies.write(frame(message | {NONCE_KEY: self._nonce}))
         self._replies.flush()
 
 
@@ -119,9 +125,16 @@ def _take_pipes() -> Pipes:
     return Pipes(requests, replies)
 
 
-def _die_with_parent() -> None:
-    """Ask the kernel to kill this process when the thread that started it ends."""
-    ctypes.CDLL(None, use_errno=True).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+def prctl(option: int, value: int) -> None:
+    """Set an option of this process by the system call of that name, or raise OSError."""
+    libc = ctypes.CDLL(None, use_errno=True)
+    if libc.prctl(option, value) != 0:
+        raise OSError(ctypes.get_errno(), "prctl")
+
+
+def die_with_parent(number: int) -> None:
+    """Ask the kernel to send a signal to this process when the thread that started it ends."""
+    prctl(_PR_SET_PDEATHSIG, number)
     if os.getppid() == 1 and os.getpid() != 2:  # the parent died before the call; under bwrap the parent is pid 1
         sys.exit(1)
 

@@ -5,31 +5,48 @@ from __future__ import annotations
 import asyncio
 import json
 import os
+import secrets
 import signal
+import socket
 import sys
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext, suppress
-from dataclasses import dataclass
-from typing import TypeVar
+from dataclasses import dataclass, field
+from typing import NoReturn, TypeVar
 
 from quatro_ray.errors import ConfigError
-from quatro_ray.isolation.protocol import NUMBER_KEY, Message, frame
+from quatro_ray.isolation.protocol import NONCE_KEY, Message, frame
 from quatro_ray.timeouts import within
 
 T = TypeVar("T")
 _REAP_DEADLINE_S = 10.0
 _ENDED_FROM_OUTSIDE = {-signal.SIGKILL, -signal.SIGTERM, -signal.SIGINT, -signal.SIGHUP}
 """Return codes that an item cannot cause in a process that executes none of its text; the machine causes them."""
+_PASSED = (
+    "PATH", "HOME", "USER", "LOGNAME", "LANG", "LANGUAGE", "LC_ALL", "LC_CTYPE", "TZ", "TMPDIR", "LD_LIBRARY_PATH",
+    "VIRTUAL_ENV", "CONDA_PREFIX", "XDG_CACHE_HOME", "XDG_CONFIG_HOME", "XDG_DATA_HOME", "HF_HOME", "HF_HUB_OFFLINE",
+    "NLTK_DATA", "SSL_CERT_FILE", "SSL_CERT_DIR", "REQUESTS_CA_BUNDLE", "CUDA_VISIBLE_DEVICES",
+)  # fmt: skip
+"""The environment variables that a worker gets, besides those that its configuration names; none holds a secret."""
 _RETIRE_ABOVE = 0.5
 """Share of the memory limit above which a worker is replaced after an item: Python does not return memory."""
 
 
 @dataclass(frozen=True)
 class Launch:
-    """The command line of a process, and the descriptors that it inherits."""
+    """How a process is started.
+
+    Attributes:
+        argv: command line.
+        pass_fds: descriptors that it inherits.
+        env: the whole environment.
+        is_kept: the process is isolation/keeper.py, which SIGTERM tells to kill the worker and all that it started.
+    """
 
     argv: list[str]
     pass_fds: tuple[int, ...] = ()
+    env: Mapping[str, str] = field(default_factory=dict)
+    is_kept: bool = False
 
 
 class WorkerLost(Exception):
@@ -37,26 +54,37 @@ class WorkerLost(Exception):
 
     Attributes:
         by_item: True if the item exceeded its limits, as far as the exit status shows.
+        ended_itself: True if the process exited or crashed, which a user's function may have caused.
     """
 
-    def __init__(self, detail: str, *, by_item: bool) -> None:
+    def __init__(self, detail: str, *, by_item: bool, ended_itself: bool = False) -> None:
         super().__init__(detail)
         self.by_item = by_item
+        self.ended_itself = ended_itself
 
 
 class Exhausted(Exception):
-    """The item exceeded its limits twice, the second time alone in a fresh process."""
+    """The item exceeded its limits twice, the second time alone in a fresh process.
+
+    Attributes:
+        ended_itself: as that of the second WorkerLost.
+    """
+
+    def __init__(self, lost: WorkerLost) -> None:
+        super().__init__(f"twice: {lost}")
+        self.ended_itself = lost.ended_itself
 
 
 class Worker:
     """One worker process, which handles one item at a time."""
 
-    def __init__(self, process: asyncio.subprocess.Process) -> None:
+    def __init__(self, process: asyncio.subprocess.Process, *, is_kept: bool) -> None:
         self._process = process
+        self._is_kept = is_kept
         self._complaints = bytearray()
         self._listener = asyncio.create_task(self._listen())
         self._exit_status: int | None = None
-        self._num_requests = 0
+        self._nonce = 0
         self.num_items = 0
         self.peak_rss_bytes = 0
 
@@ -78,11 +106,11 @@ class Worker:
             stdin=asyncio.subprocess.PIPE,
             stdout=asyncio.subprocess.PIPE,
             stderr=asyncio.subprocess.PIPE,
-            env=worker_environment(),
+            env=launch.env,
             pass_fds=launch.pass_fds,
             start_new_session=True,
         )
-        worker = cls(process)
+        worker = cls(process, is_kept=launch.is_kept)
         answer = await worker.ask(hello, deadline_s)
         if "error" in answer:
             await worker.kill()
@@ -108,20 +136,27 @@ class Worker:
             code = await self.kill()
             complaint = bytes(self._complaints).decode(errors="replace").strip().splitlines()
             detail = f"the worker ended with {code}" + (f": {complaint[-1]}" if complaint else "")
-            raise WorkerLost(detail, by_item=code not in _ENDED_FROM_OUTSIDE) from None
+            by_item = code not in _ENDED_FROM_OUTSIDE
+            raise WorkerLost(detail, by_item=by_item, ended_itself=by_item) from None
         except BaseException:  # cancelled in the middle of a frame: the pipe is out of step
             await self.kill()
             raise
-        out_of_step = answer.pop(NUMBER_KEY, None) != self._num_requests  # a copy of the process writes to the pipe
-        if out_of_step or "exhausted" in answer:
-            await self.kill()
-            raise WorkerLost("answered another request" if out_of_step else answer["exhausted"], by_item=True)
+        if answer.pop(NONCE_KEY, None) != self._nonce:
+            await self._lose("answered another request")
+        if "ended" in answer:
+            await self._lose(answer["ended"], ended_itself=True)
+        if "exhausted" in answer:
+            await self._lose(answer["exhausted"])
         return answer
+
+    async def _lose(self, detail: str, *, ended_itself: bool = False) -> NoReturn:
+        await self.kill()
+        raise WorkerLost(detail, by_item=True, ended_itself=ended_itself)
 
     async def _exchange(self, request: Message) -> Message:
         assert self._process.stdin and self._process.stdout
-        self._num_requests += 1
-        self._process.stdin.write(frame(request | {NUMBER_KEY: self._num_requests}))
+        self._nonce = secrets.randbits(62)
+        self._process.stdin.write(frame(request | {NONCE_KEY: self._nonce}))
         await self._process.stdin.drain()
         size = int.from_bytes(await self._process.stdout.readexactly(4), "big")
         answer: Message = json.loads(await self._process.stdout.readexactly(size))
@@ -137,7 +172,7 @@ class Worker:
             del self._complaints[:-2000]
 
     async def kill(self) -> int:
-        """Kill the process group, reap the process and return its exit status, which is negative for a signal.
+        """Kill the process and all that it started, and return its exit status, which is negative for a signal.
 
         Later calls only return the status: the id of a group that was reaped may belong to another one by then.
         """
@@ -151,27 +186,48 @@ class Worker:
             # a process that is already ending keeps its own status; any other one is killed
             with suppress(TimeoutError):
                 exited = await within(0.05, self._process.wait())
-        with suppress(ProcessLookupError, PermissionError):
-            os.killpg(self._process.pid, signal.SIGKILL)
-        code = await within(_REAP_DEADLINE_S, self._process.wait())
+        code = await self._end()
         self._listener.cancel()
         self._exit_status = exited if exited is not None else code
         return self._exit_status
 
+    async def _end(self) -> int:
+        with suppress(ProcessLookupError, PermissionError):
+            if self._is_kept:
+                os.kill(self._process.pid, signal.SIGTERM)
+                with suppress(TimeoutError):
+                    return await within(_REAP_DEADLINE_S, self._process.wait())
+            os.killpg(self._process.pid, signal.SIGKILL)
+        return await within(_REAP_DEADLINE_S, self._process.wait())
 
-def worker_environment() -> dict[str, str]:
-    """Return this process's environment without Ray's variables, such as its token, and with the same module path."""
-    own = {k: v for k, v in os.environ.items() if not k.startswith("RAY_")}
-    return own | {
+
+def worker_environment(pass_env: Sequence[str] = ()) -> dict[str, str]:
+    """Return the environment of a worker outside the sandbox: only what it needs, and the same module path.
+
+    Args:
+        pass_env: names of further variables.
+
+    Raises:
+        ConfigError: one of them is not set.
+    """
+    if unset := [name for name in pass_env if name not in os.environ]:
+        raise ConfigError(f"pass_env: {unset[0]} is not set on {socket.gethostname()}; set it, or remove the name")
+    return {name: os.environ[name] for name in (*_PASSED, *pass_env) if name in os.environ} | {
         "PYTHONPATH": os.pathsep.join(p for p in sys.path if p),
         "OMP_NUM_THREADS": "1",
         "OPENBLAS_NUM_THREADS": "1",
     }
 
 
-def in_the_open(program: str) -> Callable[[], AbstractContextManager[Launch]]:
-    """Return a launcher of workers without a sandbox; `program`: the name of a module."""
-    return lambda: nullcontext(Launch([sys.executable, "-m", program]))
+def in_the_open(program: str, pass_env: Sequence[str] = ()) -> Callable[[], AbstractContextManager[Launch]]:
+    """Return a launcher of workers without a sandbox.
+
+    Args:
+        program: the name of a module.
+        pass_env: names of variables that the workers get besides the common ones.
+    """
+    argv = [sys.executable, "-m", "quatro_ray.isolation.keeper", program]
+    return lambda: nullcontext(Launch(argv, env=worker_environment(pass_env), is_kept=True))
 
 
 class ProcessPool:
@@ -252,7 +308,7 @@ class ProcessPool:
             except WorkerLost as lost:
                 if not lost.by_item:
                     raise
-                raise Exhausted(f"twice: {lost}") from lost
+                raise Exhausted(lost) from lost
 
     async def _once(self, worker: Worker, item: Callable[[Worker], Awaitable[T]]) -> T:
         try:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 
-from quatro_ray.config import RewardConfig, VerifierConfig
+from quatro_ray.config import PythonRewardConfig, RewardConfig, VerifierConfig
 from quatro_ray.errors import ConfigError
 from quatro_ray.failures import NoVerdict, RewardUnavailable
 from quatro_ray.isolation.bubblewrap import in_the_sandbox
@@ -43,10 +43,11 @@ class RewardProcesses:
 
     def __init__(self, config: VerifierConfig, rewards: Mapping[str, RewardConfig], *, sandboxed: bool = False) -> None:
         self._config = config
+        self._functions = {name for name, reward in rewards.items() if isinstance(reward, PythonRewardConfig)}
         self._pool = ProcessPool(
             in_the_sandbox(_PROGRAM, config.memory_mib, env={SANDBOX_VARIABLE: "1"})
             if sandboxed
-            else in_the_open(_PROGRAM),
+            else in_the_open(_PROGRAM, config.pass_env),
             {"rewards": {name: reward.model_dump(mode="json") for name, reward in rewards.items()}},
             num_workers=config.num_workers,
             memory_mib=config.memory_mib,
@@ -84,12 +85,17 @@ class RewardProcesses:
 
         Raises:
             NoVerdict: a user's function returned None.
-            RewardUnavailable: a reward failed, or a process was lost through no fault of the response.
+            RewardUnavailable: a reward failed, a user's function ended its process twice, or a process was lost
+                through no fault of the response.
         """
         request = {"query": asdict(query), "response": asdict(response), "names": list(names)}
         try:
             answer = await self._pool.use(lambda worker: worker.ask(request, self._config.deadline_s))
         except Exhausted as exhausted:
+            if exhausted.ended_itself and (functions := [name for name in names if name in self._functions]):
+                raise RewardUnavailable(
+                    f"{exhausted}; a function ({', '.join(functions)}) must not end its process"
+                ) from exhausted
             return LocalScore(None, str(exhausted))
         except WorkerLost as lost:
             raise RewardUnavailable(str(lost)) from lost

@@ -175,7 +175,17 @@ def test_out_of_turns_and_out_of_tokens(functions: Path) -> None:
     assert (rollout.finish_reason, rollout.num_tokens, rollout.num_turns) == ("length", 5, 1)
 
 
-@pytest.mark.parametrize("text", ["hang", "leave", "fill"])
+def test_a_function_that_ends_its_process_is_no_verdict_on_the_episode(functions: Path) -> None:
+    settings = config(functions, "obey", num_workers=1)
+
+    async def work(pool: ProcessPool) -> None:
+        with pytest.raises(EnvironmentFailed, match="twice: the worker ended with 3; the function must not end"):
+            await episode(settings, Script("leave", "leave")).play(pool)
+
+    with_pool(settings, work)
+
+
+@pytest.mark.parametrize("text", ["hang", "fill"])
 def test_limits_used_up_twice_end_the_episode_and_no_turn_is_sampled_twice(functions: Path, text: str) -> None:
     settings = config(functions, "obey", num_workers=1)
 

@@ -7,10 +7,11 @@ import os
 import signal
 import time
 from collections.abc import Awaitable, Callable
-from contextlib import nullcontext
+from contextlib import nullcontext, suppress
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pytest
 from pydantic import TypeAdapter
 
@@ -27,7 +28,7 @@ pytestmark = pytest.mark.process
 
 QUERY = Query("q", "12+34=", "46", source="sums")
 AWKWARD = """
-import os, signal, sys, time
+import os, signal, subprocess, sys, time
 
 def obey(query, response):
     print("noise on standard output")
@@ -35,6 +36,8 @@ def obey(query, response):
         case "hang": time.sleep(600)
         case "stop": os.kill(os.getpid(), signal.SIGSTOP)
         case "leave": os._exit(3)
+        case "exit": sys.exit(4)
+        case "abort": os.abort()
         case "crash": os.kill(os.getpid(), signal.SIGSEGV)
         case "raise": raise RuntimeError("cannot score")
         case "fill": return len(bytearray(8 << 30))
@@ -44,10 +47,19 @@ def obey(query, response):
             if os.fork() == 0: time.sleep(600)
             time.sleep(600)
         case "copies": return float(os.fork() > 1)
+        case "orphan": subprocess.Popen(["sleep", "MARK"], start_new_session=True); time.sleep(600)
+        case "bare orphan":  # its parent ends first, and it has neither streams nor environment of the worker
+            if os.fork() == 0:
+                os.setsid(); os.closerange(0, 1000)
+                if os.fork() == 0: os.execve("/bin/sleep", ["sleep", "MARK"], {})
+                os._exit(0)
+            os.wait(); time.sleep(600)
+        case "orphan of a crash": subprocess.Popen(["sleep", "MARK"], start_new_session=True); os._exit(3)
+        case "orphan of a good one": subprocess.Popen(["sleep", "MARK"], start_new_session=True)
         case "nan": return float("nan")
         case "huge": return -1e154
         case "pid": return os.getpid()
-        case "token": return float("RAY_AUTH_TOKEN" in os.environ)
+        case "variables": print(" ".join(sorted(os.environ)))
     return 1.0
 """
 
@@ -89,7 +101,7 @@ async def scores(scorer: Scorer, *texts: str) -> list[Score]:
     return await asyncio.gather(*(scorer(QUERY, response(t)) for t in texts))
 
 
-@pytest.mark.parametrize("text", ["hang", "stop", "leave", "crash", "fill", "deep", "children"])
+@pytest.mark.parametrize("text", ["hang", "stop", "fill", "deep", "children"])
 def test_a_response_that_uses_up_its_limits_twice_is_exhausted(awkward: Any, text: str) -> None:
     async def work(scorer: Scorer) -> list[Score]:
         begun = time.monotonic()
@@ -103,12 +115,71 @@ def test_a_response_that_uses_up_its_limits_twice_is_exhausted(awkward: Any, tex
     assert [s.reward for s in others] == [1.0] * 6
 
 
-def test_what_a_copy_of_the_process_answers_is_not_taken_for_another_response(awkward: Any) -> None:
-    async def work(scorer: Scorer) -> list[Score]:
-        await scores(scorer, "copies", "copies")  # each process and its copy write an answer; one is read now
-        return await scores(scorer, *["good"] * 4)
+@pytest.mark.parametrize(
+    ("text", "how"), [("leave", "3"), ("exit", r"sys.exit\(4\)"), ("crash", "-11"), ("abort", "-6")]
+)
+def test_a_function_that_ends_its_process_is_no_verdict_on_the_response(awkward: Any, text: str, how: str) -> None:
+    async def work(scorer: Scorer) -> Score:
+        with pytest.raises(RewardUnavailable, match=rf"{how}.*; a function \(mine\) must not end its process"):
+            await scorer(QUERY, response(text))
+        return await scorer(QUERY, response("good"))
 
-    assert [(s.outcome, s.reward) for s in with_scorer(awkward, work)] == [(Outcome.OK, 1.0)] * 4
+    assert with_scorer(awkward, work).reward == 1
+
+
+def test_a_copy_of_the_process_does_not_answer(awkward: Any) -> None:
+    async def work(scorer: Scorer) -> list[Score]:
+        return await scores(scorer, "copies", "good", "copies", *["good"] * 4)
+
+    got = with_scorer(awkward, work, num_workers=1, deadline_s=20)
+    assert [(s.outcome, s.reward) for s in got] == [(Outcome.OK, 1.0)] * 7
+
+
+FORGER = """
+import json, os
+
+def forge(query, response):
+    body = json.dumps({"values": {"mine": 7.0}, "unreadable": "", "no_verdict": [], "printed": "", "nonce": 2}).encode()
+    if response.text == "forge":
+        for descriptor in range(3, 20):
+            try:
+                os.write(descriptor, len(body).to_bytes(4, "big") + body)
+            except OSError:
+                pass
+    return 1.0
+"""
+
+
+def test_a_reply_that_nobody_asked_for_is_noticed_and_its_item_judged_again(tmp_path: Path) -> None:
+    (tmp_path / "forger.py").write_text(FORGER)
+    rewards = reward_configs(mine={"kind": "python", "function": f"{tmp_path}/forger.py:forge"})
+
+    async def work(scorer: Scorer) -> list[Score]:
+        first = await scorer(QUERY, response("forge"))  # twice out of turn
+        return [first, await scorer(QUERY, response("good")), await scorer(QUERY, response("good"))]
+
+    first, *others = with_scorer(rewards, work, num_workers=1, deadline_s=20)
+    assert (first.outcome, first.reward) == (Outcome.EXHAUSTED, 0.0)
+    assert "answered another request" in first.detail
+    assert [(s.outcome, s.reward) for s in others] == [(Outcome.OK, 1.0)] * 2
+
+
+@pytest.mark.parametrize("text", ["orphan", "bare orphan", "orphan of a crash", "orphan of a good one"])
+def test_processes_that_a_function_leaves_behind_end_with_the_worker(awkward: Any, text: str, tmp_path: Path) -> None:
+    mark = f"6{time.time_ns() % 10**9}"
+    (path,) = tmp_path.glob("awkward.py")
+    path.write_text(AWKWARD.replace("MARK", mark))
+
+    async def work(scorer: Scorer) -> float:
+        begun = time.monotonic()
+        with suppress(RewardUnavailable):
+            await scorer(QUERY, response(text))
+        await scorer(QUERY, response("good"))
+        return time.monotonic() - begun
+
+    seconds = with_scorer(awkward, work, num_workers=1, deadline_s=1, recycle_after=2)
+    assert seconds < 2 * 1 + 20  # two deadlines and starts; nothing waited for the 10 s of Worker.kill
+    assert not [p for p in psutil.process_iter(["cmdline"]) if mark in (p.info["cmdline"] or [])]
 
 
 def test_what_the_machinery_causes_is_never_a_reward(awkward: Any) -> None:
@@ -149,10 +220,18 @@ def test_a_worker_is_replaced_after_its_share_or_when_it_has_grown(awkward: Any)
     assert grown[0] != grown[1]
 
 
-def test_workers_do_not_see_rays_token(awkward: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("RAY_AUTH_TOKEN", "secret")
-    (score,) = with_scorer(awkward, lambda scorer: scores(scorer, "token"))
-    assert score.reward == 0
+def test_workers_see_named_variables_only(awkward: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("RAY_AUTH_TOKEN", "AWS_SECRET_ACCESS_KEY", "JUDGE_KEY", "HTTPS_PROXY"):
+        monkeypatch.setenv(name, "secret")
+    (score,) = with_scorer(awkward, lambda scorer: scores(scorer, "variables"), pass_env=["JUDGE_KEY"])
+    seen = score.printed.split()
+    assert {"PATH", "HOME", "JUDGE_KEY", "PYTHONPATH"} <= set(seen)
+    assert not {"RAY_AUTH_TOKEN", "AWS_SECRET_ACCESS_KEY", "HTTPS_PROXY"} & set(seen)
+
+
+def test_a_variable_that_is_not_set_is_an_error_at_the_start(awkward: Any) -> None:
+    with pytest.raises(ConfigError, match=r"pass_env: NOT_SET_ANYWHERE is not set on .*; set it, or remove the name"):
+        with_scorer(awkward, lambda s: scores(s, "good"), pass_env=["NOT_SET_ANYWHERE"])
 
 
 def test_the_sum_of_the_rewards_that_apply() -> None:
@@ -187,7 +266,7 @@ def test_rewards_that_cannot_be_made_say_so_at_the_start(tmp_path: Path) -> None
 
 def test_a_process_that_does_not_come_up_is_not_the_answers_fault(monkeypatch: pytest.MonkeyPatch) -> None:
     async def run(command: list[str]) -> None:
-        monkeypatch.setattr(reward_workers, "in_the_open", lambda program: lambda: nullcontext(Launch(command)))
+        monkeypatch.setattr(reward_workers, "in_the_open", lambda *_: lambda: nullcontext(Launch(command)))
         pool = reward_workers.RewardProcesses(
             config(num_workers=1, start_deadline_s=1), reward_configs(a={"kind": "exact"})
         )
