@@ -51,6 +51,38 @@ def connect(host: str, port: int) -> socket.socket:
     return socket.create_connection((host, port), timeout=0.3)
 
 
+def foreign_sockets() -> list[int] | None:
+    """Return the families of sockets, besides AF_UNIX, that can be made."""
+    kinds = (socket.SOCK_STREAM, socket.SOCK_DGRAM, socket.SOCK_RAW, socket.SOCK_SEQPACKET)
+    families = [n for n in range(64) if n != socket.AF_UNIX]
+    return [n for n in families if any(works(functools.partial(socket.socket, n, kind)) for kind in kinds)] or None
+
+
+def enlarged_buffer() -> bool:
+    """Enlarge the buffer of a socket, or raise OSError."""
+    one, _ = socket.socketpair()
+    one.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 1 << 20)
+    return True
+
+
+def sent_descriptor() -> int:
+    """Send a descriptor through a socket, or raise OSError."""
+    one, _ = socket.socketpair()
+    return socket.send_fds(one, [b"x"], [0])
+
+
+def interfaces() -> set[str] | None:
+    """Return the network interfaces besides loopback."""
+    lines = read("/proc/net/dev").decode().splitlines()[2:]
+    return {line.split(":")[0].strip() for line in lines} - {"lo"} or None
+
+
+def attribute() -> list[str]:
+    """Set an extended attribute, and return all of the file, or raise OSError."""
+    os.setxattr(write("/tmp/x"), "user.x", b"x")
+    return os.listxattr("/tmp/x")
+
+
 def call(name: str, *arguments: int) -> str:
     """Call a function of the C library and return its name; raise OSError if the result is negative."""
     if ctypes.CDLL(None).__getattr__(name)(*arguments) < 0:
@@ -100,10 +132,15 @@ def leaks(given: Given) -> list[str]:
     outside = ["/x", "/usr/x", "/etc/x", "/box/x", "/dev/x", "/dev/shm/x", "/proc/sys/kernel/shmmax", given["canary"]]
     tried: dict[str, Callable[[], object]] = {}
     tried["the network of this machine can be reached"] = lambda: connect("127.0.0.1", given["port"])
-    tried["there are network interfaces"] = lambda: {name for _, name in socket.if_nameindex()} - {"lo"} or None
+    tried["there are network interfaces"] = interfaces
     tried["files of the user can be read"] = lambda: read(given["canary"])
     for path in outside:
         tried[f"{path} can be written"] = functools.partial(write, path)
+    tried["sockets that reach beyond a process can be made"] = foreign_sockets
+    tried["buffers of sockets can be enlarged"] = enlarged_buffer
+    tried["descriptors can be sent through sockets"] = sent_descriptor
+    tried["extended attributes can be set"] = attribute
+    tried["files without a name can be made"] = lambda: os.memfd_create("x")
     tried["the environment can be read"] = foreign_variables
     tried["memory is not limited"] = lambda: bytearray(given["memory_bytes"])
     tried["the size of files is not limited"] = lambda: big_file(given["file_bytes"])

@@ -57,8 +57,8 @@ def run(
 ) -> Finished:
     """Run `command` and return within wall_s, plus the time that killing takes. Many threads may call this.
 
-    The kernel bounds the memory of each process by memory_mib. A check every 50 ms bounds their sum, which can exceed
-    memory_mib in between.
+    The kernel bounds the memory of each process by memory_mib. A check every 50 ms bounds their sum, and the buffers of
+    sockets count; in between it can exceed memory_mib.
 
     Args:
         command: absolute path of the program inside the sandbox, and its arguments.
@@ -140,7 +140,7 @@ class _Running:
             if now >= deadline:
                 return "timeout"
             if now >= check_at:
-                if self._init and _memory_bytes(self._init[0]) > self._limits.memory_mib << 20:
+                if self._init and _used_bytes(self._init[0]) > self._limits.memory_mib << 20:
                     return "memory"
                 check_at = now + _CHECK_MEMORY_S
             self._step(max(0.0, min(deadline, check_at) - now))
@@ -247,6 +247,16 @@ def _open_process(pid: int) -> tuple[int, int] | None:
 def _send_kill(pidfd: int) -> None:
     with contextlib.suppress(ProcessLookupError):  # it has ended
         signal.pidfd_send_signal(pidfd, signal.SIGKILL)
+
+
+def _used_bytes(pid: int) -> int:
+    """Return the memory of a sandbox whose process 1 has this id, with all that its sockets may hold."""
+    try:
+        first_line = Path(f"/proc/{pid}/net/sockstat").read_text().partition("\n")[0]  # sockets: used 2
+        each = int(Path("/proc/sys/net/core/wmem_default").read_text())
+    except (FileNotFoundError, ProcessLookupError):  # the process ended meanwhile
+        return 0
+    return _memory_bytes(pid) + int(first_line.split()[-1]) * each
 
 
 def _memory_bytes(pid: int) -> int:

@@ -1,14 +1,20 @@
 """The seccomp filter for bubblewrap: system calls that are refused to a sandboxed program.
 
-Namespaces and limits do most of the isolation. The filter closes what they leave open: System V memory and queues,
-which no limit of a process counts, and parts of the kernel that no scored program needs (ptrace, keys, bpf, io_uring,
-mounts). A refused call fails with EPERM.
+Namespaces and limits do most of the isolation. The filter closes what they leave open:
+
+- memory of the kernel that no limit of a process counts: System V memory and queues, extended attributes, files without
+  a name, watches, larger buffers of sockets, and descriptors that are sent through a socket;
+- sockets of all families but AF_UNIX, some of which no namespace covers (AF_VSOCK reaches the host of a machine);
+- parts of the kernel that no scored program needs (ptrace, keys, bpf, io_uring, mounts).
+
+A refused call fails with EPERM. Sockets of AF_UNIX are left because asyncio needs a pair of them.
 """
 
 from __future__ import annotations
 
 import errno
 import platform
+import socket
 import struct
 
 from quatro_ray.errors import SandboxError
@@ -16,6 +22,9 @@ from quatro_ray.errors import SandboxError
 # name: (x86_64, aarch64), from the kernel's tables of system calls.
 _REFUSED = {
     "shmget": (29, 194), "semget": (64, 190), "msgget": (68, 186),
+    "setxattr": (188, 5), "lsetxattr": (189, 6), "fsetxattr": (190, 7), "setxattrat": (463, 463),
+    "memfd_create": (319, 279), "inotify_add_watch": (254, 27), "fanotify_init": (300, 262),
+    "setsockopt": (54, 208), "sendmsg": (46, 211), "sendmmsg": (307, 269),
     "ptrace": (101, 117), "process_vm_readv": (310, 270), "process_vm_writev": (311, 271),
     "kcmp": (312, 272), "pidfd_getfd": (438, 438),
     "mount": (165, 40), "umount2": (166, 39), "pivot_root": (155, 41), "chroot": (161, 51),
@@ -33,7 +42,8 @@ _REFUSED = {
 _AUDIT_ARCH = {"x86_64": 0xC000003E, "aarch64": 0xC00000B7}
 _X32 = 0x40000000  # x86_64 has a second set of numbers for the same calls, from here on
 _LOAD, _JUMP_EQUAL, _JUMP_AT_LEAST, _RETURN = 0x20, 0x15, 0x35, 0x06
-_NUMBER_OFFSET, _ARCH_OFFSET = 0, 4  # in struct seccomp_data
+_NUMBER_OFFSET, _ARCH_OFFSET, _FIRST_ARGUMENT_OFFSET = 0, 4, 16  # in struct seccomp_data; both are little-endian
+_SOCKET = {"x86_64": 41, "aarch64": 198}
 _KILL, _ALLOW, _REFUSE = 0x80000000, 0x7FFF0000, 0x00050000 | errno.EPERM
 
 
@@ -66,6 +76,11 @@ def seccomp_filter(machine: str | None = None) -> bytes:
             _instruction(_JUMP_EQUAL, _AUDIT_ARCH[machine], if_true=1),
             _instruction(_RETURN, _KILL),
             _instruction(_LOAD, _NUMBER_OFFSET),
+            _instruction(_JUMP_EQUAL, _SOCKET[machine], if_false=4),
+            _instruction(_LOAD, _FIRST_ARGUMENT_OFFSET),  # the family, an int
+            _instruction(_JUMP_EQUAL, socket.AF_UNIX, if_false=1),
+            _instruction(_RETURN, _ALLOW),
+            _instruction(_RETURN, _REFUSE),
             *tests,
             _instruction(_RETURN, _ALLOW),
             _instruction(_RETURN, _REFUSE),

@@ -48,6 +48,27 @@ USES_UP = {
     "memory_memfd": "k = [os.memfd_create('x') for _ in range(4)]\nfor f in k: os.ftruncate(f, 1 << 30)\nwon()",
     "memory_queue": "i = libc.msgget(0, 0o1600)\nif i >= 0: won()",
     "memory_locked": "b = ctypes.create_string_buffer(1 << 20); call('mlock', b, 1 << 20)",
+    "memory_sockets": (
+        "def fill():\n"
+        "  k = []\n"
+        "  while True:\n"
+        "    try:\n"
+        "      k.append(socket.socketpair())\n"
+        "      for s in k[-1]:\n"
+        "        s.setblocking(False)\n"
+        "        while s.send(bytes(1 << 16)): pass\n"
+        "    except BlockingIOError: pass\n"
+        "    except OSError: break\n"
+        "  time.sleep(1.5)\n"
+        "for _ in range(12):\n"
+        "  if os.fork() == 0: fill()\n"
+        "time.sleep(1.5); won()"
+    ),
+    "memory_sockets_in_flight": "a, b = socket.socketpair()\nfor _ in range(1000):\n  c, d = socket.socketpair(); socket.send_fds(a, [b'x'], [c.fileno(), d.fileno()])\nwon()",
+    "memory_socket_buffer": "a, b = socket.socketpair(); a.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 1 << 24); won()",
+    "memory_xattr": "open('/tmp/f', 'w'); os.setxattr('/tmp/f', 'user.x', bytes(60000)); won()",
+    "memory_xattr_of_descriptor": "f = open('/tmp/f', 'w'); os.setxattr(f.fileno(), 'user.x', bytes(60000)); won()",
+    "memory_watches": "f = libc.inotify_init1(0); call('inotify_add_watch', f, b'/usr', 0xfff)",
     "output_forever": "while True: print('x' * 10000)",
     "output_without_newlines": "while True: os.write(1, bytes(1 << 20))",
     "error_output_forever": "while True: os.write(2, b'e' * 65536)",
@@ -134,6 +155,9 @@ REACHES_OUT = {
     "udp_loopback": "s = socket.socket(socket.AF_INET, socket.SOCK_DGRAM); s.settimeout(.3); s.sendto(b'x', ('127.0.0.1', PORT)); s.recv(1); won()",
     "udp_outside": "s = socket.socket(socket.AF_INET, socket.SOCK_DGRAM); s.sendto(b'x', ('192.0.2.1', 53)); won()",
     "name_service": "socket.getaddrinfo('localhost.example.com', 80); won()",
+    "vsock": "s = socket.socket(40, socket.SOCK_STREAM); s.bind((0xffffffff, 5000)); won()",
+    "netlink": "socket.socket(socket.AF_NETLINK, socket.SOCK_RAW, 0); won()",
+    "alg_socket": "socket.socket(socket.AF_ALG, socket.SOCK_SEQPACKET, 0); won()",
     "raw_socket": "socket.socket(socket.AF_INET, socket.SOCK_RAW, 1); won()",
     "packet_socket": "socket.socket(socket.AF_PACKET, socket.SOCK_RAW); won()",
     "unix_socket": "s = socket.socket(socket.AF_UNIX); s.connect('CANARY.sock'); won()",

@@ -154,6 +154,7 @@ def test_limits_show_in_the_outcome(aftermath: dict[str, Aftermath]) -> None:
     assert talkative.outcome == "output"
     assert len(talkative.stdout) == LIMITS.output_kib << 10
     assert attack("memory_in_children").outcome == "memory"
+    assert attack("memory_sockets").outcome == "memory"
     assert b"MemoryError" in attack("memory_bytes").stderr_tail
     assert len(attack("error_output_forever").stderr_tail) == 4096
 
@@ -185,6 +186,10 @@ def without(*words: str) -> Callable[..., list[str]]:
         (["--unshare-net"], "network"),
         (["--disable-userns"], "namespaces can be made"),
         (["--seccomp", ""], "shared memory"),
+        (["--seccomp", ""], "sockets that reach beyond a process can be made"),
+        (["--seccomp", ""], "buffers of sockets"),
+        (["--seccomp", ""], "descriptors can be sent"),
+        (["--seccomp", ""], "extended attributes"),
         (["--remount-ro", "/dev"], "/dev/shm/x can be written"),
         (["--remount-ro", "/"], "/x can be written"),
         (["--remount-ro", "/proc"], "/proc/sys/kernel/shmmax can be written"),
@@ -224,6 +229,11 @@ def test_input_and_output_of_any_size_pass() -> None:
 def test_return_codes_pass() -> None:
     assert python("raise SystemExit(7)").returncode == 7
     assert python("import os; os.kill(os.getpid(), 11)").returncode == 128 + 11
+
+
+def test_asyncio_works() -> None:
+    code = "import asyncio, sys\nasync def f(): return 42\nprint(asyncio.run(f()))"
+    assert python(code).stdout == b"42\n"
 
 
 def test_packages_of_the_environment_are_there() -> None:
