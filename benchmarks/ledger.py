@@ -129,7 +129,7 @@ def throughput(folder: Path, length: int) -> dict[str, float]:
     written, begun = _written_bytes(), time.process_time()
     payload = sum(one_step(buffer, step, length) for step in range(1, _ROUNDS + 1))
     seconds = time.process_time() - begun - _ROUNDS * making_s(length)
-    buffer.flush()
+    buffer.ledger.flush()
     ratio = (_written_bytes() - written) / payload
     buffer.ledger.close()
     return {"groups_per_cpu_s": round(_ROUNDS * _STEP / seconds), "written_per_byte": round(ratio, 2)}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import signal
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 
@@ -65,7 +66,13 @@ class ObjectiveError(QuatroError):
 
 
 class Preempted(QuatroError):
-    """SIGTERM ended the run before its last step; with `run.resume: auto` the same command continues it."""
+    """A signal ended the run before its last step; with `run.resume: auto` the same command continues it.
+
+    Attributes:
+        number: of the signal.
+    """
+
+    number: int = signal.SIGTERM
 
 
 class LedgerError(QuatroError):
@@ -74,6 +81,10 @@ class LedgerError(QuatroError):
 
 class DiskFull(LedgerError):
     """The disk is too full to write the ledger; the transition was rolled back."""
+
+
+class LedgerLocked(LedgerError):
+    """Another program has locked the ledger for a minute; the transition was not begun."""
 
 
 class SandboxError(QuatroError):

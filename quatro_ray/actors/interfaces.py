@@ -222,8 +222,12 @@ class Replay(Protocol):
         """
         ...
 
-    async def flush(self) -> None:
-        """Write all changes to the disk, so that they survive a crash of the machine."""
+    async def snapshot(self, path: Path) -> None:
+        """Write all changes to the disk, so that they survive a crash of the machine, and a copy of the database.
+
+        Args:
+            path: the file of the copy, which belongs to a checkpoint and holds no rollouts.
+        """
         ...
 
     async def absorbed(self, version: int) -> int:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Callable
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import ray
@@ -11,7 +12,7 @@ from ray.exceptions import RayTaskError
 
 from quatro_ray.actors.calls import value_of
 from quatro_ray.actors.interfaces import GroupRef, LeasedRef
-from quatro_ray.errors import DiskFull, StallError
+from quatro_ray.errors import DiskFull, LedgerLocked, StallError
 from quatro_ray.replay.buffer import FallBack, LeaseSummary, RecoveredState, ReplayStats
 from quatro_ray.timeouts import within
 from quatro_ray.types import DropReason, Query
@@ -73,9 +74,9 @@ class ReplayClient:
         """Continue from the weights of `version` under a new version number."""
         return await self._call("fall_back", version, known)
 
-    async def flush(self) -> None:
-        """Write all changes to the disk."""
-        await self._call("flush")
+    async def snapshot(self, path: Path) -> None:
+        """Write all changes to the disk, and a copy of the ledger's database to a file."""
+        await self._call("snapshot", path)
 
     async def absorbed(self, version: int) -> int:
         """Free the rollouts of groups trained before `version`, and return the number of these groups."""
@@ -101,9 +102,9 @@ class ReplayClient:
             except TimeoutError:
                 self._restart()
             except RayTaskError as error:
-                if not isinstance(error.cause, DiskFull):
+                if not isinstance(error.cause, DiskFull | LedgerLocked):
                     raise
-                await asyncio.sleep(self._deadline_s)  # the disk may get space meanwhile
+                await asyncio.sleep(self._deadline_s)  # the disk may get space meanwhile, or the other program end
         raise self._stalled()
 
     def _restart(self) -> None:
@@ -112,5 +113,5 @@ class ReplayClient:
     def _stalled(self) -> StallError:
         return StallError(
             f"the replay buffer did not answer within replay.deadline_s={self._deadline_s:g} s in {self._TRIES} tries, "
-            "although it was restarted; check whether the disk of run.dir is full or gone"
+            "although it was restarted; check whether the disk of run.dir is full or gone, or its ledger locked"
         )

@@ -305,9 +305,10 @@ class ReplayBuffer:
         """Free the rollouts of groups trained before `version`, the oldest checkpoint that is kept; return how many."""
         return self.ledger.forget_payloads(version)
 
-    def flush(self) -> None:
-        """Write all commits to the disk, before a checkpoint that relies on them."""
+    def snapshot(self, path: Path) -> None:
+        """Write all commits to the disk, before a checkpoint relies on them, and a copy of the ledger to `path`."""
         self.ledger.flush()
+        self.ledger.snapshot(path)
 
     def end_run(self) -> None:
         """Drop all groups that were admitted ahead and are no longer needed, with the reason `run_ended`."""

@@ -11,7 +11,8 @@ from contextlib import closing, contextmanager
 from dataclasses import astuple, dataclass
 from pathlib import Path
 
-from quatro_ray.errors import DiskFull, LedgerError
+from quatro_ray.errors import CheckpointError, DiskFull, LedgerError, LedgerLocked
+from quatro_ray.files import sync
 from quatro_ray.replay import schema
 from quatro_ray.replay.segments import Location, Segments
 from quatro_ray.replay.versions import Versions
@@ -78,7 +79,7 @@ class Ledger:
 
     def __init__(self, path: Path | str, clock: Callable[[], float] = time.time) -> None:
         # a Ray actor creates it in one thread and calls it from another, one call at a time
-        self._db = sqlite3.connect(path, isolation_level=None, check_same_thread=False)
+        self._db = sqlite3.connect(path, schema.LOCK_DEADLINE_S, isolation_level=None, check_same_thread=False)
         folder = None if path == ":memory:" else Path(path).with_suffix(".rollouts")
         with closing(Segments(folder, 0)) as segments:
             schema.prepare(self._db, path, segments)
@@ -109,12 +110,13 @@ class Ledger:
         Raises:
             LedgerError: another process has opened the ledger since.
             DiskFull: the disk is full; nothing was changed, and the call may be repeated.
+            LedgerLocked: another program has locked the database for a minute; as for DiskFull.
         """
         if self._db.in_transaction:  # nested: the outer transaction commits
             yield
             return
-        self._db.execute("BEGIN IMMEDIATE")
         try:
+            self._db.execute("BEGIN IMMEDIATE")
             if self._db.execute("SELECT epoch FROM owner").fetchone()[0] != self._epoch:
                 raise LedgerError("another run has opened this ledger since; this run can no longer write to it")
             yield
@@ -122,7 +124,7 @@ class Ledger:
         except BaseException as error:
             if self._db.in_transaction:
                 self._db.execute("ROLLBACK")
-            _raise_if_full(error)
+            _raise_if_blocked(error)
             raise
 
     def admit(self, first_id: int, queries: Sequence[Query], version: int) -> list[int]:
@@ -134,7 +136,7 @@ class Ledger:
                 [(group_id, S.PENDING, version, self._clock()) for group_id in group_ids],
             )
             self._db.executemany(
-                "INSERT OR IGNORE INTO queries VALUES (?, ?)",
+                "INSERT OR IGNORE INTO queries (group_id, query) VALUES (?, ?)",
                 [(i, json.dumps(vars(query))) for i, query in zip(group_ids, queries, strict=True)],
             )
         return group_ids
@@ -215,7 +217,11 @@ class Ledger:
                 raise LedgerError(f"group {group_id} is {state} and may not become {S.READY}")
             if state is S.PENDING:
                 at = self._segments.append(payload)
-                self._db.execute("INSERT OR REPLACE INTO rollouts VALUES (?, ?, ?, ?, ?)", (group_id, *astuple(at)))
+                self._db.execute(
+                    "INSERT OR REPLACE INTO rollouts (group_id, segment, start, length, checksum) "
+                    "VALUES (?, ?, ?, ?, ?)",
+                    (group_id, *astuple(at)),
+                )
                 self._db.execute(
                     "UPDATE groups SET state = ?, oldest_version = ?, newest_version = ?, num_tokens = ?, "
                     "mean_reward = ?, ready_at = ? WHERE group_id = ?",
@@ -290,7 +296,7 @@ class Ledger:
             The number of groups whose rollouts were forgotten.
         """
         with self.transaction():
-            stored = self._db.execute("SELECT * FROM rollouts").fetchall()
+            stored = self._db.execute("SELECT group_id, segment, start, length, checksum FROM rollouts").fetchall()
             damaged = [group_id for group_id, *location in stored if not self._is_whole(Location(*location))]
             self._db.executemany("DELETE FROM rollouts WHERE group_id = ?", [(i,) for i in damaged])
             live = [i for i in damaged if self._state(i) in (S.READY, S.LEASED)]
@@ -322,7 +328,7 @@ class Ledger:
         return [(group_id, Query(**json.loads(query))) for group_id, query in rows]
 
     def forget_payloads(self, version: int) -> int:
-        """Free the rollouts of groups trained, or expired, before `version`, and return the number of groups.
+        """Free the rollouts of groups trained or expired before `version`, or otherwise dropped; return their number.
 
         A fall-back to a version older than that generates the trained ones again.
         """
@@ -330,7 +336,7 @@ class Ledger:
             # CROSS JOIN keeps the order: the rollouts that are left are few, the trained groups are not
             count = self._db.execute(
                 "DELETE FROM rollouts WHERE group_id IN (SELECT group_id FROM rollouts "
-                "CROSS JOIN groups USING (group_id) WHERE state IN (?, ?) AND learner_version < ?)",
+                "CROSS JOIN groups USING (group_id) WHERE state IN (?, ?) AND COALESCE(learner_version, -1) < ?)",
                 (S.TRAINED, S.DROPPED, version),
             ).rowcount
         self._segments.keep({name for (name,) in self._db.execute("SELECT DISTINCT segment FROM rollouts")})
@@ -350,12 +356,31 @@ class Ledger:
         finally:
             self._db.execute("PRAGMA synchronous=NORMAL")
 
+    def snapshot(self, path: Path) -> None:
+        """Write a copy of the database, as it is now, to a new file; the rollouts are not in it.
+
+        Raises:
+            CheckpointError: the copy cannot be written.
+        """
+        try:
+            path.unlink(missing_ok=True)
+            with closing(sqlite3.connect(path)) as copy:
+                copy.execute("PRAGMA synchronous=OFF")  # it is synced below, once
+                self._db.backup(copy)
+            sync(path)
+        except (sqlite3.OperationalError, OSError) as error:
+            raise CheckpointError(f"{path}: the ledger cannot be copied there ({error})") from error
+
     def close(self) -> None:
         """Close the database."""
         self._db.close()
         self._segments.close()
 
 
-def _raise_if_full(error: BaseException) -> None:
+def _raise_if_blocked(error: BaseException) -> None:
     if isinstance(error, sqlite3.OperationalError) and "disk is full" in str(error):
         raise DiskFull(f"the ledger cannot be written: {error}") from error
+    if isinstance(error, sqlite3.OperationalError) and "locked" in str(error):
+        raise LedgerLocked(
+            f"the ledger has been locked by another program for {schema.LOCK_DEADLINE_S:g} s; end that program"
+        ) from error

@@ -22,12 +22,13 @@ DROP INDEX by_age
 DROP INDEX by_learner_version
 ALTER TABLE groups RENAME TO old_groups
 ALTER TABLE owner RENAME TO old_owner
+ALTER TABLE versions ADD COLUMN digest INTEGER
 """
 _COPIED = f"""
 INSERT INTO owner SELECT epoch FROM old_owner
 INSERT INTO groups (group_id, state, {_COLUMNS}) SELECT group_id, state, {_COLUMNS} FROM old_groups
 UPDATE groups SET state = 'pending' WHERE state IN ('generating', 'verifying')
-INSERT INTO queries SELECT group_id, query FROM old_groups
+INSERT INTO queries (group_id, query) SELECT group_id, query FROM old_groups
 INSERT INTO tally SELECT 'reason', reason, COUNT(*) FROM groups WHERE reason NOT NULL GROUP BY reason
 UPDATE tally SET total = (SELECT COALESCE(SUM(num_tokens), 0) FROM groups) WHERE kind = 'tokens'
 DROP TABLE old_groups
@@ -47,7 +48,10 @@ def migrate(db: sqlite3.Connection, segments: Segments, create_tables: Callable[
     create_tables(db)
     _run(db, _COPIED)
     for group_id, payload in db.execute("SELECT group_id, payload FROM payloads"):
-        db.execute("INSERT INTO rollouts VALUES (?, ?, ?, ?, ?)", (group_id, *astuple(segments.append(payload))))
+        db.execute(
+            "INSERT INTO rollouts (group_id, segment, start, length, checksum) VALUES (?, ?, ?, ?, ?)",
+            (group_id, *astuple(segments.append(payload))),
+        )
     segments.flush()
     db.execute("DROP TABLE payloads")
 

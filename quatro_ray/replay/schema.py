@@ -1,17 +1,22 @@
-"""The ledger's tables, and their version."""
+"""The ledger's tables, their version, and the checks of a file that holds them."""
 
 from __future__ import annotations
 
 import sqlite3
+from contextlib import closing
 from pathlib import Path
+from zlib import crc32
 
-from quatro_ray.errors import LedgerError
+from quatro_ray.errors import LedgerError, LedgerLocked
 from quatro_ray.replay.migration import migrate
 from quatro_ray.replay.segments import Segments
 from quatro_ray.replay.versions import SCHEMA as VERSIONS
 
 VERSION = 1
 """The version of the tables; the database has it as its `user_version`."""
+
+LOCK_DEADLINE_S = 60.0
+"""Seconds for which another program, such as a backup, may lock the ledger."""
 
 # A commit writes whole pages, and most commits change a few rows
 _PAGE_BYTES = 512
@@ -29,7 +34,8 @@ CREATE TABLE groups (
     num_tokens INTEGER,              -- response tokens, once generated
     mean_reward REAL,                -- once verified
     admitted_at REAL NOT NULL,       -- seconds since the epoch
-    ready_at REAL
+    ready_at REAL,
+    digest INTEGER
 );
 -- of the few groups that are live, so that the indexes stay small
 CREATE INDEX pending ON groups (group_id) WHERE state = 'pending';
@@ -38,14 +44,16 @@ CREATE INDEX leased ON groups (group_id) WHERE state = 'leased';
 CREATE INDEX by_learner_version ON groups (learner_version) WHERE learner_version IS NOT NULL;
 CREATE TABLE queries (
     group_id INTEGER PRIMARY KEY,
-    query TEXT NOT NULL              -- JSON
+    query TEXT NOT NULL,             -- JSON
+    digest INTEGER
 );
 CREATE TABLE rollouts (              -- of the groups whose rollouts are kept: replay/segments.py:Location
     group_id INTEGER PRIMARY KEY,
     segment TEXT NOT NULL,
     start INTEGER NOT NULL,
     length INTEGER NOT NULL,
-    checksum INTEGER NOT NULL
+    checksum INTEGER NOT NULL,
+    digest INTEGER
 );
 CREATE TABLE owner (epoch INTEGER NOT NULL);
 """
@@ -77,6 +85,21 @@ CREATE TRIGGER tally_tokens AFTER UPDATE OF num_tokens ON groups BEGIN
 END;
 """
 
+_DIGESTED = {
+    "groups": "group_id, state, reason, learner_version, admitted_version, oldest_version, newest_version, num_tokens, "
+    "mean_reward, admitted_at, ready_at",
+    "queries": "group_id, query",
+    "rollouts": "group_id, segment, start, length, checksum",
+    "versions": "version, parent, step, fell_back",
+}
+"""The columns whose values `digest` covers, by table; the first one is the key. SQLite has no checksums of its own."""
+_TALLIES = {
+    "state": "SELECT state, COUNT(*) FROM groups GROUP BY state",
+    "reason": "SELECT reason, COUNT(*) FROM groups WHERE reason NOT NULL GROUP BY reason",
+    "source": "SELECT json_extract(query, '$.source'), COUNT(*) FROM queries GROUP BY 1",
+    "tokens": "SELECT '', SUM(num_tokens) FROM groups WHERE num_tokens > 0",
+}
+
 
 def prepare(db: sqlite3.Connection, path: Path | str, segments: Segments) -> None:
     """Create the tables in a new database, or bring those of version 0 to the present form.
@@ -89,6 +112,7 @@ def prepare(db: sqlite3.Connection, path: Path | str, segments: Segments) -> Non
     Raises:
         LedgerError: the database is not a ledger of a version that can be read.
     """
+    _add_functions(db)
     db.execute(f"PRAGMA page_size={_PAGE_BYTES}")
     db.execute("PRAGMA journal_mode=WAL")
     with db:  # all of it, or nothing
@@ -100,12 +124,79 @@ def prepare(db: sqlite3.Connection, path: Path | str, segments: Segments) -> Non
             _run(db, VERSIONS)
         elif version == 0:
             migrate(db, segments, create_tables)
+        if version != VERSION:
+            _digest_rows(db)
         db.execute(f"PRAGMA user_version={VERSION}")
 
 
 def create_tables(db: sqlite3.Connection) -> None:
     """Create all tables but that of the versions, inside a transaction."""
     _run(db, _TABLES + _TALLY)
+
+
+def _add_functions(db: sqlite3.Connection) -> None:
+    db.create_function("row_digest", -1, _row_digest, deterministic=True)
+
+
+def _row_digest(*values: object) -> int:
+    return crc32(repr(values).encode())
+
+
+def _digest_rows(db: sqlite3.Connection) -> None:
+    """Give a digest to every row, and let the database renew it with each change."""
+    for table, columns in _DIGESTED.items():
+        key = columns.partition(",")[0]
+        new = ", ".join(f"NEW.{column}" for column in columns.split(", "))
+        for name, change in (("added", "INSERT"), ("changed", f"UPDATE OF {columns}")):
+            db.execute(
+                f"CREATE TRIGGER digest_{table}_{name} AFTER {change} ON {table} BEGIN "
+                f"UPDATE {table} SET digest = row_digest({new}) WHERE {key} = NEW.{key}; END"
+            )
+        db.execute(f"UPDATE {table} SET digest = row_digest({columns})")
+
+
+def damage_of(path: Path) -> str | None:
+    """Return what is damaged in the file of a ledger, or None. This reads all of it: some seconds for a million groups.
+
+    Args:
+        path: the file.
+
+    Raises:
+        LedgerError: it is a ledger of another version.
+        LedgerLocked: another program has locked it.
+    """
+    try:
+        with closing(sqlite3.connect(f"file:{path}?mode=ro", uri=True, timeout=LOCK_DEADLINE_S)) as db:
+            _add_functions(db)
+            version = _version(db)
+            if version is None:
+                return "it is empty"
+            (found,) = db.execute("PRAGMA integrity_check(1)").fetchone()
+            if found != "ok":
+                return str(found)
+            check_version(db, path)
+            return _damaged_rows(db) if version == VERSION else None
+    except sqlite3.OperationalError as error:
+        if "locked" in str(error):
+            raise LedgerLocked(
+                f"{path} has been locked by another program for {LOCK_DEADLINE_S:g} s; end that program"
+            ) from error
+        return str(error)
+    except (sqlite3.DatabaseError, UnicodeDecodeError) as error:
+        return str(error)
+
+
+def _damaged_rows(db: sqlite3.Connection) -> str | None:
+    for table, columns in _DIGESTED.items():
+        where = f"digest IS NOT row_digest({columns})"
+        key, count = db.execute(f"SELECT {columns.partition(',')[0]}, COUNT(*) FROM {table} WHERE {where}").fetchone()
+        if count:
+            return f"{count} rows of its table {table} do not have the values that were written, the first at {key}"
+    for kind, query in _TALLIES.items():
+        kept = db.execute("SELECT name, total FROM tally WHERE kind = ? AND total <> 0", (kind,))
+        if dict(kept) != {name: total for name, total in db.execute(query) if total}:
+            return f"its totals by {kind} are not those of its groups"
+    return None
 
 
 def check_version(db: sqlite3.Connection, path: Path | str) -> None:

@@ -73,7 +73,9 @@ class Segments:
         self.flush()
         self._folder.mkdir(exist_ok=True)
         self._number += 1
-        file = os.open(self._folder / self._name(), os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o644)
+        while (self._folder / self._name()).exists():  # of a ledger that was replaced by an older copy
+            self._number += 1
+        file = os.open(self._folder / self._name(), os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
         if self._file is not None:
             os.close(self._file)
         self._file, self._end = file, 0

@@ -12,10 +12,11 @@ CREATE TABLE versions (
     version INTEGER PRIMARY KEY,     -- a number is issued once
     parent INTEGER,
     step INTEGER NOT NULL,           -- optimiser steps from the starting policy
-    fell_back INTEGER NOT NULL       -- 1: the weights of `parent` under a new number; 0: one step from it
+    fell_back INTEGER NOT NULL,      -- 1: the weights of `parent` under a new number; 0: one step from it
+    digest INTEGER
 );
 CREATE INDEX first_of_stretch ON versions (version) WHERE fell_back OR version = 0;
-INSERT INTO versions VALUES (0, NULL, 0, 0);
+INSERT INTO versions VALUES (0, NULL, 0, 0, NULL);
 """
 
 
@@ -52,7 +53,10 @@ class Versions:
         return number
 
     def _add(self, version: int, parent: int, step: int, *, fell_back: bool) -> None:
-        self._db.execute("INSERT INTO versions VALUES (?, ?, ?, ?)", (version, parent, step, fell_back))
+        self._db.execute(
+            "INSERT INTO versions (version, parent, step, fell_back) VALUES (?, ?, ?, ?)",
+            (version, parent, step, fell_back),
+        )
 
     def lineage(self, version: int) -> Lineage:
         """Return the lineage of a version; raise LedgerError if it was never issued."""

@@ -113,6 +113,6 @@ def test_flush_does_not_depend_on_readers(tmp_path: Path) -> None:
     to_ready(buffer, 2)
     traced: list[str] = []
     buffer.ledger._db.set_trace_callback(traced.append)
-    buffer.flush()
+    buffer.ledger.flush()
     assert traced.index("PRAGMA synchronous=FULL") < traced.index("COMMIT") < traced.index("PRAGMA synchronous=NORMAL")
     reader.close()
