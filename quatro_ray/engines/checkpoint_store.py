@@ -15,6 +15,8 @@ from quatro_ray.errors import CheckpointError
 from quatro_ray.files import sync
 
 MANIFEST = "manifest.json"
+LEDGER = "ledger.sqlite"
+"""Copy of the ledger's database in a checkpoint, and the name of the ledger itself in `run.dir`."""
 _STATE = "state.json"
 _WRITING, _DAMAGED = ".writing", ".damaged"
 _CHUNK_BYTES = 2**22
@@ -43,7 +45,7 @@ def digest_files(folder: Path, share: int = 0, num_shares: int = 1) -> Digests:
     """Return the digests of every `num_shares`-th file, read back from disk; learner ranks divide the files so.
 
     Args:
-        folder: a checkpoint, complete or still being written; its manifest and state are left out.
+        folder: a checkpoint, complete or still being written; what the controller writes into it is left out.
         share: index of the caller's share, in [0, num_shares).
         num_shares: number of callers that divide the files among them.
     """
@@ -51,7 +53,7 @@ def digest_files(folder: Path, share: int = 0, num_shares: int = 1) -> Digests:
 
 
 def _files(folder: Path) -> list[Path]:
-    return sorted(p for p in folder.iterdir() if p.is_file() and p.name not in (MANIFEST, _STATE))
+    return sorted(p for p in folder.iterdir() if p.is_file() and p.name not in (MANIFEST, _STATE, LEDGER))
 
 
 def _sha256(path: Path) -> str:
@@ -122,14 +124,15 @@ class CheckpointStore:
         return _read(path)
 
     def newest(self, damaged: Callable[[str], None]) -> Checkpoint | None:
-        """Return the newest checkpoint whose files are intact, or None.
+        """Return the newest checkpoint whose files are intact, or None if there has never been one.
 
         Args:
             damaged: called with a message for each newer checkpoint that is damaged; such a folder is renamed, so
                 that it is never loaded.
 
         Raises:
-            CheckpointError: a checkpoint cannot be read, which does not mean that it is damaged; it is not changed.
+            CheckpointError: all checkpoints are damaged; or one cannot be read, which does not mean that it is
+                damaged: it is not changed.
         """
         for path in self._complete():
             try:
@@ -146,12 +149,38 @@ class CheckpointStore:
             aside = path.with_name(path.name + _DAMAGED)
             shutil.rmtree(aside, ignore_errors=True)
             path.rename(aside)
-            damaged(f"{path}: {damage}; it is now {aside.name}, and the checkpoint before it is used")
+            damaged(f"{path}: {damage}; it is now {aside.name}, and is not used")
+        if left := sorted(path.name for path in self._folder.glob(f"step_*{_DAMAGED}")):
+            raise CheckpointError(
+                f"{self._folder}: no checkpoint is left but damaged ones ({', '.join(left)}); restore one from a "
+                "backup, or delete them to train from step 0 again"
+            )
         return None
+
+    def ledger_of(self, step: int) -> Path | None:
+        """Return the copy of the ledger in a checkpoint, or None if it has none that is intact."""
+        path = self._folder / f"step_{step}"
+        try:
+            size, digest = json.loads((path / MANIFEST).read_text())["files"][LEDGER]
+            intact = (path / LEDGER).stat().st_size == size and _sha256(path / LEDGER) == digest
+        except (OSError, ValueError, KeyError, TypeError):
+            return None
+        return path / LEDGER if intact else None
+
+    def steps(self) -> list[int]:
+        """Return the steps of all checkpoints by their names alone, newest first."""
+        return [_step_of(path) for path in self._complete()]
+
+    def version_of(self, step: int) -> int | None:
+        """Return the policy version of a checkpoint, or None if its state cannot be read."""
+        try:
+            return _read(self._folder / f"step_{step}").version
+        except (OSError, ValueError, KeyError, TypeError):
+            return None
 
     def newest_step(self) -> int | None:
         """Return the step of the newest checkpoint by its name alone, or None."""
-        return next(map(_step_of, self._complete()), None)
+        return next(iter(self.steps()), None)
 
     def oldest_version(self) -> int | None:
         """Return the least policy version among the checkpoints that can be read, or None."""
@@ -209,7 +238,8 @@ def _damage(path: Path, *, thorough: bool) -> str | None:
 
 def _seal(writing: Path, record: Mapping[str, Any], digests: Digests) -> Digests:
     _write(writing / _STATE, record)
-    digests = digests | {_STATE: ((writing / _STATE).stat().st_size, _sha256(writing / _STATE))}
+    own = [path for path in (writing / _STATE, writing / LEDGER) if path.exists()]
+    digests = digests | {path.name: (path.stat().st_size, _sha256(path)) for path in own}
     _write(writing / MANIFEST, {"files": digests})
     for path in writing.iterdir():
         sync(path)

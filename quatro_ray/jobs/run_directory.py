@@ -8,18 +8,17 @@ import logging
 import shutil
 import sqlite3
 import tempfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, closing, contextmanager
 from operator import attrgetter
 from pathlib import Path
 
 from quatro_ray.config import Config, Section, dump_config, load_config
-from quatro_ray.engines.checkpoint_store import checkpoint_store
-from quatro_ray.errors import ConfigError, LedgerError
+from quatro_ray.engines.checkpoint_store import LEDGER, checkpoint_store
+from quatro_ray.errors import ConfigError
 from quatro_ray.files import replace_file
-from quatro_ray.replay import schema
+from quatro_ray.jobs.ledger_file import check_ledger, restore_ledger
 
-_LEDGER = "ledger.sqlite"
 _INPUTS = "inputs.json"
 _LOCK = ".writer"
 _RESOLVED_CONFIG = "config.yaml"
@@ -61,7 +60,9 @@ def prepare_run_dir(config: Config, inputs: Mapping[str, str] | None = None) -> 
 
 
 @contextmanager
-def claim_run_dir(config: Config, inputs: Mapping[str, str] | None = None) -> Iterator[bool]:
+def claim_run_dir(
+    config: Config, inputs: Mapping[str, str] | None = None, restored: Callable[[str], None] = _logger.warning
+) -> Iterator[bool]:
     """Create or claim `run.dir`, write the resolved configuration into it, and hold it inside the `with` block.
 
     No other process writes between the checks and the end of the block.
@@ -69,6 +70,7 @@ def claim_run_dir(config: Config, inputs: Mapping[str, str] | None = None) -> It
     Args:
         config: the resolved configuration.
         inputs: fingerprints of data and model (jobs/fingerprints.py); None if they are not known.
+        restored: called with a message if the ledger was replaced by its copy in a checkpoint.
 
     Yields:
         True if a run in the directory is to be resumed. Otherwise the directory holds only the configuration.
@@ -82,7 +84,7 @@ def claim_run_dir(config: Config, inputs: Mapping[str, str] | None = None) -> It
         with _usable(config):
             _check_content(config, inputs or {})  # so that a refused start leaves no trace
             held.enter_context(only_writer(config))
-            resumes = _prepare(config, inputs or {})
+            resumes = _prepare(config, inputs or {}, restored)
         yield resumes
 
 
@@ -102,17 +104,19 @@ def _check_writable(folder: Path) -> None:
     Path(tempfile.mkdtemp(prefix=".quatro_ray_", dir=there)).rmdir()
 
 
-def _prepare(config: Config, inputs: Mapping[str, str]) -> bool:
+def _prepare(config: Config, inputs: Mapping[str, str], restored: Callable[[str], None]) -> bool:
     """Check again what `run.dir` holds, because another process may have written before this one held it."""
     path = config.run.dir
     _check_content(config, inputs)
     if resumes := _resumes(config):
         _logger.info("run.dir=%s: resuming the run in it", path)
+        if what := restore_ledger(config):
+            restored(what)
     elif _content(path):
         _logger.info("run.dir=%s: replacing the run in it", path)
         _empty(path)
     _write(path, config, inputs)
-    return resumes and (path / _LEDGER).is_file()
+    return resumes and (path / LEDGER).is_file()
 
 
 def _write(path: Path, config: Config, inputs: Mapping[str, str]) -> None:
@@ -166,7 +170,7 @@ def _check_content(config: Config, inputs: Mapping[str, str]) -> None:
         check_same_run(load_config(path / _RESOLVED_CONFIG), config, before, inputs)
         _check_same_inputs(config, before, inputs)
         check_steps(config)
-        _check_ledger(path)
+        check_ledger(config)
         return
     if path.exists() and (not path.is_dir() or _content(path)) and not _failed_to_start(path):
         if not config.run.overwrite:
@@ -182,27 +186,16 @@ def _check_content(config: Config, inputs: Mapping[str, str]) -> None:
     _check_checkpoint_dir(config)
 
 
-def _check_ledger(path: Path) -> None:
-    """Raise ConfigError if the run in the directory has a ledger that cannot be continued."""
-    if not (path / _LEDGER).is_file():
-        return
-    try:
-        with closing(sqlite3.connect(f"file:{path / _LEDGER}?mode=ro", uri=True)) as ledger:
-            schema.check_version(ledger, path / _LEDGER)
-    except (LedgerError, sqlite3.Error) as error:
-        raise ConfigError(f"run.dir={path}: the run in it cannot be continued: {error}") from error
-
-
 def _failed_to_start(path: Path) -> bool:
     """Return whether the directory holds a run that never admitted a group, and nothing else, so nothing is lost."""
     if not path.is_dir() or not (path / _RESOLVED_CONFIG).is_file():
         return False
     if any(child.name not in _LEFT_BY_A_START or _holds_results(child) for child in path.iterdir()):
         return False
-    if not (path / _LEDGER).is_file():
+    if not (path / LEDGER).is_file():
         return True
     try:
-        with closing(sqlite3.connect(f"file:{path / _LEDGER}?mode=ro", uri=True)) as ledger:
+        with closing(sqlite3.connect(f"file:{path / LEDGER}?mode=ro", uri=True)) as ledger:
             return bool(ledger.execute("SELECT COUNT(*) FROM groups").fetchone() == (0,))
     except sqlite3.Error:  # it cannot be read, so nothing says that it is empty
         return False
@@ -300,7 +293,7 @@ def only_writer(config: Config) -> Iterator[None]:
         for name, folder in (("checkpoint.dir", config.checkpoint.dir), ("run.dir", config.run.dir)):
             # a folder within run.dir has the lock of run.dir
             if folder is not None and (folder == config.run.dir or not folder.is_relative_to(config.run.dir)):
-                folder.mkdir(parents=True, exist_ok=True)
+                folder.mkdir(mode=0o700, parents=True, exist_ok=True)
                 lock = locks.enter_context((folder / _LOCK).open("w"))
                 try:
                     fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)

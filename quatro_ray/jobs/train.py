@@ -4,11 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import json
-import signal
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
 from pathlib import Path
-from typing import NoReturn
 
 import ray
 from ray.exceptions import RayError
@@ -19,11 +16,12 @@ from quatro_ray.config import Config, TinyModelConfig
 from quatro_ray.data.dataset import Dataset, QueryStream
 from quatro_ray.data.registry import describe
 from quatro_ray.engines.checkpoint_store import replace_folder
-from quatro_ray.errors import ClusterError, Preempted, last_line
+from quatro_ray.errors import ClusterError, last_line
 from quatro_ray.files import replace_file
 from quatro_ray.jobs.prepared import Prepared, prepare
 from quatro_ray.jobs.run_directory import claim_run_dir
-from quatro_ray.orchestrator.cluster import spawn
+from quatro_ray.jobs.stop_signals import StopSignals
+from quatro_ray.orchestrator.cluster import Cluster, spawn
 from quatro_ray.orchestrator.connection import connect
 from quatro_ray.orchestrator.controller import Controller
 from quatro_ray.orchestrator.startup import waiting_for
@@ -49,44 +47,42 @@ def train(config: Config, *, verbose: bool = False) -> Path:
     Raises:
         QuatroError: an error that the user can cause, with a message of one line.
     """
-    with _sigterm_ends_the_start():
+    with StopSignals() as signals:
         with waiting_for("the checks of data and model", Progress().say):
             prepared = prepare(config)
-        with claim_run_dir(config, prepared.inputs) as resume:
-            return _train(config, prepared, resume=resume, verbose=verbose)
+        restored: list[str] = []
+        with claim_run_dir(config, prepared.inputs, restored.append) as resume:
+            return _train(config, prepared, restored, signals, resume=resume, verbose=verbose)
 
 
-def _end_the_start(*_: object) -> NoReturn:
-    raise Preempted("received SIGTERM during the start, before training began; run the same command to start again")
-
-
-@contextmanager
-def _sigterm_ends_the_start() -> Iterator[None]:
-    """Let SIGTERM raise Preempted inside the with block, until the event loop takes the signal over."""
-    before = signal.signal(signal.SIGTERM, _end_the_start)
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGTERM, before)
-
-
-def _train(config: Config, prepared: Prepared, *, resume: bool, verbose: bool) -> Path:
+def _train(
+    config: Config,
+    prepared: Prepared,
+    restored: Sequence[str],
+    signals: StopSignals,
+    *,
+    resume: bool,
+    verbose: bool,
+) -> Path:
     dataset = prepared.dataset
     run_dir = config.run.dir
     progress = Progress(in_place=not verbose)
     recorder = Recorder(
         run_dir, num_steps=config.run.num_steps, tensorboard=config.telemetry.tensorboard, progress=progress
     )
+    for what in restored:
+        recorder.event("restored", "ledger", why=what)
+        recorder.say(what)
     try:
         with recorder.phase("controller", "connect"), waiting_for("Ray", recorder.say):
             connect(config, show_actor_logs=verbose)
-        signal.signal(signal.SIGTERM, _end_the_start)  # Ray has set its own
+        signals.take()  # Ray has set its own handler
         with recorder.phase("controller", "model"):
             model_path = make_model(config, dataset, recorder)
         for line in [*describe(dataset), *prepared.notes]:
             recorder.say(line)
         collect_rarely()
-        counters, stats, memory = asyncio.run(_run(config, dataset, model_path, recorder, resume=resume))
+        counters, stats, memory = asyncio.run(_run(config, dataset, model_path, recorder, signals, resume=resume))
     except BaseException as error:
         recorder.note(f"ended by {type(error).__name__}: {error}")
         if isinstance(error, RayError):
@@ -131,28 +127,32 @@ def _warm_up(config: Config, train: Sequence[Query], held_out: Sequence[Query], 
 
 
 async def _run(
-    config: Config, dataset: Dataset, model_path: str, recorder: Recorder, *, resume: bool
+    config: Config, dataset: Dataset, model_path: str, recorder: Recorder, signals: StopSignals, *, resume: bool
 ) -> tuple[Counters, ReplayStats, dict[str, int]]:
     """Start the cluster and train; return the counters, the ledger's numbers and the peak memory by role in bytes."""
     recorder.say("starting engines and learner")
+    with signals.in_the_loop():
+        cluster = await _start(config, model_path, recorder, signals)
+        try:
+            components = cluster.components()
+            queries = QueryStream(dataset, config.run.seed, shuffle=config.data.shuffle)
+            controller = Controller(config, components, queries, dataset.held_out, recorder)
+            signals.call(controller.stop)
+            counters = await while_node_lives(controller.run(resume=resume))
+            return counters, await components.replay.stats(), cluster.peak_rss_bytes()
+        finally:
+            cluster.shutdown()
+
+
+async def _start(config: Config, model_path: str, recorder: Recorder, signals: StopSignals) -> Cluster:
     told_to_stop = asyncio.Event()
-    asyncio.get_running_loop().add_signal_handler(signal.SIGTERM, told_to_stop.set)
+    signals.call(told_to_stop.set)
     try:
         with recorder.phase("controller", "start"), recorder.phase("learner", "start"):
-            cluster = await unless(told_to_stop, spawn(config, model_path, recorder.say))
+            return await unless(told_to_stop, spawn(config, model_path, recorder.say))
     except Overtaken:
-        _end_the_start()
-    try:
-        components = cluster.components()
-        queries = QueryStream(dataset, config.run.seed, shuffle=config.data.shuffle)
-        controller = Controller(config, components, queries, dataset.held_out, recorder)
-        asyncio.get_running_loop().add_signal_handler(signal.SIGTERM, controller.stop)
-        if told_to_stop.is_set():  # in the last moment of the start
-            controller.stop()
-        counters = await while_node_lives(controller.run(resume=resume))
-        return counters, await components.replay.stats(), cluster.peak_rss_bytes()
-    finally:
-        cluster.shutdown()
+        signals.end_the_start()
+        raise
 
 
 def summarise(

@@ -11,7 +11,14 @@ from typing import TypeVar
 
 from quatro_ray.actors.interfaces import Learner, Replay
 from quatro_ray.config import Config
-from quatro_ray.engines.checkpoint_store import Checkpoint, CheckpointStore, check_room, replace_folder, size_of
+from quatro_ray.engines.checkpoint_store import (
+    LEDGER,
+    Checkpoint,
+    CheckpointStore,
+    check_room,
+    replace_folder,
+    size_of,
+)
 from quatro_ray.errors import CheckpointError
 from quatro_ray.telemetry.recorder import Recorder
 
@@ -105,8 +112,8 @@ class CheckpointWriter:
         self._store.check_space()
         async with self._lock:
             state = self._state()
-            await self._replay.flush()  # a checkpoint must not survive a crash that its ledger entries do not survive
             writing = self._store.begin(state.step)
+            await self._replay.snapshot(writing / LEDGER)  # its entries survive whatever the checkpoint survives
             digests = await self._learner.save_checkpoint(writing, self._deadline_s)
             return await asyncio.to_thread(self._store.commit, writing, state.version, state.saved, digests)
 

@@ -73,8 +73,10 @@ def inflict(world: World, fault: str, which: int) -> None:
 
 
 def damage_newest(world: World) -> None:
-    found = sorted((world.config.run.dir / "checkpoints").glob("step_*/weights"), key=lambda p: int(p.parent.name[5:]))
-    if found:
+    """If there is another one: a run without any that is whole ends, and is not to."""
+    steps = (world.config.run.dir / "checkpoints").glob("step_*/weights")
+    found = sorted((p for p in steps if p.parent.name[5:].isdigit()), key=lambda p: int(p.parent.name[5:]))
+    if len(found) > 1:
         found[-1].write_text(found[-1].read_text() + "1")
 
 

@@ -12,6 +12,7 @@ from quatro_ray.data.registry import make_dataset
 from quatro_ray.errors import ConfigError
 from quatro_ray.jobs.fingerprints import _BLOCK_BYTES, _MAX_BLOCKS, _of_folder, fingerprints
 from quatro_ray.jobs.run_directory import check_run_dir, prepare_run_dir
+from quatro_ray.replay.ledger import Ledger
 from tests.make import config
 
 
@@ -35,7 +36,7 @@ def start(run_dir: Path, folder: Path) -> bool:
     check_run_dir(made, inputs)
     resumes = prepare_run_dir(made, inputs)
     (run_dir / "metrics.jsonl").write_text("{}\n")
-    (run_dir / "ledger.sqlite").touch()
+    Ledger(run_dir / "ledger.sqlite").close()
     return resumes
 
 

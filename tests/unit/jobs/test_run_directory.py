@@ -30,7 +30,7 @@ def begun(tmp_path: Path) -> Path:
     """A run with a ledger and two checkpoints."""
     path = tmp_path / "run"
     assert not prepare_run_dir(run(path))
-    (path / "ledger.sqlite").touch()
+    ledger_of(path, num_groups=1)
     for step in (10, 20):
         (path / "checkpoints" / f"step_{step}").mkdir(parents=True)
     return path
@@ -90,7 +90,7 @@ def test_a_replaced_run_leaves_its_directory_where_it_is(begun: Path, tmp_path: 
 def test_checkpoints_of_two_runs_never_meet(tmp_path: Path) -> None:
     kept = {"checkpoint": {"dir": str(tmp_path / "kept")}}
     assert not prepare_run_dir(run(tmp_path / "a", **kept))
-    (tmp_path / "a" / "ledger.sqlite").touch()
+    ledger_of(tmp_path / "a", num_groups=1)
     (tmp_path / "kept" / "step_10").mkdir()
     assert prepare_run_dir(run(tmp_path / "a", **kept))
     for path, over in ((tmp_path / "a", {"resume": "never", "overwrite": True}), (tmp_path / "b", {})):
@@ -108,7 +108,7 @@ def test_checkpoints_within_the_run_are_the_runs(tmp_path: Path) -> None:
     path = tmp_path / "run"
     within: dict[str, Any] = {"checkpoint": {"dir": str(path / "kept")}}
     assert not prepare_run_dir(run(path, **within))
-    (path / "ledger.sqlite").touch()
+    ledger_of(path, num_groups=1)
     (path / "kept" / "step_10").mkdir(parents=True)
     assert prepare_run_dir(run(path, **within))
     assert not prepare_run_dir(run(path, run={"resume": "never", "overwrite": True}, **within))
