@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import signal
 import sys
 from contextlib import suppress
 from importlib.metadata import version
@@ -154,12 +153,12 @@ def trace(
 
 
 def main() -> None:
-    """Run the command line. An error that a user can cause is one line and exit status 2; SIGTERM gives status 143."""
+    """Run the command line. An error that a user can cause is one line and exit status 2; signal n gives 128 + n."""
     try:
         app()
     except Preempted as error:
         print(f"ended: {error}", file=sys.stderr)
-        sys.exit(128 + signal.SIGTERM)
+        sys.exit(128 + error.number)
     except QuatroError as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(2)

@@ -79,8 +79,8 @@ class CheckpointConfig(Section):
     deadline_s: float = Field(600, gt=0)
     """Seconds within which one checkpoint must be written. Raise it for large models or slow disks."""
     grace_s: float = Field(25, gt=0)
-    """Seconds after SIGTERM within which the current step and a checkpoint must end; then the run ends in any case.
-    Keep it below the scheduler's own grace period."""
+    """Seconds after SIGINT, SIGTERM or SIGHUP within which the current step and a checkpoint must end; then the run
+    ends in any case. Keep it below the scheduler's own grace period."""
 
 
 class TelemetryConfig(Section):

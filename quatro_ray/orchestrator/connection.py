@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
+import signal
 import socket
 
 import ray
@@ -50,6 +51,8 @@ def connect(config: Config, *, show_actor_logs: bool = False) -> None:
 def _start_here(options: dict[str, bool | str]) -> None:
     """Start a cluster on this machine; Ray gives its own processes 30 s, which a busy machine may miss."""
     for tries_left in reversed(range(_STARTS)):
+        # the end of a terminal is told to Ray's processes too, and Ray protects them from SIGINT only
+        before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGHUP})
         try:
             ray.init(address="local", include_dashboard=False, **options)
             return
@@ -61,6 +64,8 @@ def _start_here(options: dict[str, bool | str]) -> None:
                     "set cluster.address to a running cluster"
                 ) from error
             _logger.warning("Ray did not start (%s); it is started again", last_line(error))
+        finally:
+            signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
 def _knock(address: str) -> None:

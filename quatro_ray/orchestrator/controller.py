@@ -135,7 +135,7 @@ class Controller:
         await self._told_to_stop.wait()
         await asyncio.sleep(grace := self._config.checkpoint.grace_s)
         raise Preempted(
-            f"received SIGTERM, but no checkpoint finished within checkpoint.grace_s={grace:g} s; rerun with "
+            f"told to stop, but no checkpoint finished within checkpoint.grace_s={grace:g} s; rerun with "
             "run.resume=auto to continue from the previous one"
         )
 
@@ -213,11 +213,12 @@ class Controller:
     async def _end_early(self) -> None:
         """Write a checkpoint and raise Preempted."""
         await self._writer.write(is_early=True)
-        is_written = self._writer.saved_step == self.step
+        saved = "a checkpoint is written" if self._writer.saved_step == self.step else "no checkpoint could be written"
+        if self.step == 0:
+            saved = "there is nothing to save yet"
         raise Preempted(
-            f"told to stop after step {self.step} of {self._config.run.num_steps}; "
-            f"{'a checkpoint is written' if is_written else 'no checkpoint could be written'}; rerun with "
-            "run.resume=auto to continue"
+            f"told to stop after step {self.step} of {self._config.run.num_steps}; {saved}; rerun with run.resume=auto "
+            "to continue"
         )
 
     def _run_state(self) -> RunState:

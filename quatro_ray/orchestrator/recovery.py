@@ -111,7 +111,7 @@ class Recovery:
                 await self._components.learner.set_version(back.version)
             else:
                 await self._components.learner.load_checkpoint(checkpoint.path, back.version)
-            self._rewind(checkpoint, back.step)
+            await self._rewind(checkpoint, back.step)
             self._recorder.event(
                 "fell_back", "learner", why=why, version=back.version, step=back.step, ready=back.num_ready,
                 pending=back.num_pending, checkpoint=checkpoint.path.name if checkpoint else None,
@@ -130,7 +130,7 @@ class Recovery:
     def _damaged(self, what: str) -> None:
         self._recorder.event("damaged", "checkpoint", why=what)
 
-    def _rewind(self, checkpoint: Checkpoint | None, step: int) -> None:
+    async def _rewind(self, checkpoint: Checkpoint | None, step: int) -> None:
         """Remove what was counted and recorded of abandoned steps."""
         is_restored = self._is_resuming and checkpoint is not None
         if is_restored and checkpoint is not None:
@@ -140,5 +140,6 @@ class Recovery:
         self._counters.rewind(max(0, self._position.step - step), steps)
         self._evaluation.fell_back(self._position.issued, step)
         self._writer.fell_back(checkpoint.step if checkpoint else 0, step, is_export_known=not is_restored)
-        self._recorder.rewind(step, {e.step for e in self._counters.evaluations})
+        # in a thread, because the records of a long run are large
+        await asyncio.to_thread(self._recorder.rewind, step, {e.step for e in self._counters.evaluations})
         self._is_resuming = False

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import os
+import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -15,8 +16,8 @@ _TAIL_BYTES = 2**14
 class AppendLog:
     """A file of lines, opened in append mode.
 
-    While the disk is full, lines wait in memory; beyond 16 MiB they are dropped and counted. If a writer died within a
-    line, that incomplete last line is removed when the file is opened.
+    Several threads may use it. While the disk is full, lines wait in memory; beyond 16 MiB they are dropped and
+    counted. If a writer died within a line, that incomplete last line is removed when the file is opened.
 
     Args:
         path: the file.
@@ -27,6 +28,7 @@ class AppendLog:
         self._path = path
         self._max_bytes = max_bytes
         self._waiting = bytearray()
+        self._lock = threading.Lock()
         self.num_dropped = 0
         self._file = path.open("ab", buffering=0)
         self._file.truncate(_end_of_last_line(path))
@@ -34,11 +36,12 @@ class AppendLog:
     def write(self, line: str) -> None:
         """Append a line, given without its line end. Raises OSError for any error except a full disk."""
         encoded = line.encode("utf-8", "backslashreplace") + b"\n"
-        if len(self._waiting) + len(encoded) > _MAX_WAITING_BYTES:
-            self.num_dropped += 1
-        else:
-            self._waiting += encoded
-        self._flush()
+        with self._lock:
+            if len(self._waiting) + len(encoded) > _MAX_WAITING_BYTES:
+                self.num_dropped += 1
+            else:
+                self._waiting += encoded
+            self._flush()
 
     @property
     def num_waiting(self) -> int:
@@ -51,6 +54,10 @@ class AppendLog:
         Lines before the first deleted one are not written again, so this works on a full disk. Only kept lines after it
         are in memory.
         """
+        with self._lock:
+            self._keep(is_kept)
+
+    def _keep(self, is_kept: Callable[[bytes], bool]) -> None:
         num_leading, rest, has_deleted = 0, bytearray(), False
         for line in self._lines():
             if not is_kept(line):
@@ -77,8 +84,9 @@ class AppendLog:
 
     def close(self) -> None:
         """Write the lines that wait, as far as there is space, and close the file."""
-        self._flush()
-        self._file.close()
+        with self._lock:
+            self._flush()
+            self._file.close()
 
     def _flush(self) -> None:
         try:

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import errno
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import cast
 
 from rich.console import Console
@@ -40,13 +43,15 @@ class Progress:
         if metrics["step/skipped"]:
             self.say(f"step {step}: loss or gradient not finite, update skipped")
         if self._in_place:
-            if self._status is None:
-                self._status = self._console.status(line)
-                self._status.start()
-            self._status.update(line)
+            with self._while_it_lasts():
+                if self._status is None:
+                    self._status = self._console.status(line)
+                    self._status.start()
+                self._status.update(line)
         elif step == num_steps or time.monotonic() - self._printed_at >= _SECONDS_BETWEEN_LINES:
             self._printed_at = time.monotonic()
-            self._console.print(line)
+            with self._while_it_lasts():
+                self._console.print(line)
 
     def evaluation(self, result: EvaluationResult) -> None:
         """Print the result of one evaluation set."""
@@ -54,12 +59,23 @@ class Progress:
 
     def say(self, message: str) -> None:
         """Print a message on a line of its own."""
-        self._console.print(message, markup=False)  # text in brackets would be taken for markup
+        with self._while_it_lasts():
+            self._console.print(message, markup=False)  # text in brackets would be taken for markup
+
+    @contextmanager
+    def _while_it_lasts(self) -> Iterator[None]:
+        """Let the terminal be closed: SIGHUP, which ends the run in order, may come after the first failed write."""
+        try:
+            yield
+        except OSError as error:
+            if error.errno != errno.EIO:
+                raise
 
     def close(self) -> None:
         """Remove the line that is updated in place."""
         if self._status is not None:
-            self._status.stop()
+            with self._while_it_lasts():
+                self._status.stop()
 
 
 def _idle(metrics: StepMetrics) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import io
 from typing import Any
 
@@ -27,3 +28,11 @@ def test_it_tells_how_long_learner_and_engines_had_nothing_to_do() -> None:
     }
     Progress(Console(file=shown, width=200)).step(1, 9, metrics, 12.0)
     assert shown.getvalue().rstrip().endswith("(max 3)  idle: learner 30%, engines 0%  12 s")
+
+
+def test_a_terminal_that_is_gone_is_no_error() -> None:
+    class Gone(io.StringIO):
+        def write(self, text: str) -> int:
+            raise OSError(errno.EIO, "Input/output error")
+
+    Progress(Console(file=Gone())).say("a message")
