@@ -17,7 +17,7 @@ TEXTS = {
     "README.md": "index.md",
     "CONTRIBUTING.md": "contributing.md",
     "CHANGELOG.md": "changelog.md",
-    "SECURITY.md": "security.md",
+    "SECURITY.md": "security_policy.md",
 }
 """Where each text of the repository's top folder stands in the site."""
 

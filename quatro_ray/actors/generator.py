@@ -8,7 +8,7 @@ from typing import Any
 import ray
 
 from quatro_ray.actors.base import WATCHED, HostMixin, interface_of
-from quatro_ray.actors.shared_memory import detach_resource_tracker
+from quatro_ray.actors.shared_memory import check_shared_memory, detach_resource_tracker
 from quatro_ray.config import GeneratorConfig
 from quatro_ray.engines.generation import GenerationEngine
 from quatro_ray.types import EngineLoad, GenerationSummary, Installed, Query, Rollout, RolloutGroup, SamplingParams
@@ -27,12 +27,19 @@ class GeneratorActor(HostMixin):
 
     def __init__(self, model_path: str, config: GeneratorConfig, *, device: str, sync_backend: str, seed: int) -> None:
         detach_resource_tracker()
+        self._num_devices = config.devices_per_engine
         if interface := interface_of(self.address()):
             os.environ.setdefault("GLOO_SOCKET_IFNAME", interface)
         self._engine = GenerationEngine(model_path, config, device=device, sync_backend=sync_backend, seed=seed)  # type: ignore[arg-type]
 
     async def start(self) -> None:
-        """Load the model; its weights are version 0."""
+        """Load the model; its weights are version 0.
+
+        Raises:
+            ConfigError: the node has too little shared memory.
+        """
+        if self._num_devices > 1:
+            check_shared_memory("engines of several devices")
         await self._engine.start()
 
     @ray.method(num_returns=2)

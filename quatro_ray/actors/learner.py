@@ -12,6 +12,7 @@ import ray
 from numpy.typing import NDArray
 
 from quatro_ray.actors.base import WATCHED, HostMixin, interface_of
+from quatro_ray.actors.shared_memory import check_shared_memory
 from quatro_ray.config import WeightSyncConfig
 from quatro_ray.engines.checkpoint_store import Digests, digest_files
 from quatro_ray.engines.learner_spec import LearnerSpec
@@ -42,7 +43,13 @@ class LearnerActor(HostMixin):
         self._engine = LearningEngine(spec, rank=rank)
 
     def start(self, master_address: str, master_port: int) -> None:
-        """Join the process group, whose store rank 0 opens at this address and port, and load the starting policy."""
+        """Join the process group, whose store rank 0 opens at this address and port, and load the starting policy.
+
+        Raises:
+            ConfigError: the node has too little shared memory.
+        """
+        if self._device == "cuda" and self._config.num_ranks > 1:
+            check_shared_memory("learner ranks on GPUs")
         _logger.info("rank %d: starting; rank 0 is at %s:%d", self._rank, master_address, master_port)
         self._engine.start(master_address, master_port)
         _logger.info("rank %d: started", self._rank)

@@ -8,6 +8,7 @@ from __future__ import annotations
 import logging
 import os
 import random
+import socket
 from dataclasses import dataclass
 from datetime import timedelta
 from functools import cached_property, partial
@@ -71,6 +72,21 @@ class LearningEngine:
             raise RuntimeError("start() must be called first")
         return self._started
 
+    def _open_store(self, address: str, port: int) -> dist.TCPStore:
+        """Return the store at which the ranks meet. Rank 0 listens on the given address only, not on all interfaces."""
+        listener = None
+        if self._rank == 0:
+            family = socket.AF_INET6 if ":" in address else socket.AF_INET
+            listener = socket.create_server((address, port), family=family).detach()  # the store closes it
+        return dist.TCPStore(
+            address,
+            port,
+            self._config.num_ranks,
+            is_master=self._rank == 0,
+            timeout=timedelta(seconds=self._config.step_deadline_s),
+            master_listen_fd=listener,
+        )
+
     def start(self, master_address: str, master_port: int) -> None:
         """Join the process group and load the model, sharded over the ranks."""
         import deepspeed
@@ -82,7 +98,7 @@ class LearningEngine:
         # beside such a one, as for weight transfer, were seen to hang
         dist.init_process_group(
             "nccl" if self._device.type == "cuda" else "gloo",
-            init_method=f"tcp://{master_address}:{master_port}",
+            store=self._open_store(master_address, master_port),
             rank=self._rank,
             world_size=self._config.num_ranks,
             timeout=timedelta(seconds=self._config.step_deadline_s),

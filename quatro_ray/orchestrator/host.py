@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from ray._private.accelerators import NvidiaGPUAcceleratorManager
 from ray._private.utils import get_num_cpus, get_system_memory
 
+from quatro_ray.actors.shared_memory import check_shared_memory
 from quatro_ray.config import Config
 from quatro_ray.config.generator import CPU_KV_CACHE_GIB
 from quatro_ray.errors import ConfigError
@@ -22,12 +23,17 @@ def check_host(config: Config, plan: Sequence[Bundle] | None = None) -> None:
         plan: one bundle per actor. None: those of a training run.
 
     Raises:
-        ConfigError: the run needs more CPUs or GPUs than there are, or more memory for weights, keys and values.
+        ConfigError: the run needs more CPUs or GPUs than there are, more memory for weights, keys and values, or more
+            shared memory.
     """
     if config.cluster.address or os.environ.get("RAY_ADDRESS"):
         return
     plan = bundles(config) if plan is None else plan
     problems = [*_devices(plan), *_memory(config, plan)]
+    if config.generator.devices_per_engine > 1:
+        check_shared_memory("engines of several devices")
+    if config.cluster.device == "cuda" and config.learner.num_ranks > 1:
+        check_shared_memory("learner ranks on GPUs")
     if problems:
         raise ConfigError("; ".join(problems))
 

@@ -13,6 +13,7 @@ and not divided between the workers of an engine.
 from __future__ import annotations
 
 import math
+import socket
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import asdict, dataclass
@@ -106,8 +107,17 @@ class GlooTrainerInitInfo(TrainerInitInfo):
 
 
 def _join(address: str, port: int, rank: int, world_size: int, timeout_s: float) -> ProcessGroup:
+    """Join the process group. Rank 0 opens its store, and listens on the given address only."""
+    family = socket.AF_INET6 if ":" in address else socket.AF_INET
+    listener = socket.create_server((address, port), family=family) if rank == 0 else None
     group: ProcessGroup = stateless_init_torch_distributed_process_group(
-        address, port, rank, world_size, backend="gloo", timeout=timedelta(seconds=timeout_s)
+        address,
+        port,
+        rank,
+        world_size,
+        backend="gloo",
+        listen_socket=listener,
+        timeout=timedelta(seconds=timeout_s),
     )
     return group
 
