@@ -148,10 +148,16 @@ def versions(ledger: Ledger, events: Sequence[Mapping[str, Any]]) -> list[str]:
             wrong.append(f"version {version.version} was issued twice")
         wrong += _ancestry(version, by_number)
         by_number[version.version] = version
-    told = Counter(e["version"] for e in events if e["event"] == "fell_back")
+    told = Counter(e["version"] for e in _since_restored(events) if e["event"] == "fell_back")
     wrong += [f"version {v} was told {n} times as one that fell back" for v, n in told.items() if n > 1]
     fell_back = {v.version for v in ledger.versions if v.fell_back}
     return wrong + [f"version {v} was told as one that fell back, and is not" for v in sorted(set(told) - fell_back)]
+
+
+def _since_restored(events: Sequence[Mapping[str, Any]]) -> Sequence[Mapping[str, Any]]:
+    """Return the events since a checkpoint's ledger took the place of a damaged one: versions are issued again then."""
+    at = max((i for i, e in enumerate(events) if e["event"] == "restored"), default=-1)
+    return events[at + 1 :]
 
 
 def _ancestry(version: Version, earlier: Mapping[int, Version]) -> list[str]:

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import os
 import resource
 import signal
+import sqlite3
 import statistics
 import time
 from collections.abc import Callable
+from contextlib import closing
 from dataclasses import dataclass, field
 from pathlib import Path
 from random import Random
@@ -14,13 +17,18 @@ from typing import Any
 
 import psutil
 
+from benchmarks.faults import hostile_reward
 from benchmarks.faults.processes import Role, describe, strike
 from benchmarks.faults.records import Lines, read_lines
 from benchmarks.faults.run import Run
+from quatro_ray.replay.schema import damage_of
 
 _SIGKILL, _SIGSTOP, _SIGTERM = signal.SIGKILL, signal.SIGSTOP, signal.SIGTERM
 _LOADING_BYTES = 2**30
 PREEMPTED = 128 + signal.SIGTERM
+_LOCKED_S = 10.0
+_FAILED_START_S = 120.0
+_TRIGGERED_S = 60.0
 
 
 @dataclass
@@ -62,6 +70,8 @@ class Kind:
         then: events that must all follow before the run counts as recovered.
         is_ready: whether the fault can be injected now.
         check: returns what was wrong with the way the driver ended, or an empty text.
+        is_noticed_at_once: nothing shows that it was detected; the run is to go on as if nothing had happened.
+        restores_ledger: the ledger becomes that of a checkpoint, and later versions are issued again.
     """
 
     name: str
@@ -72,6 +82,8 @@ class Kind:
     then: tuple[Sign, ...] = ()
     is_ready: Callable[[Run], bool] = lambda run: True
     check: Callable[[Run, Blow], str] = lambda run, blow: ""
+    is_noticed_at_once: bool = False
+    restores_ledger: bool = False
 
     def inject(self, run: Run, rng: Random) -> Blow | None:
         """Inject the fault; return None if there is no victim, or if it escaped."""
@@ -87,6 +99,17 @@ def _signal(number: signal.Signals) -> Callable[[Run, Blow, Random], bool]:
     def send(run: Run, blow: Blow, rng: Random) -> bool:
         blow.at = time.time()
         return strike(blow.victim, number)
+
+    return send
+
+
+def _signal_all(number: signal.Signals) -> Callable[[Run, Blow, Random], bool]:
+    """Send a signal to the driver's process group, as a terminal does."""
+
+    def send(run: Run, blow: Blow, rng: Random) -> bool:
+        blow.at = time.time()
+        os.killpg(blow.victim.pid, number)
+        return True
 
     return send
 
@@ -188,6 +211,76 @@ def _flip(file: Path, rng: Random) -> str:
     return f"bit {bit} of byte {position:,} flipped"
 
 
+def _flip_ledger(run: Run, blow: Blow, rng: Random) -> bool:
+    """Kill the driver, and damage the ledger once all its processes have ended."""
+    blow.at = time.time()
+    if not strike(blow.victim, _SIGKILL):
+        return False
+    run.clean_up()
+    ledger = run.dir / "ledger.sqlite"
+    with closing(sqlite3.connect(ledger)) as db:
+        db.execute("PRAGMA wal_checkpoint(TRUNCATE)")
+    while damage_of(ledger) is None:  # some bytes are not in use
+        blow.detail = _flip(ledger, rng)
+    return True
+
+
+def _lock_ledger(run: Run, blow: Blow, rng: Random) -> bool:
+    with closing(sqlite3.connect(run.dir / "ledger.sqlite", isolation_level=None, timeout=10)) as db:
+        db.execute("BEGIN IMMEDIATE")
+        time.sleep(_LOCKED_S)
+        db.execute("COMMIT")
+    blow.at, blow.detail = time.time(), f"locked for {_LOCKED_S:g} s"
+    return True
+
+
+def _start_on_full_disk(run: Run, blow: Blow, rng: Random) -> bool:
+    """Kill the driver, and start another one while the disk of run.dir is full, which must refuse and lose nothing."""
+    assert run.home is not None
+    strike(blow.victim, _SIGKILL)
+    run.clean_up()
+    before = (run.dir / "config.yaml").read_bytes()
+    run.home.fill(leave_bytes=0)
+    try:
+        run.start()
+        deadline = time.monotonic() + _FAILED_START_S
+        while run.status() is None and time.monotonic() < deadline:
+            time.sleep(0.2)
+    finally:
+        run.home.free()
+    blow.at = time.time()
+    same = (run.dir / "config.yaml").read_bytes() == before
+    blow.detail = run.last_words() if same else "config.yaml has changed"
+    return True
+
+
+def _check_refused(run: Run, blow: Blow) -> str:
+    return "" if "No space left" in blow.detail else blow.detail
+
+
+def _trigger(what: str) -> Callable[[Run, Blow, Random], bool]:
+    """Let the hostile reward misbehave in the process that scores the next response."""
+
+    def send(run: Run, blow: Blow, rng: Random) -> bool:
+        peers = {p.pid: p for p in run.process(Role.WORKER)}
+        done = run.trigger.with_suffix(".pid")
+        done.unlink(missing_ok=True)
+        blow.at = time.time()
+        run.trigger.write_text(what)
+        deadline = time.monotonic() + _TRIGGERED_S
+        while not (done.exists() and done.read_text()):
+            if time.monotonic() > deadline or run.status() is not None:
+                return False
+            time.sleep(0.02)
+        pid = int(done.read_text())
+        if pid not in peers:
+            return False  # a process that began meanwhile
+        blow.victim, blow.name, blow.peers = peers[pid], f"{pid} {what}", set(peers)
+        return True
+
+    return send
+
+
 def _fill_disk(run: Run, blow: Blow, rng: Random) -> bool:
     assert run.disk is not None
     size = sum(p.stat().st_size for p in run.newest_checkpoints()[0].iterdir())
@@ -204,7 +297,7 @@ def _has_checkpoints(number: int) -> Callable[[Run], bool]:
 def _check_preempted(run: Run, blow: Blow) -> str:
     step, took = run.steps.step, time.time() - blow.at
     is_there = (run.checkpoints / f"step_{step}").is_dir()
-    return "" if is_there else f"step {step} has no checkpoint ({took:.0f} s after SIGTERM)"
+    return "" if is_there else f"step {step} has no checkpoint ({took:.0f} s after the signal)"
 
 
 _NOT_STARTED = (Sign("lost", "generator", "did not start"),)
@@ -212,6 +305,8 @@ _ENGINE = (Sign("lost", "generator"),)
 _LEARNER = (Sign("lost", "learner"),)
 _DAMAGED = (Sign("damaged", "checkpoint"),)
 _FAILED, _WRITTEN = (Sign("failed", "checkpoint"),), (Sign("written", "checkpoint"),)
+
+DISK_FULL, CONFIG_ON_FULL_DISK = "disk full", "start on a full disk"
 
 KINDS: tuple[Kind, ...] = (
     Kind("generator actor killed", Role.GENERATOR, _signal(_SIGKILL), _ENGINE),
@@ -229,6 +324,13 @@ KINDS: tuple[Kind, ...] = (
     Kind("verifier worker stopped", Role.WORKER, _signal(_SIGSTOP)),
     Kind("controller killed", Role.DRIVER, _signal(_SIGKILL), statuses=(-_SIGKILL,)),
     Kind("preempted", Role.DRIVER, _signal(_SIGTERM), statuses=(PREEMPTED,), check=_check_preempted),
+    Kind(
+        "interrupted", Role.DRIVER, _signal_all(signal.SIGINT), statuses=(128 + signal.SIGINT,), check=_check_preempted
+    ),
+    Kind(
+        "terminal closed", Role.DRIVER, _signal_all(signal.SIGHUP), statuses=(128 + signal.SIGHUP,),
+        check=_check_preempted,
+    ),
     Kind("node killed", Role.RAYLET, _signal(_SIGKILL), statuses="error"),
     Kind("weight update, engine killed", Role.ENGINE, _within_update, _ENGINE),
     Kind("weight update, learner killed", Role.LEARNER, _within_update, _LEARNER),
@@ -240,8 +342,14 @@ KINDS: tuple[Kind, ...] = (
         "checkpoint flipped, controller killed", Role.DRIVER, _damage(_flip), statuses=(-_SIGKILL,), then=_DAMAGED,
         is_ready=_has_checkpoints(2),
     ),
-    Kind("disk full", Role.DRIVER, _fill_disk, _FAILED, then=_WRITTEN, is_ready=_has_checkpoints(1)),
+    Kind("ledger locked", Role.REPLAY, _lock_ledger, is_noticed_at_once=True),
+    Kind(
+        "ledger flipped, controller killed", Role.DRIVER, _flip_ledger, statuses=(-_SIGKILL,),
+        then=(Sign("restored", "ledger"),), is_ready=_has_checkpoints(1), restores_ledger=True,
+    ),
+    Kind("reward forks", Role.WORKER, _trigger(hostile_reward.FORKS), is_noticed_at_once=True),
+    Kind("reward forges a reply", Role.WORKER, _trigger(hostile_reward.FORGES)),
+    Kind(CONFIG_ON_FULL_DISK, Role.DRIVER, _start_on_full_disk, statuses=(2,), check=_check_refused),
+    Kind(DISK_FULL, Role.DRIVER, _fill_disk, _FAILED, then=_WRITTEN, is_ready=_has_checkpoints(1)),
 )  # fmt: skip
-"""All kinds; "disk full" needs a separate disk."""
-
-DISK_FULL = KINDS[-1].name
+"""All kinds; the two with full disks need separate disks."""

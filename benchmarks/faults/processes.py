@@ -75,7 +75,10 @@ class Family:
         return sorted((p for p in self._known.values() if is_alive(p)), key=lambda p: p.create_time())
 
     def of(self, role: Role) -> list[psutil.Process]:
-        return [p for p in self.look() if role in command_of(p)]
+        """Return the members with a role, without the keeper of each worker: it has the same command line."""
+        found = [p for p in self.look() if role in command_of(p)]
+        parents = {parent_of(p) for p in found}
+        return [p for p in found if p.pid not in parents]
 
     def look_at_memory(self) -> None:
         """Record which shared memory the members use."""
@@ -119,6 +122,13 @@ def is_alive(process: psutil.Process) -> bool:
         return process.is_running() and process.status() != psutil.STATUS_ZOMBIE
     except psutil.Error:
         return False
+
+
+def parent_of(process: psutil.Process) -> int | None:
+    try:
+        return int(process.ppid())
+    except psutil.Error:
+        return None
 
 
 def command_of(process: psutil.Process) -> str:

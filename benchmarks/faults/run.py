@@ -5,6 +5,7 @@ from __future__ import annotations
 import ctypes
 import os
 import secrets
+import shutil
 import signal
 import subprocess
 import sys
@@ -15,13 +16,16 @@ from typing import Any
 
 import psutil
 
+from benchmarks.faults import hostile_reward
 from benchmarks.faults.audit import Ledger
 from benchmarks.faults.disk import Disk
+from benchmarks.faults.hostile_reward import TRIGGER
 from benchmarks.faults.processes import MARKER, Family, Role, describe
 from benchmarks.faults.records import Lines, Steps, read_ledger
 
 _LIBC = ctypes.CDLL(None)
 _PR_SET_PDEATHSIG = 1
+_HOSTILE = Path(hostile_reward.__file__)
 _ORPHAN_S = 30.0
 _MEMORY_EVERY_S = 5.0
 
@@ -35,19 +39,33 @@ class Run:
         folder: for the run's directory and the drivers' output.
         temp: where Ray keeps its sessions; the path must be short because sockets are in it.
         disk: where the checkpoints are, if not in the run's directory.
+        home: where the run's directory is, if not in `folder`; `close` moves it there.
     """
 
-    def __init__(self, config: Path, overrides: Sequence[str], folder: Path, temp: Path, disk: Disk | None) -> None:
+    def __init__(
+        self,
+        config: Path,
+        overrides: Sequence[str],
+        folder: Path,
+        temp: Path,
+        disk: Disk | None,
+        home: Disk | None = None,
+    ) -> None:
         self.folder = folder
-        self.dir = folder / "run"
+        self.home = home
+        self.dir = home.path / folder.name if home else folder / "run"
+        self.trigger = folder / "trigger"
+        """Makes the reward of hostile_reward.py misbehave."""
         self.disk = disk
         self.checkpoints = disk.path / folder.name if disk else self.dir / "checkpoints"
         folder.mkdir(parents=True)
         given = [f"run.dir={self.dir}", "run.resume=auto", "run.overwrite=false", f"checkpoint.dir={self.checkpoints}"]
+        given += [f"rewards.hostile={{kind: python, function: '{_HOSTILE}:score', weight: 0}}"]
+        given += [f"verifier.pass_env=[{TRIGGER}]"]
         self._command = [str(Path(sys.executable).parent / "quatro-ray"), "train", str(config), *given, *overrides]
         self.family = Family(marker := secrets.token_hex(8))
         kept = {k: v for k, v in os.environ.items() if k != "RAY_ADDRESS"}
-        self._environment = kept | {MARKER: marker, "RAY_TMPDIR": str(temp)}
+        self._environment = kept | {MARKER: marker, TRIGGER: str(self.trigger.absolute()), "RAY_TMPDIR": str(temp)}
         self._looked_at_memory = 0.0
         self._lines = Lines(self.dir / "events.jsonl")
         self.driver: subprocess.Popen[bytes] | None = None
@@ -138,6 +156,12 @@ class Run:
         self.family.kill()
         if self.driver is not None:
             self.driver.wait(timeout=30)
+
+    def keep(self) -> None:
+        """Move the run's directory from the disk of its own to the folder."""
+        if self.home is not None:
+            shutil.move(self.dir, self.folder / "run")
+            self.dir = self.folder / "run"
 
 
 def _die_with_parent() -> None:

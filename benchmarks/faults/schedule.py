@@ -29,18 +29,25 @@ class Schedule:
     Args:
         kinds: kinds of faults.
         seed: of the order, the victims and the pauses.
-        until: seconds since the epoch; no fault begins later.
+        minutes: no fault begins later than this after the first one; None: there is no such limit.
         max_faults: number of faults.
         log: file that gets a line when a fault begins and when it is over.
         say: shows a message to people.
     """
 
     def __init__(
-        self, kinds: Sequence[Kind], seed: int, until: float, max_faults: int, log: Path, say: Callable[[str], None]
+        self,
+        kinds: Sequence[Kind],
+        seed: int,
+        minutes: float | None,
+        max_faults: int,
+        log: Path,
+        say: Callable[[str], None],
     ) -> None:
         self._kinds = list(kinds)
         self._rng = Random(seed)
-        self._until = until
+        self._minutes = minutes
+        self._first_at: float | None = None
         self._max_faults = max_faults
         self._log = log
         self._say = say
@@ -48,7 +55,12 @@ class Schedule:
         self.outcomes: list[Outcome] = []
 
     def is_over(self) -> bool:
-        return time.time() >= self._until or len(self.outcomes) >= self._max_faults
+        """Return whether no further fault is to be injected; the minutes begin with the first fault."""
+        if len(self.outcomes) >= self._max_faults:
+            return True
+        if self._minutes is None or self._first_at is None:
+            return False
+        return time.monotonic() - self._first_at >= 60 * self._minutes
 
     def play(self, run: Run, index: int, last_step: int) -> None:
         """Inject faults until the run is done.
@@ -124,6 +136,7 @@ class Schedule:
                     continue
                 return  # it struck partly, or another fault did
             self._queue.remove(kind)
+            self._first_at = self._first_at or time.monotonic()
             outcome = Outcome(kind.name, index, step, blow.at, blow.name, blow.detail)
             self._write({"injected": kind.name, "run": index, "step": step, "at": blow.at, "victim": blow.name})
             Watch(run, kind, blow, before, outcome).until_recovered(_RECOVER_S, _RESTART_S)

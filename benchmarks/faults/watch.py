@@ -90,7 +90,9 @@ class Watch:
     def _is_over(self) -> bool:
         for event in self._run.look():
             self._take(event)
-        if self._outcome.detected_s is None and not self._kind.signs and not self._kind.statuses:
+        if self._kind.is_noticed_at_once:
+            self._detected(self._blow.at)
+        elif self._outcome.detected_s is None and not self._kind.signs and not self._kind.statuses:
             self._look_for_successor()
         has_continued = self._has_continued() and not self._missing and self._run.is_steady()
         if has_continued or self._run.is_done():
@@ -140,7 +142,8 @@ class Watch:
         if self._kind.statuses:
             self._detected(time.time())
         self._outcome.orphans += self._run.clean_up()
-        self._outcome.requeued += sum(g.state == _UNDER_WAY for g in self._run.snapshot().groups)
+        if not self._kind.restores_ledger:  # the ledger is damaged now
+            self._outcome.requeued += sum(g.state == _UNDER_WAY for g in self._run.snapshot().groups)
 
     def _undo_in_time(self) -> None:
         if time.time() - self._blow.at > _UNDO_AFTER_S:
@@ -153,6 +156,9 @@ class Watch:
 
     def _settle(self) -> None:
         """Record the cost, and whether the victim is still there."""
+        if self._kind.restores_ledger:  # numbers of versions before it mean others now
+            self._run.snapshots.clear()
+            self._before = self._run.snapshot()
         outcome, after = self._outcome, self._run.snapshot()
         lost, duplicated = compare(self._before, after)
         outcome.lost, outcome.duplicated = len(lost), len(duplicated)
