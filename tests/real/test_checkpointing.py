@@ -248,9 +248,10 @@ def saved(local_ray: None, model_path: str, tmp_path_factory: pytest.TempPathFac
         yield Saved(folder, made, state, metrics, made.state()[0])
 
 
-def test_more_ranks_take_over(saved: Saved, model_path: str) -> None:
-    with ranks(model_path, 3, SUB_GROUP_SIZE) as made:
-        assert made.call("load", saved.folder) == [NUM_STEPS] * 3
+@pytest.mark.parametrize("num_ranks", [1, 3])
+def test_fewer_or_more_ranks_take_over(saved: Saved, model_path: str, num_ranks: int) -> None:
+    with ranks(model_path, num_ranks, SUB_GROUP_SIZE) as made:
+        assert made.call("load", saved.folder) == [NUM_STEPS] * num_ranks
         state, counters, learning_rate = made.state()
         assert_same(state, saved.state[0])
         assert set(counters) == set(saved.state[1])
