@@ -70,19 +70,19 @@ def test_a_job_that_is_stopped_leaves_a_checkpoint_and_goes_on_when_it_is_submit
     head: Head, warm_model_path: str, tmp_path: Path
 ) -> None:
     run_dir = tmp_path / "demo"
-    few = ["run.resume=auto", "evaluation.every_steps=6", "evaluation.num_queries=16", "checkpoint.every_steps=1000"]
+    few = ["run.overwrite=false", "run.resume=auto", "checkpoint.every_steps=1000"]
+    few += ["evaluation.every_steps=6", "evaluation.num_queries=16"]
     few += [f"model={{kind: pretrained, path: {warm_model_path}}}"]
     job = submit(head, run_dir, *few, "run.num_steps=2000")
     deadline = time.monotonic() + 300
     while not (run_dir / "metrics.jsonl").is_file() or not (run_dir / "metrics.jsonl").read_text():
-        assert time.monotonic() < deadline
+        assert time.monotonic() < deadline, end_of(head, job, 0, run_dir)
         time.sleep(0.2)
     head.ray("job", "stop", "--address", head.dashboard, "--no-wait", job)
     status, logs = end_of(head, job, 120, run_dir / "checkpoints")
     assert "stopped" in status, f"{status}\n{logs}"
     assert "a checkpoint is written; rerun with run.resume=auto to continue" in logs
-    (checkpoint,) = (run_dir / "checkpoints").iterdir()
-    steps = int(checkpoint.name.removeprefix("step_")) + 6
+    steps = max(int(path.name.removeprefix("step_")) for path in (run_dir / "checkpoints").glob("step_*")) + 6
     summary = train_as_a_job(head, run_dir, *few, f"run.num_steps={steps}", seconds=600)
     assert summary["recovery"]["resumed"] == 1 and summary["recovery"]["steps_lost"] == 0
     check_accounts(run_dir, max_staleness=4, steps=steps)

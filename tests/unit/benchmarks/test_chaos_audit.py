@@ -6,14 +6,19 @@ The good books: three steps of two groups, with a fall-back after the second, wh
           └──── 3 ─2─ 4 ─3─ 5
 """
 
+import time
 from collections.abc import Callable
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import pytest
 
+from benchmarks.chaos import Result
 from benchmarks.faults.audit import Books, Group, Ledger, Version, audit, compare
+from benchmarks.faults.kinds import KINDS
 from benchmarks.faults.report import figures, table
+from benchmarks.faults.schedule import Schedule
 from benchmarks.faults.watch import Outcome
 
 VERSIONS = (
@@ -181,6 +186,37 @@ def test_duplicated() -> None:
     twice = before(*GROUPS[:2], trained(3, 0, 0, 0))  # at the end it is trained from version 3, and step 1 counts too
     assert compare(twice, books().ledger) == (set(), {3})
     assert "duplicated" in found(books(snapshots=[twice]))
+
+
+def test_versions_may_be_told_again_after_the_ledger_was_restored() -> None:
+    again = [*books().events, {"event": "restored", "part": "ledger"}, *books().events]
+    assert found(books(events=again)) == set()
+
+
+def recovered(kind: str) -> Outcome:
+    return Outcome(kind, 0, 5, 0.0, "", "", detected_s=1.0, recovered_s=2.0)
+
+
+def test_a_call_is_green_only_if_every_kind_was_injected() -> None:
+    assert Result([recovered("a"), recovered("b")], ["a", "b"], {}).failures() == []
+    assert Result([recovered("a")], ["a", "b"], {}).failures() == ["b: never injected"]
+    assert Result([], ["a"], {}).failures() == ["a: never injected"]
+    assert Result([recovered("a")], ["a"], {"c": "needs root"}).failures() == [
+        "c: cannot be injected here (needs root)"
+    ]
+
+
+def test_the_minutes_begin_with_the_first_fault(tmp_path: Path) -> None:
+    kinds = list(KINDS[:2])
+    schedule = Schedule(kinds, 0, 0.0, 10, tmp_path / "log", print)
+    assert not schedule.is_over()
+    schedule._first_at = time.monotonic()
+    assert schedule.is_over()
+    without = Schedule(kinds, 0, None, 2, tmp_path / "log", print)
+    without.outcomes.append(recovered("a"))
+    assert not without.is_over()
+    without.outcomes.append(recovered("b"))
+    assert without.is_over()
 
 
 def test_the_table_names_every_kind_and_what_never_came() -> None:
