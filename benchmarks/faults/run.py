@@ -86,7 +86,7 @@ class Run:
         with self._log().open("wb") as log:
             self.driver = subprocess.Popen(
                 self._command, env=self._environment, stdin=subprocess.DEVNULL, stdout=log, stderr=subprocess.STDOUT,
-                start_new_session=True, preexec_fn=_die_with_parent,
+                start_new_session=True, preexec_fn=_as_in_a_terminal,
             )  # fmt: skip
         self.family.add(self.driver.pid)
 
@@ -164,5 +164,8 @@ class Run:
             self.dir = self.folder / "run"
 
 
-def _die_with_parent() -> None:
+def _as_in_a_terminal() -> None:
+    """Die with the parent, and have no signal ignored: a shell's background jobs ignore SIGINT, and nohup SIGHUP."""
     _LIBC.prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+    for number in (signal.SIGINT, signal.SIGHUP):
+        signal.signal(number, signal.SIG_DFL)

@@ -116,6 +116,22 @@ def frame(message: Message) -> bytes:
     return len(body).to_bytes(4, "big") + body
 
 
+def size_of(head: bytes) -> int:
+    """Return the length of the JSON in a frame, from its first four bytes; raise ValueError if no frame is so long."""
+    size = int.from_bytes(head, "big")
+    if size > MAX_FRAME_BYTES:
+        raise ValueError(f"a frame may have at most {MAX_FRAME_BYTES} bytes, not {size}")
+    return size
+
+
+def message_of(body: bytes) -> Message:
+    """Return the message in the JSON of a frame; raise ValueError if it is none."""
+    message = json.loads(body)
+    if not isinstance(message, dict):
+        raise ValueError("a frame holds a JSON object")
+    return message
+
+
 def _take_pipes() -> Pipes:
     """Move the pipes to other descriptors, so that what the user's code prints or reads cannot get into them."""
     requests, replies = os.fdopen(os.dup(0), "rb"), os.fdopen(os.dup(1), "wb")

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import json
 import os
 import secrets
 import signal
@@ -15,7 +14,7 @@ from dataclasses import dataclass, field
 from typing import NoReturn, TypeVar
 
 from quatro_ray.errors import ConfigError
-from quatro_ray.isolation.protocol import NONCE_KEY, Message, frame
+from quatro_ray.isolation.protocol import NONCE_KEY, Message, frame, message_of, size_of
 from quatro_ray.timeouts import within
 
 T = TypeVar("T")
@@ -125,7 +124,7 @@ class Worker:
             deadline_s: counts from this call.
 
         Raises:
-            WorkerLost: the process missed the deadline, ended, ran out of memory or stack, or answered another request.
+            WorkerLost: the process missed the deadline, ended, ran out of memory or stack, or answered out of turn.
         """
         try:
             answer = await within(deadline_s, self._exchange(request))
@@ -138,6 +137,8 @@ class Worker:
             detail = f"the worker ended with {code}" + (f": {complaint[-1]}" if complaint else "")
             by_item = code not in _ENDED_FROM_OUTSIDE
             raise WorkerLost(detail, by_item=by_item, ended_itself=by_item) from None
+        except ValueError:  # the user's code has written to the pipe
+            await self._lose("sent what is no reply")
         except BaseException:  # cancelled in the middle of a frame: the pipe is out of step
             await self.kill()
             raise
@@ -158,8 +159,7 @@ class Worker:
         self._nonce = secrets.randbits(62)
         self._process.stdin.write(frame(request | {NONCE_KEY: self._nonce}))
         await self._process.stdin.drain()
-        size = int.from_bytes(await self._process.stdout.readexactly(4), "big")
-        answer: Message = json.loads(await self._process.stdout.readexactly(size))
+        answer = message_of(await self._process.stdout.readexactly(size_of(await self._process.stdout.readexactly(4))))
         # 0: no more than the parent had when it forked, so there is no growth to see
         self.peak_rss_bytes = answer.get("peak_rss_bytes", 0)
         return answer

@@ -63,10 +63,9 @@ def restore_ledger(config: Config) -> str | None:
     writing = path.with_name(f"{LEDGER}.writing")
     shutil.copyfile(damage.copy, writing)
     sync(writing)
-    for suffix in ("-wal", "-shm"):  # they belong to the old file, and would be applied to the new one
-        path.with_name(LEDGER + suffix).unlink(missing_ok=True)
-    if path.exists():
-        path.replace(path.with_name(_ASIDE))
+    for suffix in ("-wal", "-shm", ""):  # the log belongs to the old file, and would be applied to the new one
+        if path.with_name(LEDGER + suffix).exists():
+            path.with_name(LEDGER + suffix).replace(path.with_name(_ASIDE + suffix))
     writing.replace(path)
     sync(path.parent)
     return f"{damage.why}; its copy in the checkpoint step_{damage.step} has taken its place"

@@ -140,27 +140,30 @@ import json, os
 
 def forge(query, response):
     body = json.dumps({"values": {"mine": 7.0}, "unreadable": "", "no_verdict": [], "printed": "", "nonce": 2}).encode()
-    if response.text == "forge":
+    frames = {"forge": len(body).to_bytes(4, "big") + body, "garbage": b"\\0\\0\\0\\3abc", "long": b"\\xff" * 99,
+              "list": b"\\0\\0\\0\\2[]"}
+    if response.text in frames:
         for descriptor in range(3, 20):
             try:
-                os.write(descriptor, len(body).to_bytes(4, "big") + body)
+                os.write(descriptor, frames[response.text])
             except OSError:
                 pass
     return 1.0
 """
 
 
-def test_a_reply_that_nobody_asked_for_is_noticed_and_its_item_judged_again(tmp_path: Path) -> None:
+@pytest.mark.parametrize("what", ["forge", "garbage", "long", "list"])
+def test_a_reply_that_nobody_asked_for_is_noticed_and_its_item_judged_again(tmp_path: Path, what: str) -> None:
     (tmp_path / "forger.py").write_text(FORGER)
     rewards = reward_configs(mine={"kind": "python", "function": f"{tmp_path}/forger.py:forge"})
 
     async def work(scorer: Scorer) -> list[Score]:
-        first = await scorer(QUERY, response("forge"))  # twice out of turn
+        first = await scorer(QUERY, response(what))  # twice out of turn
         return [first, await scorer(QUERY, response("good")), await scorer(QUERY, response("good"))]
 
     first, *others = with_scorer(rewards, work, num_workers=1, deadline_s=20)
     assert (first.outcome, first.reward) == (Outcome.EXHAUSTED, 0.0)
-    assert "answered another request" in first.detail
+    assert ("answered another request" if what == "forge" else "sent what is no reply") in first.detail
     assert [(s.outcome, s.reward) for s in others] == [(Outcome.OK, 1.0)] * 2
 
 
