@@ -51,6 +51,8 @@ def start(config: Path, log: Path) -> subprocess.Popen[bytes]:
         stdout=log.open("ab"),
         stderr=subprocess.STDOUT,
         env=environment,
+        start_new_session=True,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # background jobs of a shell ignore it
     )
 
 
@@ -134,20 +136,20 @@ def check_ledger(run: Path, num_steps: int) -> None:
     db.close()
 
 
-def test_sigterm_during_the_start_is_answered_and_leaves_nothing_behind(warm_model_path: str, tmp_path: Path) -> None:
-    """Twice, because the same command must start again."""
+def test_a_signal_during_the_start_is_answered_and_leaves_nothing_behind(warm_model_path: str, tmp_path: Path) -> None:
+    """SIGTERM to the driver, then Ctrl-C, which Ray's processes get too: the same command must start again."""
     config = write_config(tmp_path / "ended", warm_model_path, 6)
-    for number in range(2):
-        log = tmp_path / "ended" / f"log-{number}"
+    for number, send in ((signal.SIGTERM, os.kill), (signal.SIGINT, os.killpg)):
+        log = tmp_path / "ended" / f"log-{number.name}"
         process = start(config, log)
         deadline = time.monotonic() + 240
         while "starting engines and learner" not in log.read_text():
             assert process.poll() is None and time.monotonic() < deadline, log.read_text()
             time.sleep(0.05)
         family = psutil.Process(process.pid).children(recursive=True)
-        process.send_signal(signal.SIGTERM)
-        assert process.wait(timeout=120) == 128 + signal.SIGTERM, log.read_text()
-        assert log.read_text().count("ended: received SIGTERM during the start") == 1
+        send(process.pid, number)
+        assert process.wait(timeout=120) == 128 + number, log.read_text()
+        assert log.read_text().count(f"ended: received {number.name} during the start") == 1
         assert "Traceback" not in log.read_text()
         _, alive = psutil.wait_procs(family, timeout=60)
         assert not alive

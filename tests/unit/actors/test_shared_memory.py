@@ -3,17 +3,38 @@
 from __future__ import annotations
 
 import os
+import shutil
 import signal
 import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
+
+from quatro_ray.actors.shared_memory import check_shared_memory
+from quatro_ray.errors import ConfigError
+from quatro_ray.orchestrator.host import check_host
+from tests.make import config
 
 pytestmark = pytest.mark.process
 
 SHM = Path("/dev/shm")
+
+
+def test_too_little_of_it_is_told_with_the_remedy(monkeypatch: pytest.MonkeyPatch) -> None:
+    check_shared_memory("engines of several devices")
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: SimpleNamespace(free=64 << 20))
+    with pytest.raises(
+        ConfigError, match=r"need 512 MiB of shared memory, and /dev/shm on .* has 64 MiB free: .*shm-size"
+    ):
+        check_shared_memory("engines of several devices")
+    several = config(generator={"tensor_parallel_size": 2})
+    with pytest.raises(ConfigError, match=r"engines of several devices need 512 MiB of shared memory"):
+        check_host(several)
+
+
 PROCESS = """
 import sys, time
 from multiprocessing import get_context

@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import os
 import sqlite3
+import stat
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing
 from pathlib import Path
@@ -34,6 +35,14 @@ def begun(tmp_path: Path) -> Path:
     for step in (10, 20):
         (path / "checkpoints" / f"step_{step}").mkdir(parents=True)
     return path
+
+
+def test_a_run_directory_is_for_its_owner_only(begun: Path, tmp_path: Path) -> None:
+    assert stat.S_IMODE(begun.stat().st_mode) == 0o700
+    shared = tmp_path / "shared"
+    shared.mkdir(mode=0o750)
+    prepare_run_dir(run(shared))
+    assert stat.S_IMODE(shared.stat().st_mode) == 0o750  # as its owner has made it
 
 
 def test_a_run_goes_on_also_to_another_end(begun: Path) -> None:
