@@ -4,6 +4,8 @@ One process, without Ray. CPU seconds, because other work on the machine does no
 the exit status is 1 if a target is missed.
 
 - Each call of the controller on a ledger of 10 thousand to a million trained groups, and the growth between the ends.
+- The copy of the database that each checkpoint gets, and the check of a ledger when a run is resumed; both read all of
+  it, so they have no target.
 - Groups a CPU-second through admission, generation, lease and commit, and the bytes written for each byte of rollouts.
 - The tries to lease while the groups of a step arrive one by one, and the memory of the process with many ready groups.
 """
@@ -23,6 +25,7 @@ from quatro_ray.actors.memory import collect_rarely
 from quatro_ray.config import ReplayConfig
 from quatro_ray.replay import serialization
 from quatro_ray.replay.buffer import ReplayBuffer
+from quatro_ray.replay.schema import damage_of
 from quatro_ray.types import Query
 from tests.make import group, rollout
 
@@ -86,6 +89,18 @@ def calls(buffer: ReplayBuffer) -> dict[str, float]:
     found["a step of 64 small groups"] = median(step)
     found["fall back one step"] = median(_fall_back_s(buffer) for _ in range(_ROUNDS))
     buffer.end_run()
+    return found
+
+
+def whole(buffer: ReplayBuffer, path: Path) -> dict[str, float]:
+    """Return the CPU seconds of a copy and of a check of the whole database, and its size."""
+    copy = path.with_name("copy.sqlite")
+    found = {
+        "copy_s": round(cpu_s(lambda: buffer.ledger.snapshot(copy)), 3),
+        "check_s": round(cpu_s(lambda: damage_of(copy)), 3),
+        "mib": round(copy.stat().st_size / 2**20, 1),
+    }
+    copy.unlink()
     return found
 
 
@@ -175,13 +190,15 @@ def main() -> int:
     with tempfile.TemporaryDirectory() as path:
         folder = Path(path)
         buffer = make_buffer(folder / "ledger.sqlite")
-        by_run = {}
+        by_run, by_size = {}, {}
         for num_groups in RUNS:
             age(buffer, num_groups)
             by_run[num_groups] = calls(buffer)
+            by_size[num_groups] = whole(buffer, folder / "ledger.sqlite")
             print(
-                f"{num_groups:,} groups:", {k: f"{1e3 * v:.3f} ms" for k, v in by_run[num_groups].items()}, flush=True
-            )
+                f"{num_groups:,} groups:", {k: f"{1e3 * v:.3f} ms" for k, v in by_run[num_groups].items()},
+                by_size[num_groups], flush=True,
+            )  # fmt: skip
         buffer.ledger.close()
         by_length = {length: throughput(folder, length) for length in THROUGHPUT}
         print(by_length, flush=True)
@@ -196,7 +213,13 @@ def main() -> int:
             missed.append(f"16 x {length}: {found['groups_per_cpu_s']} groups/CPU-s, not {THROUGHPUT[length]:g}")
         if found["written_per_byte"] > WRITTEN:
             missed.append(f"16 x {length}: {found['written_per_byte']} bytes written a byte, not {WRITTEN}")
-    figures = {"calls_s": by_run, "by_length": by_length, "lease_tries_of_1024_s": round(tries, 3), "100k_ready": ready}
+    figures = {
+        "calls_s": by_run,
+        "whole": by_size,
+        "by_length": by_length,
+        "lease_tries_of_1024_s": round(tries, 3),
+        "100k_ready": ready,
+    }
     print(json.dumps(figures | {"missed": missed}))
     return int(bool(missed))
 
