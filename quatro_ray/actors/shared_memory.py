@@ -8,32 +8,30 @@ import socket
 import subprocess
 import sys
 from multiprocessing import resource_tracker
-from pathlib import Path
 
 from quatro_ray.errors import ConfigError
 
-SHARED_MEMORY = Path("/dev/shm")
+_SHARED_MEMORY = "/dev/shm"
 _NEEDED_MIB = 512
 
 _TRACKER = '"$PYTHON" -B -c "from multiprocessing.resource_tracker import main; main($FD)" </dev/null >/dev/null 2>&1 &'
 
 
-def check_shared_memory(what: str, folder: Path = SHARED_MEMORY) -> None:
+def check_shared_memory(what: str) -> None:
     """Check that processes of this machine can exchange tensors; a container has 64 MiB for that by default.
 
     Args:
         what: that which needs it, as the beginning of a sentence.
-        folder: where shared memory is mounted.
 
     Raises:
         ConfigError: there is too little.
     """
-    free = shutil.disk_usage(folder).free >> 20
+    free = shutil.disk_usage(_SHARED_MEMORY).free >> 20
     if free < _NEEDED_MIB:
         raise ConfigError(
-            f"{what} need {_NEEDED_MIB} MiB of shared memory, and {folder} on {socket.gethostname()} has {free} MiB "
-            "free: start the container with --shm-size=8g (Kubernetes: mount an emptyDir of medium Memory there), or "
-            "delete what earlier programs have left in it"
+            f"{what} need {_NEEDED_MIB} MiB of shared memory, and {_SHARED_MEMORY} on {socket.gethostname()} has "
+            f"{free} MiB free: start the container with --shm-size=8g (Kubernetes: mount an emptyDir of medium Memory "
+            "there), or delete what earlier programs have left in it"
         )
 
 

@@ -10,7 +10,7 @@ import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from types import FrameType
-from typing import Self
+from typing import NoReturn, Self
 
 from quatro_ray.errors import Preempted
 
@@ -67,7 +67,7 @@ class StopSignals:
         if self._received is not None:
             stop()
 
-    def end_the_start(self) -> None:
+    def end_the_start(self) -> NoReturn:
         """Raise Preempted for the signal that was received."""
         name = self._received.name if self._received else "a signal"
         raise Preempted(f"received {name} during the start, before training began; run the same command to start again")

@@ -152,7 +152,6 @@ async def _start(config: Config, model_path: str, recorder: Recorder, signals: S
             return await unless(told_to_stop, spawn(config, model_path, recorder.say))
     except Overtaken:
         signals.end_the_start()
-        raise
 
 
 def summarise(
