@@ -83,7 +83,11 @@ class DiskFull(LedgerError):
     """The disk is too full to write the ledger; the transition was rolled back."""
 
 
-class LedgerLocked(LedgerError):
+class LedgerUnreadable(LedgerError):
+    """The file of the ledger cannot be read, which does not mean that it is damaged."""
+
+
+class LedgerLocked(LedgerUnreadable):
     """Another program has locked the ledger for a minute; the transition was not begun."""
 
 

@@ -11,7 +11,7 @@ from pathlib import Path
 
 from quatro_ray.config import Config
 from quatro_ray.engines.checkpoint_store import LEDGER, checkpoint_store
-from quatro_ray.errors import ConfigError, LedgerError, LedgerLocked
+from quatro_ray.errors import ConfigError, LedgerError, LedgerUnreadable
 from quatro_ray.files import sync
 from quatro_ray.replay.schema import damage_of
 
@@ -37,7 +37,8 @@ def check_ledger(config: Config) -> None:
     """Check that the run in `run.dir` has a ledger that can be continued, or a checkpoint with an intact copy.
 
     Raises:
-        ConfigError: it has neither; or the ledger is of another version, or locked by another program.
+        ConfigError: it has neither; or the ledger cannot be read, for example because another program has
+            locked it.
     """
     damage = _damage(config)
     if damage is not None and damage.copy is None:
@@ -75,7 +76,7 @@ def _damage(config: Config) -> _Damage | None:
     """Return what is wrong with the ledger; None if it is whole, or if the run never wrote one."""
     path, store = config.run.dir / LEDGER, checkpoint_store(config)
     steps = store.steps()
-    why = _why(path, steps, max((store.version_of(step) or 0 for step in steps[:1]), default=0))
+    why = _why(path, steps, (store.version_of(steps[0]) or 0) if steps else 0)
     if why is None:
         return None
     found = ((store.ledger_of(step), step) for step in steps)
@@ -100,7 +101,7 @@ def _why(path: Path, steps: list[int], version: int) -> str | None:
         if damage := _damage_of(path, _state(path), _state(path.with_name(f"{LEDGER}-wal"))):
             return f"{path} is damaged: {damage}"
         newest = _newest_version(path)
-    except LedgerLocked as error:
+    except LedgerUnreadable as error:
         raise ConfigError(f"run.dir={path.parent}: the run in it cannot be continued: {error}") from error
     except LedgerError as error:
         return str(error)

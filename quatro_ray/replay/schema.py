@@ -7,7 +7,7 @@ from contextlib import closing
 from pathlib import Path
 from zlib import crc32
 
-from quatro_ray.errors import LedgerError, LedgerLocked
+from quatro_ray.errors import LedgerError, LedgerLocked, LedgerUnreadable
 from quatro_ray.replay.migration import migrate
 from quatro_ray.replay.segments import Segments
 from quatro_ray.replay.versions import SCHEMA as VERSIONS
@@ -17,6 +17,9 @@ VERSION = 1
 
 LOCK_DEADLINE_S = 60.0
 """Seconds for which another program, such as a backup, may lock the ledger."""
+
+_LOCKED = (sqlite3.SQLITE_BUSY, sqlite3.SQLITE_LOCKED)
+_UNREADABLE = (sqlite3.SQLITE_CANTOPEN, sqlite3.SQLITE_IOERR, sqlite3.SQLITE_PERM, sqlite3.SQLITE_READONLY)
 
 # A commit writes whole pages, and most commits change a few rows
 _PAGE_BYTES = 512
@@ -163,7 +166,7 @@ def damage_of(path: Path) -> str | None:
 
     Raises:
         LedgerError: it is a ledger of another version.
-        LedgerLocked: another program has locked it.
+        LedgerUnreadable: it cannot be read, for example because another program has locked it.
     """
     try:
         with closing(sqlite3.connect(f"file:{path}?mode=ro", uri=True, timeout=LOCK_DEADLINE_S)) as db:
@@ -176,13 +179,18 @@ def damage_of(path: Path) -> str | None:
                 return str(found)
             check_version(db, path)
             return _damaged_rows(db) if version == VERSION else None
-    except sqlite3.OperationalError as error:
-        if "locked" in str(error):
+    except sqlite3.DatabaseError as error:
+        code = error.sqlite_errorcode & 0xFF
+        if code in _LOCKED:
             raise LedgerLocked(
                 f"{path} has been locked by another program for {LOCK_DEADLINE_S:g} s; end that program"
             ) from error
+        if code in _UNREADABLE:
+            raise LedgerUnreadable(
+                f"{path} cannot be read ({error}), and may be intact; make it readable, and the folder writable"
+            ) from error
         return str(error)
-    except (sqlite3.DatabaseError, UnicodeDecodeError) as error:
+    except UnicodeDecodeError as error:
         return str(error)
 
 

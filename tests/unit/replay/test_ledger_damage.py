@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 
-from quatro_ray.errors import LedgerError, LedgerLocked
+from quatro_ray.errors import LedgerError, LedgerLocked, LedgerUnreadable
 from quatro_ray.replay import schema
 from quatro_ray.replay.ledger import Ledger
 from quatro_ray.replay.schema import damage_of
@@ -81,6 +81,11 @@ def test_a_row_that_another_program_has_changed_is_noticed(path: Path) -> None:
 def test_a_cut_file_is_noticed(path: Path, size: int) -> None:
     path.write_bytes(path.read_bytes()[:size])
     assert damage_of(path) is not None
+
+
+def test_a_file_that_cannot_be_read_is_not_called_damaged(tmp_path: Path) -> None:
+    with pytest.raises(LedgerUnreadable, match=r"cannot be read \(.*\), and may be intact"):
+        damage_of(tmp_path)  # a folder cannot be opened either
 
 
 def test_a_copy_is_whole_and_the_same(path: Path, tmp_path: Path) -> None:
