@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import asyncio
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 import ray
 from ray.exceptions import RayError
 
+from quatro_ray.actors.calls import value_of
 from quatro_ray.actors.memory import collect_rarely, own_peak_rss_bytes
 from quatro_ray.actors.node import while_node_lives
 from quatro_ray.config import Config, TinyModelConfig
@@ -24,13 +25,15 @@ from quatro_ray.jobs.stop_signals import StopSignals
 from quatro_ray.orchestrator.cluster import Cluster, spawn
 from quatro_ray.orchestrator.connection import connect
 from quatro_ray.orchestrator.controller import Controller
+from quatro_ray.orchestrator.placement import Placer
+from quatro_ray.orchestrator.resources import bundles
 from quatro_ray.orchestrator.startup import waiting_for
 from quatro_ray.replay.buffer import ReplayStats
 from quatro_ray.telemetry.console import Progress
 from quatro_ray.telemetry.counters import Counters
 from quatro_ray.telemetry.recorder import Recorder
 from quatro_ray.telemetry.report import write_report
-from quatro_ray.timeouts import Overtaken, unless
+from quatro_ray.timeouts import Overtaken, unless, within
 from quatro_ray.types import Query
 
 
@@ -77,12 +80,10 @@ def _train(
         with recorder.phase("controller", "connect"), waiting_for("Ray", recorder.say):
             connect(config, show_actor_logs=verbose)
         signals.take()  # Ray has set its own handler
-        with recorder.phase("controller", "model"):
-            model_path = make_model(config, dataset, recorder)
         for line in [*describe(dataset), *prepared.notes]:
             recorder.say(line)
         collect_rarely()
-        counters, stats, memory = asyncio.run(_run(config, dataset, model_path, recorder, signals, resume=resume))
+        counters, stats, memory = asyncio.run(_run(config, dataset, recorder, signals, resume=resume))
     except BaseException as error:
         recorder.note(f"ended by {type(error).__name__}: {error}")
         if isinstance(error, RayError):
@@ -99,25 +100,24 @@ def _train(
     return write_report(run_dir)
 
 
-def make_model(config: Config, dataset: Dataset, recorder: Recorder) -> str:
-    """Return the path of the starting policy. A tiny model is created and warmed up first, in a separate process."""
+async def make_model(place: Placer, dataset: Dataset, say: Callable[[str], None]) -> str:
+    """Return the path of the starting policy. A tiny model is created and warmed up first, in a learner's place."""
+    config = place.config
     if not isinstance(config.model, TinyModelConfig):
         return config.model.path
     path = config.run.dir / "model"
     if path.is_dir():  # made before this run was resumed; the folder gets this name only when it is complete
         return str(path)
-    recorder.say("making a tiny model and warming it up by supervised training")
-    # more threads hardly speed up so small a model, and wait for each other where cores do other work
-    threads = str(config.cluster.threads_per_process)
-    task = _warm_up.options(runtime_env={"env_vars": {"OMP_NUM_THREADS": threads, "CUDA_VISIBLE_DEVICES": ""}})
+    say("making a tiny model and warming it up by supervised training")
     writing = path.with_name("model.writing")
-    for line in task.remote(config, *dataset.warmup, writing):
-        recorder.say(ray.get(line, timeout=config.cluster.stall_deadline_s))
+    lines = place(_warm_up, "learner", 0).remote(config, *dataset.warmup, writing)
+    while (line := await within(config.cluster.stall_deadline_s, anext(lines, None))) is not None:
+        say(await value_of(line))
     replace_folder(writing, path)
     return str(path)
 
 
-@ray.remote(num_cpus=1, num_returns="streaming")
+@ray.remote(num_returns="streaming")
 def _warm_up(config: Config, train: Sequence[Query], held_out: Sequence[Query], path: Path) -> Iterator[str]:
     """Create and warm up a tiny model; yields lines about its progress."""
     from quatro_ray.engines.tiny_warmup import warm_up
@@ -127,12 +127,11 @@ def _warm_up(config: Config, train: Sequence[Query], held_out: Sequence[Query], 
 
 
 async def _run(
-    config: Config, dataset: Dataset, model_path: str, recorder: Recorder, signals: StopSignals, *, resume: bool
+    config: Config, dataset: Dataset, recorder: Recorder, signals: StopSignals, *, resume: bool
 ) -> tuple[Counters, ReplayStats, dict[str, int]]:
     """Start the cluster and train; return the counters, the ledger's numbers and the peak memory by role in bytes."""
-    recorder.say("starting engines and learner")
     with signals.in_the_loop():
-        cluster = await _start(config, model_path, recorder, signals)
+        cluster = await _start(config, dataset, recorder, signals)
         try:
             components = cluster.components()
             queries = QueryStream(dataset, config.run.seed, shuffle=config.data.shuffle)
@@ -144,14 +143,27 @@ async def _run(
             cluster.shutdown()
 
 
-async def _start(config: Config, model_path: str, recorder: Recorder, signals: StopSignals) -> Cluster:
+async def _start(config: Config, dataset: Dataset, recorder: Recorder, signals: StopSignals) -> Cluster:
     told_to_stop = asyncio.Event()
     signals.call(told_to_stop.set)
     try:
-        with recorder.phase("controller", "start"), recorder.phase("learner", "start"):
-            return await unless(told_to_stop, spawn(config, model_path, recorder.say))
+        return await unless(told_to_stop, _place_and_start(config, dataset, recorder))
     except Overtaken:
         signals.end_the_start()
+
+
+async def _place_and_start(config: Config, dataset: Dataset, recorder: Recorder) -> Cluster:
+    with recorder.phase("controller", "place"):
+        place = await Placer.reserve(config, bundles(config), recorder.say)
+    try:
+        with recorder.phase("controller", "model"):
+            model_path = await make_model(place, dataset, recorder.say)
+        recorder.say("starting engines and learner")
+        with recorder.phase("controller", "start"), recorder.phase("learner", "start"):
+            return await spawn(place, model_path, recorder.say)
+    except BaseException:
+        place.release()
+        raise
 
 
 def summarise(

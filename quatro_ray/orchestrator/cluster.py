@@ -37,7 +37,7 @@ from quatro_ray.evaluation.evaluator import Evaluator
 from quatro_ray.failures import LearnerLost
 from quatro_ray.orchestrator.components import Components
 from quatro_ray.orchestrator.placement import Placer
-from quatro_ray.orchestrator.resources import bundles, evaluation_bundles
+from quatro_ray.orchestrator.resources import evaluation_bundles
 from quatro_ray.orchestrator.startup import start_together
 from quatro_ray.rewards.registry import executing_rewards
 from quatro_ray.timeouts import within
@@ -155,18 +155,19 @@ class Cluster:
         remove_placement_group(self.scoring.placement)
 
 
-async def spawn(config: Config, model_path: str, say: Callable[[str], None]) -> Cluster:
-    """Place all actors, and start them side by side.
+async def spawn(place: Placer, model_path: str, say: Callable[[str], None]) -> Cluster:
+    """Start all actors side by side.
 
     Args:
-        config: the whole configuration; each kind of actor has its own `start_deadline_s` in it.
+        place: has reserved the resources of the run; each kind of actor has its own `start_deadline_s` in its
+            configuration.
         model_path: folder or name of the starting policy.
         say: shows what the start waits for.
 
     Raises:
-        ClusterError: the cluster is too small, or an actor did not start before its deadline.
+        ClusterError: an actor did not start before its deadline.
     """
-    place = Placer.reserve(config, bundles(config))
+    config = place.config
     replay = place(ReplayActor, "replay", 0, max_restarts=-1, max_task_retries=-1).remote(
         config.replay, config.run.dir / "ledger.sqlite", num_steps=config.run.num_steps
     )
@@ -218,7 +219,7 @@ async def spawn_evaluation(config: Config, model_path: str, say: Callable[[str],
     Raises:
         ClusterError: the cluster is too small, or an actor did not start before its deadline.
     """
-    place = Placer.reserve(config, evaluation_bundles(config))
+    place = await Placer.reserve(config, evaluation_bundles(config), say)
     scoring = ScoringActors.spawn(place, model_path)
     cluster = EvaluationCluster(_evaluator(place, scoring), scoring)
     try:

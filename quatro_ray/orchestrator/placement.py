@@ -2,16 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import asyncio
+import time
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
 
 import ray
-from ray.actor import ActorClass
 from ray.util.placement_group import PlacementGroup, placement_group, remove_placement_group
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
 from quatro_ray.config import Config
 from quatro_ray.errors import ClusterError
 from quatro_ray.orchestrator.resources import Bundle
+from quatro_ray.orchestrator.startup import SAY_EVERY_S
+
+_LOOK_EVERY_S = 1.0
+_ROUNDING = 1e-6
 
 
 class Placer:
@@ -23,28 +29,37 @@ class Placer:
         self._plan = plan
 
     @classmethod
-    def reserve(cls, config: Config, plan: Sequence[Bundle]) -> Placer:
+    async def reserve(cls, config: Config, plan: Sequence[Bundle], say: Callable[[str], None]) -> Placer:
         """Reserve the resources of the plan.
 
+        All of it is requested at once and before anything else starts, so that an autoscaler sees the whole demand.
+
         Args:
-            config: the whole configuration; `cluster.start_deadline_s` bounds the wait for free resources.
+            config: the whole configuration; `cluster.start_deadline_s` bounds the wait for nodes and free resources.
             plan: one bundle per actor.
+            say: shows what is missing while it waits.
 
         Raises:
-            ClusterError: the cluster is too small, or the resources do not become free within the deadline.
+            ClusterError: the resources do not become free within the deadline, or this process has started the cluster
+                itself, and it is too small.
         """
-        _check_fits(plan)
-        placement = placement_group([b.resources for b in plan], strategy="PACK")
-        if not placement.wait(config.cluster.start_deadline_s):
+        need = [bundle.resources for bundle in plan]
+        if _is_own_cluster() and (lack := missing(need, ray.cluster_resources(), _nodes())):
+            raise ClusterError(f"{lack}: {_REMEDY}")
+        placement = placement_group(need, strategy="PACK")
+        try:
+            await _wait(placement, need, config.cluster.start_deadline_s, say)
+        except BaseException:
             remove_placement_group(placement)
-            raise ClusterError(
-                f"no placement within cluster.start_deadline_s={config.cluster.start_deadline_s:g} s; free resources: "
-                f"{_show(ray.available_resources())}; `quatro-ray plan` shows what the run needs"
-            )
+            raise
         return cls(config, plan, placement)
 
-    def __call__(self, actor_class: ActorClass, role: str, index: int, **options: object) -> ActorClass:
-        """Return the class with the options of its bundle; call `remote` on it to start the actor."""
+    def release(self) -> None:
+        """Give the resources back; what still runs in them is killed."""
+        remove_placement_group(self.placement)
+
+    def __call__(self, actor_class: Any, role: str, index: int, **options: object) -> Any:
+        """Return the class, or remote function, with the options of a bundle; call `remote` on it to start it."""
         position = next(i for i, b in enumerate(self._plan) if (b.role, b.index) == (role, index))
         resources = self._plan[position].resources
         return actor_class.options(
@@ -69,16 +84,54 @@ class Placer:
         return env
 
 
-def _check_fits(plan: Sequence[Bundle]) -> None:
-    have = ray.cluster_resources()
+_REMEDY = (
+    "lower cluster.cpus_per_*, the number of engines, ranks or verifiers, or add nodes (`quatro-ray plan` shows what "
+    "the run needs)"
+)
+
+
+async def _wait(
+    placement: PlacementGroup, need: Sequence[Mapping[str, float]], deadline_s: float, say: Callable[[str], None]
+) -> None:
+    begun = said = time.monotonic()
+    while not await asyncio.to_thread(placement.wait, _LOOK_EVERY_S):
+        now = time.monotonic()
+        lack = missing(need, ray.cluster_resources(), _nodes()) or f"free are {_show(ray.available_resources())}"
+        if now - begun > deadline_s:
+            raise ClusterError(f"no placement within cluster.start_deadline_s={deadline_s:g} s: {lack}; {_REMEDY}")
+        if now - said >= SAY_EVERY_S:
+            say(f"waiting for resources ({now - begun:.0f} s): {lack}")
+            said = now
+
+
+def missing(
+    need: Sequence[Mapping[str, float]], have: Mapping[str, float], nodes: Sequence[Mapping[str, float]]
+) -> str:
+    """Say in words what a cluster lacks; an empty text if all bundles may fit, once other work has ended.
+
+    Args:
+        need: resources of each bundle.
+        have: resources of the whole cluster, used or not.
+        nodes: resources of each node, used or not.
+    """
     for name in ("CPU", "GPU"):
-        need = sum(b.resources.get(name, 0) for b in plan)
-        if need > have.get(name, 0) + 1e-6:
-            raise ClusterError(
-                f"the run needs {need:g} {name}s and the cluster has {have.get(name, 0):g}: lower cluster.cpus_per_*, "
-                "the number of engines, ranks or verifiers, or add nodes (`quatro-ray plan` shows the sum)"
-            )
+        total = sum(bundle.get(name, 0) for bundle in need)
+        if total > have.get(name, 0) + _ROUNDING:
+            return f"the run needs {total:g} {name}s and the cluster has {have.get(name, 0):g}"
+    for bundle in need:
+        if not any(all(node.get(name, 0) + _ROUNDING >= n for name, n in bundle.items()) for node in nodes):
+            return f"an actor needs {_show(bundle)} on one node, and no node has that"
+    return ""
 
 
-def _show(resources: dict[str, float]) -> str:
-    return ", ".join(f"{k} {v:g}" for k, v in sorted(resources.items()) if k in ("CPU", "GPU"))
+def _is_own_cluster() -> bool:
+    """Tell if this process has started the cluster, to which then no other node is added."""
+    return bool(ray._private.worker._global_node.is_head())
+
+
+def _nodes() -> list[dict[str, float]]:
+    return [node["Resources"] for node in ray.nodes() if node["Alive"]]
+
+
+def _show(resources: Mapping[str, float]) -> str:
+    return ", ".join(f"{v:g} {k}s" for k, v in sorted(resources.items()) if k in ("CPU", "GPU"))

@@ -24,6 +24,8 @@ from quatro_ray.engines.tiny_warmup import warm_up
 from quatro_ray.orchestrator.cluster import Cluster, spawn
 from quatro_ray.orchestrator.components import Components
 from quatro_ray.orchestrator.connection import connect
+from quatro_ray.orchestrator.placement import Placer
+from quatro_ray.orchestrator.resources import bundles
 from tests.make import config
 
 
@@ -93,9 +95,13 @@ class Ring:
         return self.generators[0]
 
 
+async def placed(config: Config, model_path: str) -> Cluster:
+    return await spawn(await Placer.reserve(config, bundles(config), print), model_path, print)
+
+
 def start_ring(config: Config, model_path: str) -> Ring:
     config.run.dir.mkdir(parents=True, exist_ok=True)
     loop = asyncio.new_event_loop()
     asyncio.set_event_loop(loop)
-    cluster = loop.run_until_complete(spawn(config, model_path, print))
+    cluster = loop.run_until_complete(placed(config, model_path))
     return Ring(cluster, cluster.components(), config, loop)
