@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import sys
 from contextlib import suppress
+from functools import partial
 from importlib.metadata import version
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
-from quatro_ray.config import dump_config, load_config
+from quatro_ray.config import Config, dump_config, load_config
+from quatro_ray.config.paths import paths_of_this_process
 from quatro_ray.errors import ConfigError, Preempted, QuatroError
 from quatro_ray.telemetry.logs import log_to_stderr
 
@@ -38,15 +40,50 @@ def _options(
     pass
 
 
+def _load(config: Path, overrides: list[str] | None) -> Config:
+    paths = paths_of_this_process()
+    loaded = load_config(config, overrides, paths)
+    for line in paths.notes():
+        print(f"# {line}", flush=True)
+    return loaded
+
+
 @app.command()
 def train(config: ConfigPath, overrides: Overrides = None, verbose: Verbose = False) -> None:
     """Train, then print the path of the report."""
     if verbose:
         log_to_stderr()
-    loaded = load_config(config, overrides)
+    loaded = _load(config, overrides)
     from quatro_ray.jobs.train import train as run
 
     print(f"report: {run(loaded, verbose=verbose)}")
+
+
+@app.command()
+def submit(
+    config: ConfigPath,
+    overrides: Overrides = None,
+    address: Annotated[
+        str | None,
+        typer.Option(help="URL of the cluster's dashboard; default: RAY_ADDRESS, else http://127.0.0.1:8265."),
+    ] = None,
+    include: Annotated[
+        list[Path] | None, typer.Option(help="A file or folder that travels too, such as a module; may be repeated.")
+    ] = None,
+    env: Annotated[
+        list[str] | None, typer.Option(help="Name of a variable that the job gets from here; may be repeated.")
+    ] = None,
+    wait: Annotated[bool, typer.Option(help="Show the job's output until it ends; Ctrl-C stops the job.")] = True,
+) -> None:
+    """Train as a job on a Ray cluster. Files with relative paths travel there; absolute paths are the cluster's.
+
+    The exit status is that of the run: 143 if it was stopped.
+    """
+    from quatro_ray.jobs.submit import submit as run
+
+    say = partial(print, flush=True)
+    status = run(config, overrides or [], address, say, include=include or [], variables=env or [], wait=wait)
+    raise typer.Exit(status)
 
 
 @app.command(name="eval")
@@ -61,7 +98,7 @@ def evaluate(
     """Evaluate a model on every set of data.eval; needs no learner."""
     if verbose:
         log_to_stderr()
-    loaded = load_config(config, overrides)
+    loaded = _load(config, overrides)
     from quatro_ray.jobs.evaluate import evaluate_model
 
     folder = out or loaded.run.dir / "evaluation"
@@ -73,7 +110,7 @@ def evaluate(
 @app.command()
 def validate(config: ConfigPath, overrides: Overrides = None) -> None:
     """Check all that `train` checks before it starts, and print the configuration as resolved. Starts nothing."""
-    loaded = load_config(config, overrides)
+    loaded = _load(config, overrides)
     from quatro_ray.data.registry import describe
     from quatro_ray.jobs.preflight import check
 
@@ -95,7 +132,7 @@ def plan(
     """Print actors, resources, batch arithmetic and a memory estimate. Starts nothing."""
     from quatro_ray.orchestrator.resources import describe
 
-    loaded = load_config(config, overrides)
+    loaded = _load(config, overrides)
     print(describe(loaded), flush=True)
     if simulate is not None:
         from quatro_ray.simulation.advice import advise

@@ -4,7 +4,7 @@ Importing this package loads neither torch nor ray nor vllm. Unknown keys are re
 checked before any process starts.
 """
 
-from quatro_ray.config.base import FunctionPath, Section, model_path
+from quatro_ray.config.base import Section
 from quatro_ray.config.data import (
     ChainSumSourceConfig,
     DataConfig,
@@ -48,6 +48,7 @@ from quatro_ray.config.objectives import (
     TisGrpoConfig,
     UserObjectiveConfig,
 )
+from quatro_ray.config.paths import FunctionPath
 from quatro_ray.config.replay import ReplayConfig
 from quatro_ray.config.rewards import (
     CodeRewardConfig,
@@ -146,5 +147,4 @@ __all__ = [
     "WeightSyncConfig",
     "dump_config",
     "load_config",
-    "model_path",
 ]

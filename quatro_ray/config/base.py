@@ -5,7 +5,6 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Annotated, ClassVar, Self
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, model_validator
@@ -45,33 +44,6 @@ class Accepts:
     """Metadata of a field's type: what the field accepts, in words, if its validator is a function."""
 
     text: str
-
-
-AbsolutePath = Annotated[Path, AfterValidator(Path.absolute)]
-"""A path made absolute, because workers may have another current directory."""
-
-
-def model_path(path: str) -> str:
-    """Return a folder as an absolute path, and any other text unchanged, as a name on the hub."""
-    return str(Path(path).absolute()) if Path(path).is_dir() else path
-
-
-ModelPath = Annotated[str, AfterValidator(model_path), Accepts("a folder or a name on the hub")]
-
-
-def _function_path(path: str) -> str:
-    module, colon, name = path.rpartition(":")
-    if not colon or not module or not name.isidentifier():
-        raise ValueError("must have the form module:name or path/to/file.py:name; correct it")
-    if not module.endswith(".py"):
-        return path
-    if not Path(module).is_file():
-        raise ValueError(f"there is no file {module}; correct the path")
-    return f"{Path(module).absolute()}:{name}"
-
-
-FunctionPath = Annotated[str, AfterValidator(_function_path), Accepts("module:name or path/to/file.py:name")]
-"""The path of a user's function."""
 
 
 _VARIABLE = re.compile(r"[A-Za-z_][A-Za-z0-9_]*")

@@ -9,6 +9,7 @@ from typing import Annotated, Literal
 from pydantic import BeforeValidator, Field, JsonValue, field_validator
 
 from quatro_ray.config.base import Accepts, Section
+from quatro_ray.config.paths import FolderOrName, InputPath
 from quatro_ray.config.rewards import Extraction
 
 _SET_BY_US = frozenset(
@@ -80,7 +81,10 @@ def _listed(path: object) -> object:
 
 
 FilePaths = Annotated[
-    tuple[str, ...], BeforeValidator(_listed), Field(min_length=1), Accepts("a path, a pattern, or a list of them")
+    tuple[InputPath, ...],
+    BeforeValidator(_listed),
+    Field(min_length=1),
+    Accepts("a path, a pattern, or a list of them"),
 ]
 """Paths of files; a single one is a list of one."""
 
@@ -107,7 +111,7 @@ class HuggingFaceSourceConfig(_Rows):
     """A dataset of the `datasets` library: a folder that `save_to_disk` wrote, or a name on the hub."""
 
     kind: Literal["hf"]
-    path: Annotated[str, Accepts("a folder or a name on the hub")]
+    path: FolderOrName
     """Folder, or name on the hub such as openai/gsm8k."""
     name: str | None = None
     """Configuration of the dataset on the hub, such as `main` of openai/gsm8k."""

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from pydantic import Field, JsonValue
 
-from quatro_ray.config.base import EnvironmentNames, FunctionPath, Section
+from quatro_ray.config.base import EnvironmentNames, Section
+from quatro_ray.config.paths import FunctionPath
 
 
 class EnvironmentConfig(Section):

@@ -9,16 +9,18 @@ import yaml
 from pydantic import ValidationError
 
 from quatro_ray.config.explain import explain
+from quatro_ray.config.paths import Paths, paths_of_this_process
 from quatro_ray.config.schema import Config
 from quatro_ray.errors import ConfigError
 
 
-def load_config(path: Path, overrides: list[str] | None = None) -> Config:
+def load_config(path: Path, overrides: list[str] | None = None, paths: Paths | None = None) -> Config:
     """Load a YAML file, apply overrides and validate the result.
 
     Args:
         path: the YAML file.
         overrides: texts of the form `section.field=value` or `section.field=@file.yaml`, applied in order.
+        paths: where relative paths in the configuration start; None: where this process says.
 
     Raises:
         ConfigError: the file or an override cannot be read, or rules are broken. The message names all broken rules,
@@ -27,14 +29,17 @@ def load_config(path: Path, overrides: list[str] | None = None) -> Config:
     try:
         tree = yaml.load(path.read_text(), _Loader)
     except OSError as error:
-        raise ConfigError(f"{path}: cannot be read ({error.strerror}); give the path of a YAML file") from error
+        raise ConfigError(
+            f"{path}: cannot be read ({error.strerror}; the current directory is {Path.cwd()}); give the path of a "
+            "YAML file"
+        ) from error
     except (yaml.YAMLError, ValueError) as error:  # ValueError: not UTF-8, or an impossible date
         raise ConfigError(f"{path}: is not YAML: {_one_line(error)}; correct it") from error
     if not isinstance(tree, dict):
         raise ConfigError(f"{path}: must be a mapping of sections, not {type(tree).__name__}; correct it")
     _apply_overrides(tree, overrides or [])
     try:
-        return Config.model_validate(tree)
+        return Config.model_validate(tree, context=paths or paths_of_this_process())
     except ValidationError as error:
         raise ConfigError(_together(str(path), explain(error, Config))) from error
 

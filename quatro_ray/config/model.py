@@ -7,7 +7,8 @@ from typing import Annotated, Literal
 
 from pydantic import Field
 
-from quatro_ray.config.base import ModelPath, Section
+from quatro_ray.config.base import Section
+from quatro_ray.config.paths import FolderOrName
 
 
 class WarmupConfig(Section):
@@ -52,7 +53,7 @@ class PretrainedModelConfig(Section):
     """A causal language model in Hugging Face format, from a folder or the hub."""
 
     kind: Literal["pretrained"]
-    path: ModelPath
+    path: FolderOrName
     """Folder, or name on the hub."""
     num_parameters: int | None = Field(None, ge=1)
     """Number of weights, for the memory estimate of `quatro-ray plan`. null: read from the folder if there is one."""

@@ -7,7 +7,8 @@ from typing import Annotated, ClassVar, Literal
 
 from pydantic import Field, JsonValue
 
-from quatro_ray.config.base import FunctionPath, Section
+from quatro_ray.config.base import Section
+from quatro_ray.config.paths import FunctionPath
 
 Level = Literal["token", "sequence", "geometric"]
 

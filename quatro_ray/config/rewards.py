@@ -8,7 +8,8 @@ from typing import Annotated, Literal
 
 from pydantic import AfterValidator, Field, field_validator
 
-from quatro_ray.config.base import Accepts, FunctionPath, ModelPath, Section, variable_name
+from quatro_ray.config.base import Accepts, Section, variable_name
+from quatro_ray.config.paths import FolderOrName, FunctionPath
 
 Extraction = Literal["whole", "boxed", "answer_tag", "hashes", "last_number"]
 
@@ -198,7 +199,7 @@ class ModelRewardConfig(_Reward):
     """A reward model, served by vLLM's pooling interface in its own actors."""
 
     kind: Literal["model"]
-    path: ModelPath
+    path: FolderOrName
     """Folder or hub name of a sequence-classification model with one label. Its raw logit is the score."""
     num_engines: int = Field(1, ge=1)
     """Engines that serve the model. Raise it if groups wait to be scored."""

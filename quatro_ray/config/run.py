@@ -7,13 +7,14 @@ from typing import Literal
 
 from pydantic import Field
 
-from quatro_ray.config.base import AbsolutePath, Section
+from quatro_ray.config.base import Section
+from quatro_ray.config.paths import OutputPath
 
 
 class RunConfig(Section):
     """The run itself, and what happens to an earlier one in its directory."""
 
-    dir: AbsolutePath
+    dir: OutputPath
     """Directory of everything that the run writes. Must be empty or absent, unless `overwrite` or `resume` is set."""
     seed: int = Field(0, ge=0, lt=2**32)
     """Seed of data order, sampling, and a tiny model's initial weights. Change it to repeat an experiment."""
@@ -72,7 +73,7 @@ class CheckpointConfig(Section):
 
     every_steps: int | None = Field(None, ge=1)
     """Optimiser steps between checkpoints. null: only at the end and when the run is told to end."""
-    dir: AbsolutePath | None = None
+    dir: OutputPath | None = None
     """Directory of the checkpoints, which no two runs may share. null: checkpoints/ in run.dir."""
     keep: int = Field(2, ge=1)
     """Complete checkpoints to keep; the oldest is deleted only after a new one is on disk."""

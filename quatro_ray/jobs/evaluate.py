@@ -11,7 +11,8 @@ from pathlib import Path
 import ray
 from ray.exceptions import RayError
 
-from quatro_ray.config import Config, TinyModelConfig, dump_config, model_path
+from quatro_ray.config import Config, TinyModelConfig, dump_config
+from quatro_ray.config.paths import folder_or_name, paths_of_this_process
 from quatro_ray.data.registry import describe
 from quatro_ray.errors import ClusterError, ConfigError, last_line
 from quatro_ray.files import replace_file
@@ -109,13 +110,20 @@ def find_model(config: Config, model: str | None, checkpoint: str | None) -> str
     if model is not None and checkpoint is not None:
         raise ConfigError("--model and --checkpoint: give only one of them")
     if model is not None:
-        return model_path(model)
+        return _named_model(model)
     if checkpoint is not None:
         return _source_of(config, checkpoint)
     export = config.run.dir / "export"
     if not export.is_dir():
         raise ConfigError(f"{export}: the run has no export yet; give --model or --checkpoint")
     return str(export)
+
+
+def _named_model(model: str) -> str:
+    try:
+        return folder_or_name(model, paths_of_this_process())
+    except ValueError as error:
+        raise ConfigError(f"--model={model}: {error}") from error
 
 
 def _source_of(config: Config, tag: str) -> str:

@@ -7,7 +7,7 @@ import os
 import re
 
 _FORMAT = "%(asctime)s %(levelname)s %(name)s: %(message)s"
-_SECRET_NAME = re.compile(r"(TOKEN|KEY|SECRET|PASSWORD)$", re.IGNORECASE)
+SECRET_NAME = re.compile(r"(TOKEN|KEY|SECRET|PASSWORD)$", re.IGNORECASE)
 _MIN_SECRET_CHARACTERS = 8
 """Shorter values of such variables are more likely to be flags, and would mask ordinary text."""
 _SECRET_TEXT = (
@@ -34,7 +34,7 @@ def log_to_stderr() -> None:
 def without_secrets(text: str) -> str:
     """Replace bearer tokens, the user and password of URLs, and values of variables named *TOKEN, *KEY, … by `***`."""
     for name, value in os.environ.items():
-        if _SECRET_NAME.search(name) and len(value) >= _MIN_SECRET_CHARACTERS:
+        if SECRET_NAME.search(name) and len(value) >= _MIN_SECRET_CHARACTERS:
             text = text.replace(value, "***")
     for pattern, replacement in _SECRET_TEXT:
         text = pattern.sub(replacement, text)
