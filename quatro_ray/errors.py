@@ -75,6 +75,10 @@ class Preempted(QuatroError):
     number: int = signal.SIGTERM
 
 
+class TakenOver(QuatroError):
+    """A newer attempt writes into the run directory, so that this one has stopped."""
+
+
 class LedgerError(QuatroError):
     """A state transition that the life cycle of a group does not allow."""
 

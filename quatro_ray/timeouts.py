@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Awaitable, Coroutine
-from typing import Any, TypeVar
+from typing import Any, NoReturn, TypeVar
 
 T = TypeVar("T")
 
@@ -17,6 +17,20 @@ async def within(deadline_s: float, work: Awaitable[T]) -> T:
     """
     async with asyncio.timeout(deadline_s):
         return await work
+
+
+async def unless_raises(watch: Coroutine[Any, Any, NoReturn], work: Coroutine[Any, Any, T]) -> T:
+    """Return the result of `work`. If `watch` raises first, cancel the work and raise that error."""
+    working, watching = asyncio.ensure_future(work), asyncio.ensure_future(watch)
+    try:
+        await asyncio.wait((working, watching), return_when=asyncio.FIRST_COMPLETED)
+        if working.done():
+            return await working
+        return await watching
+    finally:
+        for task in (working, watching):
+            task.cancel()
+        await asyncio.gather(working, watching, return_exceptions=True)
 
 
 class Overtaken(Exception):

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Coroutine
-from typing import Any, TypeVar
+from collections.abc import Coroutine, Sequence
+from typing import Any, NoReturn, TypeVar
 
 import ray
+from ray.actor import ActorHandle
 from ray.exceptions import RpcError
 
 from quatro_ray.errors import ClusterError
+from quatro_ray.timeouts import unless_raises
 
 T = TypeVar("T")
 _LOOK_EVERY_S = 2.0
@@ -21,19 +23,10 @@ async def while_node_lives(work: Coroutine[Any, Any, T]) -> T:
     Raises:
         ClusterError: the cluster considers this process's node dead; the work is cancelled.
     """
-    working, watching = asyncio.ensure_future(work), asyncio.ensure_future(_node_died())
-    try:
-        await asyncio.wait((working, watching), return_when=asyncio.FIRST_COMPLETED)
-        if working.done():
-            return await working
-        return await watching
-    finally:
-        for task in (working, watching):
-            task.cancel()
-        await asyncio.gather(working, watching, return_exceptions=True)
+    return await unless_raises(_node_died(), work)
 
 
-async def _node_died() -> Any:
+async def _node_died() -> NoReturn:
     """Raise ClusterError when the node dies. No deadline: Ray itself ends a process that has lost the head node."""
     while await asyncio.to_thread(own_node_lives):
         await asyncio.sleep(_LOOK_EVERY_S)
@@ -41,6 +34,24 @@ async def _node_died() -> Any:
         "the Ray node of this process died (its raylet ended, or did not answer for too long); start Ray again, then "
         "rerun the same command with run.resume=auto to continue"
     )
+
+
+async def draining_nodes(actors: Sequence[ActorHandle]) -> dict[str, list[int]]:
+    """Return the ids of the nodes that Ray is told to drain, each with the positions of the actors that live there."""
+    return await asyncio.to_thread(_draining_nodes, actors)
+
+
+def _draining_nodes(actors: Sequence[ActorHandle]) -> dict[str, list[int]]:
+    try:
+        nodes: dict[str, list[int]] = {node: [] for node in ray._private.state.state.get_draining_nodes()}
+        if nodes:
+            for position, actor in enumerate(actors):
+                where = ray._private.state.actors(actor._actor_id.hex()).get("Address", {}).get("NodeID")
+                if where in nodes:
+                    nodes[where].append(position)
+    except RpcError:  # the head node does not answer for a moment
+        return {}
+    return nodes
 
 
 def own_node_lives() -> bool:

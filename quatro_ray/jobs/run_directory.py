@@ -10,6 +10,7 @@ import sqlite3
 import tempfile
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, closing, contextmanager
+from dataclasses import dataclass
 from operator import attrgetter
 from pathlib import Path
 
@@ -18,6 +19,8 @@ from quatro_ray.engines.checkpoint_store import LEDGER, checkpoint_store
 from quatro_ray.errors import ConfigError
 from quatro_ray.files import replace_file
 from quatro_ray.jobs.ledger_file import check_ledger, restore_ledger
+from quatro_ray.jobs.writer_token import FILE as WRITER
+from quatro_ray.jobs.writer_token import WriterToken
 
 _INPUTS = "inputs.json"
 _LOCK = ".writer"
@@ -27,7 +30,7 @@ _RESOLVED_CONFIG = "config.yaml"
 _RESULTS = frozenset({"metrics.jsonl", "rollouts.jsonl"})
 """The files to which a run adds with each step; empty before the first."""
 _LEFT_BY_A_START = _RESULTS | {
-    _LOCK, "checkpoints", "config.yaml", "config.yaml.writing", "evaluation_rollouts.jsonl", "evaluations.jsonl",
+    "checkpoints", "config.yaml", "config.yaml.writing", "evaluation_rollouts.jsonl", "evaluations.jsonl",
     "events.jsonl", "inputs.json", "inputs.json.writing", "ledger.rollouts", "ledger.sqlite", "ledger.sqlite-shm",
     "ledger.sqlite-wal", "model", "model.writing", "notes.log", "stall.txt", "tensorboard",
     "timeline.jsonl", "timeline.1.jsonl",
@@ -55,14 +58,29 @@ def check_run_dir(config: Config, inputs: Mapping[str, str] | None = None) -> No
 
 def prepare_run_dir(config: Config, inputs: Mapping[str, str] | None = None) -> bool:
     """Do what `claim_run_dir` does, but do not hold the directory."""
-    with claim_run_dir(config, inputs) as resumes:
-        return resumes
+    with claim_run_dir(config, inputs) as claim:
+        return claim.resumes
+
+
+@dataclass(frozen=True)
+class Claim:
+    """A run directory that this process holds.
+
+    Attributes:
+        resumes: a run in the directory is to be resumed. Otherwise the directory holds only the configuration.
+        restored: a message if the ledger was replaced by its copy in a checkpoint, else None.
+        token: tells whether this process is still the newest writer.
+    """
+
+    resumes: bool
+    restored: str | None
+    token: WriterToken
 
 
 @contextmanager
 def claim_run_dir(
-    config: Config, inputs: Mapping[str, str] | None = None, restored: Callable[[str], None] = _logger.warning
-) -> Iterator[bool]:
+    config: Config, inputs: Mapping[str, str] | None = None, say: Callable[[str], None] = _logger.warning
+) -> Iterator[Claim]:
     """Create or claim `run.dir`, write the resolved configuration into it, and hold it inside the `with` block.
 
     No other process writes between the checks and the end of the block.
@@ -70,22 +88,21 @@ def claim_run_dir(
     Args:
         config: the resolved configuration.
         inputs: fingerprints of data and model (jobs/fingerprints.py); None if they are not known.
-        restored: called with a message if the ledger was replaced by its copy in a checkpoint.
-
-    Yields:
-        True if a run in the directory is to be resumed. Otherwise the directory holds only the configuration.
+        say: called with a message if an older attempt on another machine is waited for.
 
     Raises:
         ConfigError: the directory is not empty and neither `run.overwrite` nor `run.resume` allows its use; it does not
             hold a run; the run in it has another configuration, has more steps already, or is in use by another
             process; or it cannot be written.
+        TakenOver: another attempt came at the same moment.
     """
     with ExitStack() as held:
         with _usable(config):
             _check_content(config, inputs or {})  # so that a refused start leaves no trace
             held.enter_context(only_writer(config))
-            resumes = _prepare(config, inputs or {}, restored)
-        yield resumes
+            token = held.enter_context(WriterToken.take(config.run.dir, say))
+            claim = _prepare(config, inputs or {}, token)
+        yield claim
 
 
 @contextmanager
@@ -104,19 +121,18 @@ def _check_writable(folder: Path) -> None:
     Path(tempfile.mkdtemp(prefix=".quatro_ray_", dir=there)).rmdir()
 
 
-def _prepare(config: Config, inputs: Mapping[str, str], restored: Callable[[str], None]) -> bool:
+def _prepare(config: Config, inputs: Mapping[str, str], token: WriterToken) -> Claim:
     """Check again what `run.dir` holds, because another process may have written before this one held it."""
-    path = config.run.dir
+    path, restored = config.run.dir, None
     _check_content(config, inputs)
     if resumes := _resumes(config):
         _logger.info("run.dir=%s: resuming the run in it", path)
-        if what := restore_ledger(config):
-            restored(what)
+        restored = restore_ledger(config)
     elif _content(path):
         _logger.info("run.dir=%s: replacing the run in it", path)
         _empty(path)
     _write(path, config, inputs)
-    return resumes and (path / LEDGER).is_file()
+    return Claim(resumes and (path / LEDGER).is_file(), restored, token)
 
 
 def _write(path: Path, config: Config, inputs: Mapping[str, str]) -> None:
@@ -190,7 +206,7 @@ def _failed_to_start(path: Path) -> bool:
     """Return whether the directory holds a run that never admitted a group, and nothing else, so nothing is lost."""
     if not path.is_dir() or not (path / _RESOLVED_CONFIG).is_file():
         return False
-    if any(child.name not in _LEFT_BY_A_START or _holds_results(child) for child in path.iterdir()):
+    if any(child.name not in _LEFT_BY_A_START or _holds_results(child) for child in _content(path)):
         return False
     if not (path / LEDGER).is_file():
         return True
@@ -208,8 +224,8 @@ def _holds_results(child: Path) -> bool:
 
 
 def _content(path: Path) -> list[Path]:
-    """Return what a directory holds, without the lock of its writer."""
-    return [child for child in path.iterdir() if child.name != _LOCK]
+    """Return what a directory holds, without the files that tell who writes there: they are no part of a run."""
+    return [child for child in path.iterdir() if child.name != _LOCK and not child.name.startswith(WRITER)]
 
 
 def _empty(path: Path) -> None:

@@ -17,10 +17,10 @@ from quatro_ray.config import Config, TinyModelConfig
 from quatro_ray.data.dataset import Dataset, QueryStream
 from quatro_ray.data.registry import describe
 from quatro_ray.engines.checkpoint_store import replace_folder
-from quatro_ray.errors import ClusterError, last_line
+from quatro_ray.errors import ClusterError, TakenOver, last_line
 from quatro_ray.files import replace_file
 from quatro_ray.jobs.prepared import Prepared, prepare
-from quatro_ray.jobs.run_directory import claim_run_dir
+from quatro_ray.jobs.run_directory import Claim, claim_run_dir
 from quatro_ray.jobs.stop_signals import StopSignals
 from quatro_ray.orchestrator.cluster import Cluster, spawn
 from quatro_ray.orchestrator.connection import connect
@@ -53,29 +53,20 @@ def train(config: Config, *, verbose: bool = False) -> Path:
     with StopSignals() as signals:
         with waiting_for("the checks of data and model", Progress().say):
             prepared = prepare(config)
-        restored: list[str] = []
-        with claim_run_dir(config, prepared.inputs, restored.append) as resume:
-            return _train(config, prepared, restored, signals, resume=resume, verbose=verbose)
+        with claim_run_dir(config, prepared.inputs, Progress().say) as claim:
+            return _train(config, prepared, claim, signals, verbose=verbose)
 
 
-def _train(
-    config: Config,
-    prepared: Prepared,
-    restored: Sequence[str],
-    signals: StopSignals,
-    *,
-    resume: bool,
-    verbose: bool,
-) -> Path:
+def _train(config: Config, prepared: Prepared, claim: Claim, signals: StopSignals, *, verbose: bool) -> Path:
     dataset = prepared.dataset
     run_dir = config.run.dir
     progress = Progress(in_place=not verbose)
     recorder = Recorder(
         run_dir, num_steps=config.run.num_steps, tensorboard=config.telemetry.tensorboard, progress=progress
     )
-    for what in restored:
-        recorder.event("restored", "ledger", why=what)
-        recorder.say(what)
+    if claim.restored is not None:
+        recorder.event("restored", "ledger", why=claim.restored)
+        recorder.say(claim.restored)
     try:
         with recorder.phase("controller", "connect"), waiting_for("Ray", recorder.say):
             connect(config, show_actor_logs=verbose)
@@ -83,7 +74,11 @@ def _train(
         for line in [*describe(dataset), *prepared.notes]:
             recorder.say(line)
         collect_rarely()
-        counters, stats, memory = asyncio.run(_run(config, dataset, recorder, signals, resume=resume))
+        counters, stats, memory = asyncio.run(
+            claim.token.while_newest(_run(config, dataset, recorder, signals, resume=claim.resumes))
+        )
+    except TakenOver:
+        raise  # the notes are the newer attempt's now
     except BaseException as error:
         recorder.note(f"ended by {type(error).__name__}: {error}")
         if isinstance(error, RayError):

@@ -78,26 +78,25 @@ DAMAGES: list[Any] = [
 def test_the_copy_in_the_newest_checkpoint_takes_its_place(begun: Path, damage: Any, why: str) -> None:
     damage(begun / LEDGER)
     check_run_dir(run(begun))  # changes nothing
-    told: list[str] = []
-    with claim_run_dir(run(begun), None, told.append) as resumes:
-        assert resumes
-    (line,) = told
+    with claim_run_dir(run(begun)) as claim:
+        assert claim.resumes
+    line = claim.restored
+    assert line is not None
     assert f"{begun / LEDGER} {why.split(' (')[0]}".replace("\\", "") in line
     assert line.endswith("; its copy in the checkpoint step_2 has taken its place")
     ledger = Ledger(begun / LEDGER)
     assert (ledger.next_id(), ledger.versions.newest()) == (9, 2)
     ledger.close()
     assert (begun / "ledger.sqlite.damaged").exists() == (damage is not delete)
-    with claim_run_dir(run(begun), None, told.append) as resumes:
-        assert resumes and told == [line]
+    with claim_run_dir(run(begun)) as claim:
+        assert claim.resumes and claim.restored is None
 
 
 def test_a_damaged_copy_is_not_used(begun: Path) -> None:
     delete(begun / LEDGER)
     flip(begun / "checkpoints" / "step_2" / LEDGER)
-    told: list[str] = []
-    with claim_run_dir(run(begun), None, told.append):
-        assert "step_1 has taken its place" in told[0]
+    with claim_run_dir(run(begun)) as claim:
+        assert claim.restored is not None and "step_1 has taken its place" in claim.restored
 
 
 @pytest.mark.parametrize(("damage", "why"), DAMAGES[:4])
@@ -112,6 +111,6 @@ def test_without_a_copy_the_run_is_refused_with_the_remedy(begun: Path, damage: 
 def test_what_never_trained_begins_anew(tmp_path: Path) -> None:
     path = tmp_path / "run"
     for _ in range(2):
-        with claim_run_dir(run(path)) as resumes:
-            assert not resumes
+        with claim_run_dir(run(path)) as claim:
+            assert not claim.resumes
         (path / "metrics.jsonl").touch()

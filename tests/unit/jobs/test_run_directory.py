@@ -93,7 +93,7 @@ def test_a_replaced_run_leaves_its_directory_where_it_is(begun: Path, tmp_path: 
     (tmp_path / "link").symlink_to(begun)
     assert not prepare_run_dir(run(tmp_path / "link", run={"resume": "never", "overwrite": True}))
     assert (tmp_path / "link").is_symlink()
-    assert sorted(p.name for p in begun.iterdir()) == [".writer", "config.yaml"]
+    assert sorted(p.name for p in begun.iterdir()) == [".writer", "config.yaml", "writer.json"]
 
 
 def test_checkpoints_of_two_runs_never_meet(tmp_path: Path) -> None:
@@ -121,7 +121,7 @@ def test_checkpoints_within_the_run_are_the_runs(tmp_path: Path) -> None:
     (path / "kept" / "step_10").mkdir(parents=True)
     assert prepare_run_dir(run(path, **within))
     assert not prepare_run_dir(run(path, run={"resume": "never", "overwrite": True}, **within))
-    assert sorted(p.name for p in path.iterdir()) == [".writer", "config.yaml"]
+    assert sorted(p.name for p in path.iterdir()) == [".writer", "config.yaml", "writer.json"]
 
 
 def test_what_cannot_be_written_is_told(tmp_path: Path) -> None:
