@@ -8,7 +8,7 @@ from __future__ import annotations
 import asyncio
 import heapq
 import time
-from collections.abc import AsyncIterator, Callable, Coroutine
+from collections.abc import AsyncIterator, Callable, Collection, Coroutine
 from contextlib import AbstractAsyncContextManager, asynccontextmanager
 from typing import Any, Protocol
 
@@ -71,6 +71,7 @@ class EngineSlot:
         self.num_evaluated = 0
         self.kv_cache_usage = 0.0
         self.is_updating = False
+        self.is_draining = False
         self.progress = Progress(0, 0.0)
 
     def update_begins(self) -> None:
@@ -214,6 +215,18 @@ class Fleet:
             await self._syncable.wait_for(self.to_sync)
         return self.to_sync()
 
+    def drain(self, indices: Collection[int]) -> None:
+        """Give new groups to other engines than these, whose nodes are going away.
+
+        If no other engine is healthy, they keep getting groups: what they finish in time is not lost.
+        """
+        if not any(m.record.state is Health.HEALTHY and m.index not in indices for m in self.slots):
+            indices = ()
+        for slot in self.slots:
+            if slot.is_draining != (slot.index in indices):
+                slot.is_draining = slot.index in indices
+                self._note_places(slot)
+
     async def synced(self, slot: EngineSlot) -> None:
         """Give work to an engine that was verified to hold the current weights."""
         if slot.record.state is Health.SYNCING:
@@ -271,7 +284,7 @@ class Fleet:
 
     def _places(self, slot: EngineSlot) -> int:
         """Return how many more groups an engine takes."""
-        if slot.record.state is not Health.HEALTHY:
+        if slot.record.state is not Health.HEALTHY or slot.is_draining:
             return 0
         # without a group an engine makes no step, and its last report is of no use
         if slot.num_groups > 0 and slot.kv_cache_usage > self._config.max_kv_cache_usage:

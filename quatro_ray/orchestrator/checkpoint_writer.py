@@ -63,6 +63,7 @@ class CheckpointWriter:
     ) -> None:
         self._store, self._replay, self._learner = store, replay, learner
         self._lock = lock
+        self._one_at_a_time = asyncio.Lock()
         self._recorder = recorder
         self._state = state
         self._num_steps = config.run.num_steps
@@ -75,13 +76,14 @@ class CheckpointWriter:
         """Write the checkpoint and the export of the current step, unless they exist.
 
         Args:
-            is_early: the run ends before its last step, so that an older export is enough.
+            is_early: the run ends, or may end, before its last step, so that an older export is enough.
         """
-        step = self._state().step
-        if self.saved_step < step:
-            await self._checkpoint()
-        if self.saved_step == step and self.exported_step < step and not (is_early and self._path.is_dir()):
-            await self._export()
+        async with self._one_at_a_time:
+            step = self._state().step
+            if self.saved_step < step:
+                await self._checkpoint()
+            if self.saved_step == step and self.exported_step < step and not (is_early and self._path.is_dir()):
+                await self._export()
 
     async def export(self, path: Path) -> None:
         """Export to a folder beside `path`, then rename it.

@@ -22,7 +22,7 @@ from quatro_ray.actors.generator import GeneratorActor
 from quatro_ray.actors.generator_client import GeneratorClient
 from quatro_ray.actors.learner import LearnerActor
 from quatro_ray.actors.learner_group import LearnerGroup
-from quatro_ray.actors.node import own_node_lives
+from quatro_ray.actors.node import draining_nodes, own_node_lives
 from quatro_ray.actors.replay import ReplayActor
 from quatro_ray.actors.replay_client import ReplayClient
 from quatro_ray.actors.reward_model import RewardModelActor
@@ -133,6 +133,7 @@ class Cluster:
             ),
             checkpoints=checkpoint_store(config),
             evaluator=self.evaluator,
+            drain_notice=lambda: draining_nodes(self.generators()),
         )
 
     def generators(self) -> list[ActorHandle]:

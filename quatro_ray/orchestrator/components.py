@@ -8,6 +8,7 @@ from quatro_ray.actors.fleet import EngineSlot, Fleet
 from quatro_ray.actors.interfaces import Learner, Replay, Verifiers
 from quatro_ray.engines.checkpoint_store import CheckpointStore
 from quatro_ray.orchestrator.background_evaluation import DedicatedEvaluator
+from quatro_ray.orchestrator.drain_monitor import DrainNotice
 from quatro_ray.weight_sync.coordinator import WeightSyncCoordinator
 
 
@@ -17,6 +18,7 @@ class Components:
 
     Attributes:
         evaluator: evaluates on dedicated engines. If None, evaluation runs on the training generators.
+        drain_notice: tells which nodes are going away. If None, nobody tells.
     """
 
     generators: Fleet
@@ -26,3 +28,4 @@ class Components:
     weight_sync: WeightSyncCoordinator[EngineSlot]
     checkpoints: CheckpointStore
     evaluator: DedicatedEvaluator | None = None
+    drain_notice: DrainNotice | None = None

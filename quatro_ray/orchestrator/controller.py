@@ -22,6 +22,7 @@ from quatro_ray.orchestrator.admission import Admission
 from quatro_ray.orchestrator.background_evaluation import BackgroundEvaluation
 from quatro_ray.orchestrator.checkpoint_writer import CheckpointWriter, RunState
 from quatro_ray.orchestrator.components import Components
+from quatro_ray.orchestrator.drain_monitor import DrainMonitor
 from quatro_ray.orchestrator.group_runner import GroupRunner
 from quatro_ray.orchestrator.learner_monitor import LearnerMonitor
 from quatro_ray.orchestrator.position import Position
@@ -112,6 +113,9 @@ class Controller:
                     async with self._learner_lock:
                         await self._recovery.resume()
                 background.append(tasks.create_task(self._admission.loop(tasks)))
+                if (notice := self._components.drain_notice) is not None:
+                    drain = DrainMonitor(notice, self._components.generators, self._writer, self._recorder)
+                    background.append(tasks.create_task(drain.loop()))
                 if self._components.evaluator is not None:
                     background.append(tasks.create_task(self._evaluation_loop()))
                 await self._learn_loop()

@@ -41,6 +41,10 @@ class Head:
         command = [str(BIN / "ray"), *args]
         return subprocess.run(command, env=env, capture_output=True, text=True, timeout=timeout_s, cwd=ROOT)
 
+    def python(self, *args: str, timeout_s: float = 120) -> subprocess.CompletedProcess[str]:
+        command = [sys.executable, *args]
+        return subprocess.run(command, env=self.environment, capture_output=True, text=True, timeout=timeout_s)
+
     def add_node(self, *options: str) -> subprocess.Popen[bytes]:
         """`ray start --block` with these options; the first one is the head itself."""
         log = self.folder / f"node_{len(self.nodes)}.log"

@@ -16,7 +16,7 @@ import pytest
 import yaml
 
 from tests.make import config_tree
-from tests.real.nodes import BIN, kill, ray_head
+from tests.real.nodes import BIN, Head, kill, ray_head
 
 
 class Training:
@@ -69,8 +69,23 @@ class TwoNodes:
     """
 
     run: Training
+    head: Head
     node: subprocess.Popen[bytes]
     add_node: Callable[[], object]
+
+    def announce_the_end_of_the_node(self) -> None:
+        """As an autoscaler or a preemption with notice does. A checkpoint is written, and its engine gets no groups."""
+        address = f"127.0.0.1:{self.head.port}"
+        shown = "print(*(n['NodeID'] for n in ray.nodes() if n['Resources']['CPU'] == 2))"
+        found = self.head.python("-c", f"import ray; ray.init('{address}'); {shown}")
+        told = ("--reason", "DRAIN_NODE_REASON_PREEMPTION", "--reason-message", "a test")
+        told += ("--deadline-remaining-seconds", "600")
+        drained = self.head.ray("drain-node", "--address", address, "--node-id", found.stdout.strip(), *told)
+        assert drained.returncode == 0, found.stderr + drained.stderr
+        self.run.wait_until(lambda: any(e["event"] == "draining" for e in self.run.lines("events.jsonl")))
+        (event,) = [e for e in self.run.lines("events.jsonl") if e["event"] == "draining"]
+        assert len(event["engines"]) == 1
+        self.run.wait_until(lambda: any(e["event"] == "written" for e in self.run.lines("events.jsonl")))
 
     def lose_the_node(self, *, steps: int) -> None:
         """Training goes on with the engine of the head alone."""
@@ -102,12 +117,13 @@ def two_nodes(model: str, folder: Path) -> Iterator[TwoNodes]:
             cluster={"address": f"127.0.0.1:{head.port}", "cpus_per_engine": 2, "liveness_deadline_s": 20},
         )
         with Training(tree, head.environment, folder) as run:
-            yield TwoNodes(run, node, lambda: head.add_node(*joined))
+            yield TwoNodes(run, head, node, lambda: head.add_node(*joined))
 
 
 def test_training_goes_on_without_a_node_that_disappears(warm_model_path: str, tmp_path: Path) -> None:
     with two_nodes(warm_model_path, tmp_path) as nodes:
         nodes.run.wait_for_steps(2)
+        nodes.announce_the_end_of_the_node()
         nodes.lose_the_node(steps=2)
         nodes.end()
 

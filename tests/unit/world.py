@@ -329,6 +329,7 @@ class World:
         self.send_error: Exception | None = None
         self.verifiers = FakeVerifiers()
         self.evaluator: Any = None
+        self.draining: dict[str, list[int]] = {}
         self.repeat_every = 0
         self.faults: Any = None
         self.fleet: Fleet
@@ -379,6 +380,7 @@ class World:
             ),
             checkpoints=CheckpointStore(self.config.run.dir / "checkpoints", self.config.checkpoint.keep),
             evaluator=self.evaluator,
+            drain_notice=self._drain_notice,
         )
         stream = QueryStream(dataset, self.config.run.seed)
         self.controller = Controller(self.config, parts, stream, held_out, recorder)
@@ -390,6 +392,9 @@ class World:
             if faults is not None:
                 faults.cancel()
                 await asyncio.gather(faults, return_exceptions=True)
+
+    async def _drain_notice(self) -> dict[str, list[int]]:
+        return self.draining
 
     def metrics(self) -> list[dict[str, Any]]:
         return read(self.config.run.dir / "metrics.jsonl")

@@ -1,0 +1,42 @@
+"""Reacts to Ray's notice that a node is going away, as before a preemption or when an autoscaler removes it."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Awaitable, Callable, Mapping, Sequence
+from contextlib import suppress
+
+from quatro_ray.actors.fleet import Fleet
+from quatro_ray.failures import LearnerLost
+from quatro_ray.orchestrator.checkpoint_writer import CheckpointWriter
+from quatro_ray.telemetry.recorder import Recorder
+
+LOOK_EVERY_S = 2.0
+
+DrainNotice = Callable[[], Awaitable[Mapping[str, Sequence[int]]]]
+"""Returns the nodes that are going away, by id, each with the indices of the engines on it."""
+
+
+class DrainMonitor:
+    """Gives no new groups to the engines of a node that is going away, and writes a checkpoint before it goes."""
+
+    def __init__(self, notice: DrainNotice, generators: Fleet, writer: CheckpointWriter, recorder: Recorder) -> None:
+        self._notice = notice
+        self._generators = generators
+        self._writer = writer
+        self._recorder = recorder
+
+    async def loop(self) -> None:
+        """Look for notices every two seconds."""
+        known: set[str] = set()
+        while True:
+            nodes = await self._notice()
+            self._generators.drain({index for engines in nodes.values() for index in engines})
+            new = nodes.keys() - known
+            for node in sorted(new):
+                self._recorder.event("draining", f"node {node}", engines=list(nodes[node]))
+            if new:
+                with suppress(LearnerLost):  # the learner's monitor reports it
+                    await self._writer.write(is_early=True)
+            known = set(nodes)
+            await asyncio.sleep(LOOK_EVERY_S)
