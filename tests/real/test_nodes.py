@@ -2,63 +2,18 @@
 
 from __future__ import annotations
 
-import json
 import signal
 import subprocess
-import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import pytest
-import yaml
 
 from tests.make import config_tree
-from tests.real.nodes import BIN, Head, kill, ray_head
-
-
-class Training:
-    """`quatro-ray train` in a process of its own, seen by its files."""
-
-    def __init__(self, tree: dict[str, Any], environment: dict[str, str], folder: Path) -> None:
-        self.run, self.log = Path(tree["run"]["dir"]), folder / "train.log"
-        (folder / "config.yaml").write_text(yaml.safe_dump(tree))
-        command = [str(BIN / "quatro-ray"), "train", str(folder / "config.yaml")]
-        with self.log.open("w") as out:
-            self.process = subprocess.Popen(command, env=environment, stdout=out, stderr=subprocess.STDOUT)
-
-    def lines(self, name: str) -> list[dict[str, Any]]:
-        path = self.run / name
-        return [json.loads(line) for line in path.read_text().splitlines()] if path.is_file() else []
-
-    def __enter__(self) -> Training:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.process.kill()
-        self.process.wait(timeout=30)
-
-    def down(self) -> set[str]:
-        """Parts that were lost and have not recovered."""
-        parts: set[str] = set()
-        for event in self.lines("events.jsonl"):
-            if event["event"] == "lost":
-                parts.add(event["part"])
-            elif event["event"] == "recovered":
-                parts.discard(event["part"])
-        return parts
-
-    def wait_until(self, holds: Callable[[], bool], seconds: float = 480) -> None:
-        deadline = time.monotonic() + seconds
-        while not holds():
-            assert self.process.poll() is None and time.monotonic() < deadline, self.log.read_text()
-            time.sleep(0.5)
-
-    def wait_for_steps(self, more: int = 4) -> None:
-        now = len(self.lines("metrics.jsonl"))
-        self.wait_until(lambda: len(self.lines("metrics.jsonl")) >= now + more)
+from tests.real.nodes import Head, kill, ray_head
+from tests.real.training import Training
 
 
 @dataclass
@@ -78,14 +33,14 @@ class TwoNodes:
         address = f"127.0.0.1:{self.head.port}"
         shown = "print(*(n['NodeID'] for n in ray.nodes() if n['Resources']['CPU'] == 2))"
         found = self.head.python("-c", f"import ray; ray.init('{address}'); {shown}")
-        told = ("--reason", "DRAIN_NODE_REASON_PREEMPTION", "--reason-message", "a test")
-        told += ("--deadline-remaining-seconds", "600")
+        told = ["--reason", "DRAIN_NODE_REASON_PREEMPTION", "--reason-message", "a test"]
+        told += ["--deadline-remaining-seconds", "600"]
         drained = self.head.ray("drain-node", "--address", address, "--node-id", found.stdout.strip(), *told)
         assert drained.returncode == 0, found.stderr + drained.stderr
-        self.run.wait_until(lambda: any(e["event"] == "draining" for e in self.run.lines("events.jsonl")))
+        self.run.wait_for_event("draining")
         (event,) = [e for e in self.run.lines("events.jsonl") if e["event"] == "draining"]
         assert len(event["engines"]) == 1
-        self.run.wait_until(lambda: any(e["event"] == "written" for e in self.run.lines("events.jsonl")))
+        self.run.wait_for_event("written", "checkpoint")
 
     def lose_the_node(self, *, steps: int) -> None:
         """Training goes on with the engine of the head alone."""
