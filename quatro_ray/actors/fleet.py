@@ -8,7 +8,7 @@ from __future__ import annotations
 import asyncio
 import heapq
 import time
-from collections.abc import AsyncIterator, Callable, Collection, Coroutine
+from collections.abc import AsyncIterator, Awaitable, Callable, Collection, Coroutine
 from contextlib import AbstractAsyncContextManager, asynccontextmanager
 from typing import Any, Protocol
 
@@ -31,7 +31,7 @@ class EventSink(Protocol):
         """Record what happened to an engine.
 
         Args:
-            event: "lost", "recovered" or "given_up".
+            event: "lost", "recovered", "given_up", or "joined" for an engine beyond `generator.num_engines`.
             part: the engine, as "generator 0"; the number is its index in the fleet.
             detail: further fields of the record, such as the reason of a loss.
         """
@@ -114,6 +114,7 @@ class Fleet:
         liveness_deadline_s: after this many seconds without an answer, an engine counts as lost.
         clock: returns seconds that only increase.
         look_every_s: seconds between two looks at an engine's load.
+        room: waits until there is room for the engine with an index. Without it, `generator.max_engines` has no effect.
     """
 
     def __init__(
@@ -124,12 +125,14 @@ class Fleet:
         *,
         clock: Callable[[], float] = time.monotonic,
         look_every_s: float = 0.5,
+        room: Callable[[int], Awaitable[None]] | None = None,
     ) -> None:
         self._spawn = spawn
         self._config = config
         self._liveness_deadline_s = liveness_deadline_s
         self._clock = clock
         self._look_every_s = look_every_s
+        self._wait_for_room = room
         self._policy = RestartPolicy(config.max_restarts)
         self._tasks: asyncio.TaskGroup | None = None
         self._running: set[asyncio.Task[None]] = set()
@@ -145,10 +148,17 @@ class Fleet:
         self.activity = Activity(clock)
         self._by_load: list[tuple[int, int]] = []
         """A heap of number of groups and index; each engine that takes a group has an entry with its present number."""
-        first = Record(Health.STARTING, clock(), incarnation=1)
-        self.slots = [EngineSlot(i, spawn(i), first, self._changed) for i in range(config.num_engines)]
-        for slot in self.slots:
-            self._changed(slot)
+        self.slots: list[EngineSlot] = []
+        for _ in range(config.num_engines):
+            self._add()
+
+    def _add(self) -> EngineSlot:
+        index = len(self.slots)
+        first = Record(Health.STARTING, self._clock(), incarnation=1)
+        slot = EngineSlot(index, self._spawn(index), first, self._changed)
+        self.slots.append(slot)
+        self._changed(slot)
+        return slot
 
     def _changed(self, slot: EngineSlot) -> None:
         if slot is self.slots[slot.index]:  # a life that is over may still return its groups
@@ -176,6 +186,14 @@ class Fleet:
         self._tasks, self._watcher = tasks, watcher
         for slot in self.slots:
             self._run(self._watch(slot))
+        if self._wait_for_room is not None and len(self.slots) < self._config.max_num_engines:
+            self._run(self._grow(self._wait_for_room))
+
+    async def _grow(self, room: Callable[[int], Awaitable[None]]) -> None:
+        """Add an engine each time that there is room for one more."""
+        while (index := len(self.slots)) < self._config.max_num_engines:
+            await room(index)
+            self._run(self._start(self._add()))
 
     def _run(self, work: Coroutine[Any, Any, None]) -> bool:
         """Start a task and return True, or return False if the run is ending."""
@@ -231,7 +249,8 @@ class Fleet:
         """Give work to an engine that was verified to hold the current weights."""
         if slot.record.state is Health.SYNCING:
             since = slot.record.since if slot.lost_at is None else slot.lost_at
-            self._tell("recovered", slot, seconds=self._clock() - since)
+            is_new = slot.index >= self._config.num_engines and slot.record.incarnation == 1
+            self._tell("joined" if is_new else "recovered", slot, seconds=self._clock() - since)
             slot.lost_at = None
         if slot.record.state in (Health.SYNCING, Health.HEALTHY):
             self._to(slot, Health.HEALTHY)
@@ -322,9 +341,15 @@ class Fleet:
         if dead.record.is_given_up(self._policy):
             return self._give_up(dead, why)
         await asyncio.sleep(self._policy.delay_s(dead.record.failures))
+        if self._wait_for_room is not None:
+            await self._wait_for_room(dead.index)
         slot = EngineSlot(dead.index, self._spawn(dead.index), dead.record, self._changed, dead.lost_at)
         self.slots[dead.index] = slot
         self._to(slot, Health.STARTING)
+        await self._start(slot)
+
+    async def _start(self, slot: EngineSlot) -> None:
+        """Start an engine, after which it waits for weights."""
         try:
             await within(self._config.start_deadline_s, slot.client.start())
         except TimeoutError:

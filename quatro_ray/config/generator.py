@@ -19,6 +19,9 @@ class GeneratorConfig(Section):
 
     num_engines: int = Field(1, ge=1)
     """vLLM engines that sample for training. Raise it if the learner waits for groups."""
+    max_engines: int | None = Field(None, ge=1)
+    """Largest number of engines. The pool grows to it during the run, when the cluster has room for one more or an
+    autoscaler adds a node. null: num_engines."""
     tensor_parallel_size: int = Field(1, ge=1)
     """Devices that share each layer of the model. Raise it if the model does not fit on one."""
     pipeline_parallel_size: int = Field(1, ge=1)
@@ -73,6 +76,11 @@ class GeneratorConfig(Section):
     """A group on which more engines than this have died is dropped as `quarantined`."""
 
     @property
+    def max_num_engines(self) -> int:
+        """Engines that there may be at one time."""
+        return self.num_engines if self.max_engines is None else self.max_engines
+
+    @property
     def devices_per_engine(self) -> int:
         """Devices of one engine, all on one node; each has a worker that receives the weights."""
         return self.tensor_parallel_size * self.pipeline_parallel_size * self.data_parallel_size
@@ -91,8 +99,10 @@ class GeneratorConfig(Section):
         """Yield a line for each broken rule about the number of engines and engine_args."""
         if self.min_engines > self.num_engines:
             yield f"min_engines={self.min_engines} must be at most num_engines={self.num_engines}: lower it"
-        for name in ("num_engines", "data_parallel_size"):
-            if self.deterministic and (number := getattr(self, name)) > 1:
+        if self.max_engines is not None and self.max_engines < self.num_engines:
+            yield f"max_engines={self.max_engines} must be at least num_engines={self.num_engines}: raise it"
+        for name in ("num_engines", "max_engines", "data_parallel_size"):
+            if self.deterministic and (number := getattr(self, name) or 1) > 1:
                 yield (
                     f"deterministic=true needs {name}=1, not {number}: with several engines, timing decides which one "
                     f"takes a group; set {name} to 1"

@@ -36,6 +36,7 @@ from quatro_ray.errors import ClusterError, last_line
 from quatro_ray.evaluation.evaluator import Evaluator
 from quatro_ray.failures import LearnerLost
 from quatro_ray.orchestrator.components import Components
+from quatro_ray.orchestrator.engine_places import EnginePlaces
 from quatro_ray.orchestrator.placement import Placer
 from quatro_ray.orchestrator.resources import evaluation_bundles
 from quatro_ray.orchestrator.startup import start_together
@@ -110,6 +111,7 @@ class Cluster:
 
     config: Config
     fleet: Fleet
+    places: EnginePlaces
     learner: LearnerGroup
     replay: ActorHandle
     scoring: ScoringActors
@@ -153,6 +155,7 @@ class Cluster:
     def shutdown(self, grace_s: float = _SHUTDOWN_S) -> None:
         """End the engines in order within `grace_s` seconds, then everything else; safe after a failure."""
         _end([*self.generators(), *self.scoring.all()], grace_s, killed=[*self.learner.actors, self.replay])
+        self.places.release()
         remove_placement_group(self.scoring.placement)
 
 
@@ -181,13 +184,15 @@ async def spawn(place: Placer, model_path: str, say: Callable[[str], None]) -> C
     )
     scoring = ScoringActors.spawn(place, model_path)
     environments = scoring.by_source(config)
+    places = EnginePlaces(place)
     fleet = Fleet(
-        lambda index: GeneratorClient(_engine(place, "generator", model_path, index), environments),
+        lambda index: GeneratorClient(_engine(places.placer(index), "generator", model_path, index), environments),
         config.generator,
         config.cluster.liveness_deadline_s,
+        room=places.room,
     )
     evaluator = _evaluator(place, scoring) if config.evaluation.num_engines else None
-    cluster = Cluster(config, fleet, learner, replay, scoring, evaluator)
+    cluster = Cluster(config, fleet, places, learner, replay, scoring, evaluator)
     try:
         await _start(cluster, say)
     except BaseException:

@@ -29,16 +29,14 @@ class Bundle:
 
 
 def bundles(config: Config) -> list[Bundle]:
-    """Return one bundle per actor of a training run, in the order of placement."""
+    """Return one bundle per actor of a training run, in the order of placement; without engines that may join later."""
     cluster = config.cluster
-    gpu = cluster.device == "cuda"
 
     def make(role: str, count: int, cpus: float, gpus: int) -> list[Bundle]:
-        resources = {"CPU": cpus} | ({"GPU": float(gpus)} if gpu and gpus else {})
-        return [Bundle(role, i, {k: v for k, v in resources.items() if v} or {"CPU": 0.001}) for i in range(count)]
+        return [_bundle(config, role, i, cpus, gpus) for i in range(count)]
 
     return [
-        *make("generator", config.generator.num_engines, cluster.cpus_per_engine, config.generator.devices_per_engine),
+        *(engine_bundle(config, i) for i in range(config.generator.num_engines)),
         *make("evaluator", config.evaluation.num_engines, cluster.cpus_per_engine, config.generator.devices_per_engine),
         *make("learner", config.learner.num_ranks, cluster.cpus_per_rank, 1),
         *(
@@ -55,6 +53,16 @@ def bundles(config: Config) -> list[Bundle]:
         ),
         *make("replay", 1, min(0.1, cluster.cpus_per_rank), 0),
     ]
+
+
+def engine_bundle(config: Config, index: int) -> Bundle:
+    """Return the bundle of one engine for training."""
+    return _bundle(config, "generator", index, config.cluster.cpus_per_engine, config.generator.devices_per_engine)
+
+
+def _bundle(config: Config, role: str, index: int, cpus: float, gpus: int) -> Bundle:
+    resources = {"CPU": cpus, "GPU": float(gpus) if config.cluster.device == "cuda" else 0.0}
+    return Bundle(role, index, {name: amount for name, amount in resources.items() if amount} or {"CPU": 0.001})
 
 
 def evaluation_bundles(config: Config) -> list[Bundle]:
@@ -130,6 +138,8 @@ def describe(config: Config) -> str:
         lines.append(f"  {len(same)} × {role}: {each} each")
     for name in ("CPU", "GPU"):
         lines.append(f"  together {sum(b.resources.get(name, 0) for b in plan):g} {name}")
+    if (num_more := generator.max_num_engines - generator.num_engines) > 0:
+        lines.append(f"  up to {num_more} more × generator, each when the cluster has room")
     num_rows = learner.num_ranks // learner.sequence_parallel_size
     lines += [
         "batch",

@@ -330,6 +330,7 @@ class World:
         self.verifiers = FakeVerifiers()
         self.evaluator: Any = None
         self.draining: dict[str, list[int]] = {}
+        self.room: Any = None
         self.repeat_every = 0
         self.faults: Any = None
         self.fleet: Fleet
@@ -363,7 +364,8 @@ class World:
         queries = {"set": [Query(str(i), "p", "a", source="set") for i in range(500)]}
         held_out = {"set": [Query(f"h{i}", "p", "a") for i in range(4)]}
         dataset = Dataset(queries, {"set": 1.0}, held_out, {})
-        self.fleet = Fleet(self._spawn, self.config.generator, self.config.cluster.liveness_deadline_s, clock=loop.time)
+        generator, liveness_s = self.config.generator, self.config.cluster.liveness_deadline_s
+        self.fleet = Fleet(self._spawn, generator, liveness_s, clock=loop.time, room=self.room)
         replay = Replay(self.buffer)
         replay.repeat_every = self.repeat_every
         parts = Components(
