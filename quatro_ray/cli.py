@@ -189,6 +189,30 @@ def trace(
     print(f"trace: {write_trace(run_dir, out)}")
 
 
+@app.command()
+def replay(
+    run_dir: Annotated[Path, typer.Argument(help="Directory of a run: finished, running or crashed.")],
+    step: Annotated[int, typer.Argument(help="Optimiser step, from 1 on.")],
+    overrides: Overrides = None,
+    out: Annotated[
+        Path | None, typer.Option(help="Folder for metrics, rollouts and an export of the weights after the step.")
+    ] = None,
+    verbose: Verbose = False,
+) -> None:
+    """Make a learner step again without engines, and compare its metrics with those of the run, bit for bit.
+
+    The exit status is 1 if one differs.
+    """
+    from quatro_ray.jobs.replay_step import replay_step
+
+    found = replay_step(run_dir, step, partial(print, flush=True), overrides=overrides or [], out=out, verbose=verbose)
+    for name, (recorded, now) in found.items():
+        print(f"{name}: {recorded} in the run, {now} now")
+    if found:
+        raise typer.Exit(1)
+    print("the same bit for bit")
+
+
 def main() -> None:
     """Run the command line. An error that a user can cause is one line and exit status 2; signal n gives 128 + n."""
     try:

@@ -99,6 +99,7 @@ def own_data_config(folder: Path) -> Path:
         objective={"kind": "grpo"},
         learner={"schedule": "cosine", "loss_agg_mode": "seq_mean_token_sum"},
         run={"num_steps": 4},
+        replay={"keep_steps": [3]},
         evaluation={"num_engines": 1, "every_steps": 4, "samples_per_query": 8, "num_queries": 4},
         cluster={"cpus_per_engine": 0.3},
     )

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Annotated, Literal
 
 from pydantic import Field
 
@@ -21,5 +21,7 @@ class ReplayConfig(Section):
     on_stale: Literal["drop", "train"] = "drop"
     """Treatment of a group that exceeds max_staleness when it is leased. drop: drop it with a reason. train: train on
     it all the same."""
+    keep_steps: tuple[Annotated[int, Field(ge=1)], ...] = ()
+    """Optimiser steps whose rollouts, and the checkpoint before each, are kept for `quatro-ray replay`."""
     deadline_s: float = Field(120, gt=0)
     """Seconds to wait for one answer of the buffer."""

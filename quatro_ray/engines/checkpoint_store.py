@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import shutil
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -69,11 +69,13 @@ class CheckpointStore:
 
     Args:
         keep: number of complete checkpoints to keep.
+        pinned: steps of checkpoints that are kept besides.
     """
 
-    def __init__(self, folder: Path, keep: int) -> None:
+    def __init__(self, folder: Path, keep: int, pinned: Collection[int] = ()) -> None:
         self._folder = folder
         self._keep = keep
+        self._pinned = pinned
         self._newest_bytes = 0
 
     def check_space(self) -> None:
@@ -118,7 +120,7 @@ class CheckpointStore:
         replace_folder(writing, path)  # a checkpoint of an abandoned lineage may have that name
         sync(path.parent)
         self._newest_bytes = sum(size for size, _ in digests.values())
-        for old in self._complete()[self._keep :]:
+        for old in self._unpinned()[self._keep :]:
             if old != path:
                 shutil.rmtree(old)
         return _read(path)
@@ -183,9 +185,12 @@ class CheckpointStore:
         return next(iter(self.steps()), None)
 
     def oldest_version(self) -> int | None:
-        """Return the least policy version among the checkpoints that can be read, or None."""
-        versions = [_read(path).version for path in self._complete() if (path / _STATE).is_file()]
+        """Return the least policy version among the checkpoints that can be read and are not pinned, or None."""
+        versions = [_read(path).version for path in self._unpinned() if (path / _STATE).is_file()]
         return min(versions, default=None)
+
+    def _unpinned(self) -> Sequence[Path]:
+        return [path for path in self._complete() if _step_of(path) not in self._pinned]
 
     def _complete(self) -> Sequence[Path]:
         """Return the folders of complete checkpoints, newest first."""
@@ -197,7 +202,8 @@ class CheckpointStore:
 
 def checkpoint_store(config: Config) -> CheckpointStore:
     """Return the store of a run's checkpoints."""
-    return CheckpointStore(config.checkpoint_dir, config.checkpoint.keep)
+    pinned = frozenset(step - 1 for step in config.replay.keep_steps)
+    return CheckpointStore(config.checkpoint_dir, config.checkpoint.keep, pinned)
 
 
 def _step_of(path: Path) -> int:

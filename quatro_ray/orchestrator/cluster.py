@@ -175,13 +175,7 @@ async def spawn(place: Placer, model_path: str, say: Callable[[str], None]) -> C
     replay = place(ReplayActor, "replay", 0, max_restarts=-1, max_task_retries=-1).remote(
         config.replay, config.run.dir / "ledger.sqlite", num_steps=config.run.num_steps
     )
-    learner = LearnerGroup(
-        partial(_ranks, place, model_path),
-        config.learner,
-        config.weight_sync,
-        config.sync_backend,
-        config.generator.devices_per_engine,
-    )
+    learner = make_learner(place, model_path)
     scoring = ScoringActors.spawn(place, model_path)
     environments = scoring.by_source(config)
     places = EnginePlaces(place)
@@ -199,6 +193,18 @@ async def spawn(place: Placer, model_path: str, say: Callable[[str], None]) -> C
         cluster.shutdown(_SHUTDOWN_IN_START_S)
         raise
     return cluster
+
+
+def make_learner(place: Placer, model_path: str) -> LearnerGroup:
+    """Create the actors of all ranks, which are not started yet."""
+    config = place.config
+    return LearnerGroup(
+        partial(_ranks, place, model_path),
+        config.learner,
+        config.weight_sync,
+        config.sync_backend,
+        config.generator.devices_per_engine,
+    )
 
 
 @dataclass(frozen=True)

@@ -256,7 +256,8 @@ class Controller:
             except QuatroError:
                 await self._writer.write(is_early=True)
                 raise
-        if self._writer.saved_step == step or last or _due(step, config.checkpoint.every_steps):
+        is_kept = step + 1 in config.replay.keep_steps
+        if self._writer.saved_step == step or last or is_kept or _due(step, config.checkpoint.every_steps):
             await self._writer.write()
 
     async def _evaluation_loop(self) -> None:

@@ -303,7 +303,7 @@ class ReplayBuffer:
 
     def absorbed(self, version: int) -> int:
         """Free the rollouts of groups trained before `version`, the oldest checkpoint that is kept; return how many."""
-        return self.ledger.forget_payloads(version)
+        return self.ledger.forget_payloads(version, self._config.keep_steps)
 
     def snapshot(self, path: Path) -> None:
         """Write all commits to the disk, before a checkpoint relies on them, and a copy of the ledger to `path`."""

@@ -6,7 +6,7 @@ import json
 import logging
 import sqlite3
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from contextlib import closing, contextmanager
 from dataclasses import astuple, dataclass
 from pathlib import Path
@@ -327,16 +327,22 @@ class Ledger:
         rows = self._db.execute(f"SELECT group_id, query FROM {joined} WHERE state = '{state}' ORDER BY group_id")
         return [(group_id, Query(**json.loads(query))) for group_id, query in rows]
 
-    def forget_payloads(self, version: int) -> int:
+    def forget_payloads(self, version: int, kept_steps: Collection[int] = ()) -> int:
         """Free the rollouts of groups trained or expired before `version`, or otherwise dropped; return their number.
 
         A fall-back to a version older than that generates the trained ones again.
+
+        Args:
+            version: the policy version of the oldest checkpoint.
+            kept_steps: optimiser steps whose groups are kept all the same.
         """
+        kept = ",".join(str(step - 1) for step in kept_steps)
         with self.transaction():
             # CROSS JOIN keeps the order: the rollouts that are left are few, the trained groups are not
             count = self._db.execute(
                 "DELETE FROM rollouts WHERE group_id IN (SELECT group_id FROM rollouts "
-                "CROSS JOIN groups USING (group_id) WHERE state IN (?, ?) AND COALESCE(learner_version, -1) < ?)",
+                "CROSS JOIN groups USING (group_id) WHERE state IN (?, ?) AND COALESCE(learner_version, -1) < ? "
+                f"AND COALESCE(learner_version, -1) NOT IN (SELECT version FROM versions WHERE step IN ({kept})))",
                 (S.TRAINED, S.DROPPED, version),
             ).rowcount
         self._segments.keep({name for (name,) in self._db.execute("SELECT DISTINCT segment FROM rollouts")})

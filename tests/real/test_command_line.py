@@ -40,6 +40,18 @@ def check_converted(run: Path) -> None:
     assert result["num_queries"] == 4 and 0 <= result["pass_at_1"] <= 1
 
 
+def check_replayed(run: Path) -> None:
+    """A step that was to be kept is made again, bit for bit; the rollouts of another one are gone."""
+    replayed = quatro_ray("replay", str(run), "3", "--out", str(run.parent / "again"), timeout_s=240)
+    assert replayed.returncode == 0, replayed.stdout + replayed.stderr
+    assert "replaying step 3 to 3 from the checkpoint step_2" in replayed.stdout
+    assert "the same bit for bit" in replayed.stdout
+    assert {p.name for p in (run.parent / "again").iterdir()} == {"export", "metrics.json", "rollouts.json"}
+    gone = quatro_ray("replay", str(run), "2")
+    assert gone.returncode == 2
+    assert "the rollouts of step 1 are freed" in gone.stderr
+
+
 @pytest.fixture
 def own_data(tmp_path: Path) -> Path:
     return own_data_config(tmp_path)
@@ -55,6 +67,7 @@ def test_training_on_own_prompts_with_an_engine_for_evaluation(own_data: Path, t
     evaluated = quatro_ray("eval", str(own_data), "--checkpoint", "step_4", timeout_s=400)
     assert evaluated.returncode == 0, evaluated.stdout + evaluated.stderr
     check_converted(tmp_path / "run")
+    check_replayed(tmp_path / "run")
     again = quatro_ray("train", str(own_data))
     assert again.returncode == 2
     assert "is not empty; choose another, or set run.overwrite=true" in again.stderr

@@ -45,7 +45,8 @@ def call(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]):  
 )
 def test_what_a_user_can_get_wrong_is_one_line(call, own_data: str, override: str, expected: str) -> None:  # type: ignore[no-untyped-def]
     code, out, err = call("train", own_data, override)
-    assert code == 2 and not out
+    # a busy machine may say what it waits for
+    assert code == 2 and not [line for line in out.splitlines() if not line.startswith("waiting for ")]
     assert err.startswith("error: ") and expected in err
     assert "Traceback" not in err
 

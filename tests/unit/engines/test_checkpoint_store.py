@@ -37,6 +37,14 @@ def test_the_newest_ones_are_kept_and_say_what_they_are(tmp_path: Path) -> None:
     assert (store.oldest_version(), store.newest_step()) == (100, 100)
 
 
+def test_pinned_ones_are_kept_besides(tmp_path: Path) -> None:
+    store = CheckpointStore(tmp_path / "c", keep=1, pinned={4, 9})
+    for step in (4, 5, 9, 10):
+        write(store, step)
+    assert store.steps() == [10, 9, 4]
+    assert store.oldest_version() == 100  # rollouts since a pinned one are not kept
+
+
 @pytest.mark.parametrize(
     ("damage", "what"),
     [
