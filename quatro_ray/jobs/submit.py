@@ -16,11 +16,14 @@ from typing import NoReturn
 
 import aiohttp
 import requests
+from ray.exceptions import AuthenticationError, RayError
 from ray.job_submission import JobDetails, JobStatus, JobSubmissionClient
 
 from quatro_ray.errors import ClusterError, last_line
 from quatro_ray.jobs.package import CONFIG, JobPackage, pack
 
+_API_ERRORS = (OSError, RuntimeError, ValueError, RayError, requests.RequestException)
+"""The exceptions that Ray's job client raises if the cluster does not answer, or refuses."""
 _LOOK_EVERY_S = 2.0
 _SILENCE_S = 300.0
 """Seconds without an answer of the cluster after which it is not waited for any longer."""
@@ -74,7 +77,7 @@ def _connect(address: str | None) -> JobSubmissionClient:
     logging.getLogger("ray.dashboard.modules").setLevel(logging.WARNING)
     try:
         return JobSubmissionClient(address)
-    except (OSError, RuntimeError, ValueError, requests.RequestException) as error:
+    except _API_ERRORS as error:
         _refuse(address, error)
 
 
@@ -89,13 +92,14 @@ def _send(client: JobSubmissionClient, package: JobPackage, folder: Path) -> str
             runtime_env={"working_dir": str(folder), "env_vars": package.environment},
             metadata={"run_dir": str(run_dir)},
         )
-    except (OSError, RuntimeError, ValueError, requests.RequestException) as error:
+    except _API_ERRORS as error:
         _refuse(client.get_address(), error)
 
 
 def _refuse(address: str | None, error: Exception) -> NoReturn:
+    why = error.message.splitlines()[0] if isinstance(error, AuthenticationError) else last_line(error)
     raise ClusterError(
-        f"--address {address or '(not set)'}: the job could not be submitted ({last_line(error)}); give the URL of the "
+        f"--address {address or '(not set)'}: the job could not be submitted ({why}); give the URL of the "
         "cluster's dashboard, such as http://127.0.0.1:8265, and set RAY_AUTH_MODE=token and RAY_AUTH_TOKEN as on the "
         "cluster"
     ) from error
@@ -151,7 +155,7 @@ class _Follower:
             try:
                 await asyncio.to_thread(self._client.stop_job, self._job)
                 return
-            except (OSError, RuntimeError, requests.RequestException) as error:
+            except _API_ERRORS as error:
                 self._say(f"the job could not be told to stop ({last_line(error)}); trying again")
                 await asyncio.sleep(_LOOK_EVERY_S)
 
@@ -161,7 +165,7 @@ class _Follower:
         while not self._leaves.is_set():
             try:
                 details = await asyncio.to_thread(self._client.get_job_info, self._job)
-            except (OSError, RuntimeError, requests.RequestException) as error:
+            except _API_ERRORS as error:
                 if time.monotonic() - answered > _SILENCE_S:
                     raise ClusterError(
                         f"the cluster has not answered for {_SILENCE_S:g} s ({last_line(error)}), and job {self._job} "
