@@ -10,6 +10,7 @@ from quatro_ray.actors.base import WATCHED, HostMixin
 from quatro_ray.actors.memory import collect_rarely
 from quatro_ray.config import ReplayConfig
 from quatro_ray.replay.buffer import LeasedBatch, LeaseSummary, ReplayBuffer
+from quatro_ray.replay.ledger_reader import tell_host
 
 
 @ray.remote(concurrency_groups=WATCHED)
@@ -18,6 +19,7 @@ class ReplayActor(HostMixin, ReplayBuffer):
 
     def __init__(self, config: ReplayConfig, path: Path, *, num_steps: int) -> None:
         super().__init__(config, path, num_steps=num_steps)
+        tell_host(path)
         collect_rarely()
 
     @ray.method(num_returns=2)

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import sqlite3
-from contextlib import closing
+from collections.abc import Iterator
+from contextlib import closing, contextmanager
 from pathlib import Path
 from zlib import crc32
 
@@ -121,7 +122,7 @@ def prepare(db: sqlite3.Connection, path: Path | str, segments: Segments) -> Non
     with db:  # all of it, or nothing
         db.execute("BEGIN IMMEDIATE")
         check_version(db, path)
-        version = _version(db)
+        version = tables_version(db)
         if version is None:
             create_tables(db)
             _run(db, VERSIONS)
@@ -169,9 +170,9 @@ def damage_of(path: Path) -> str | None:
         LedgerUnreadable: it cannot be read, for example because another program has locked it.
     """
     try:
-        with closing(sqlite3.connect(f"file:{path}?mode=ro", uri=True, timeout=LOCK_DEADLINE_S)) as db:
+        with read_only(path) as db:
             _add_functions(db)
-            version = _version(db)
+            version = tables_version(db)
             if version is None:
                 return "it is empty"
             (found,) = db.execute("PRAGMA integrity_check(1)").fetchone()
@@ -179,19 +180,42 @@ def damage_of(path: Path) -> str | None:
                 return str(found)
             check_version(db, path)
             return _damaged_rows(db) if version == VERSION else None
+    except (sqlite3.DatabaseError, UnicodeDecodeError) as error:
+        return str(error)
+
+
+@contextmanager
+def read_only(path: Path, timeout_s: float | None = None) -> Iterator[sqlite3.Connection]:
+    """Open the file of a ledger for reading alone. A process that writes it is neither stopped nor made to wait.
+
+    Args:
+        path: the file.
+        timeout_s: seconds for which another program may lock it; None: LOCK_DEADLINE_S.
+
+    Yields:
+        The database, without a transaction; BEGIN gives all further queries one snapshot.
+
+    Raises:
+        LedgerLocked: another program has locked it for so long.
+        LedgerUnreadable: it cannot be read for another reason than its content.
+        sqlite3.DatabaseError: what is in it is damaged.
+    """
+    wait_s = LOCK_DEADLINE_S if timeout_s is None else timeout_s
+    uri = f"{path.absolute().as_uri()}?mode=ro"
+    try:
+        with closing(sqlite3.connect(uri, wait_s, isolation_level=None, uri=True)) as db:
+            yield db
     except sqlite3.DatabaseError as error:
         code = error.sqlite_errorcode & 0xFF
         if code in _LOCKED:
             raise LedgerLocked(
-                f"{path} has been locked by another program for {LOCK_DEADLINE_S:g} s; end that program"
+                f"{path} has been locked by another program for {wait_s:g} s; end that program"
             ) from error
         if code in _UNREADABLE:
             raise LedgerUnreadable(
                 f"{path} cannot be read ({error}), and may be intact; make it readable, and the folder writable"
             ) from error
-        return str(error)
-    except UnicodeDecodeError as error:
-        return str(error)
+        raise
 
 
 def _damaged_rows(db: sqlite3.Connection) -> str | None:
@@ -209,7 +233,7 @@ def _damaged_rows(db: sqlite3.Connection) -> str | None:
 
 def check_version(db: sqlite3.Connection, path: Path | str) -> None:
     """Raise LedgerError if the database has tables, and they are not those of a version that can be read."""
-    version = _version(db)
+    version = tables_version(db)
     if version not in (None, 0, VERSION) or (version == 0 and not _has_table(db, "payloads")):
         raise LedgerError(
             f"{path} is a ledger of version {version}, and this quatro_ray reads version {VERSION}; continue the run "
@@ -217,7 +241,7 @@ def check_version(db: sqlite3.Connection, path: Path | str) -> None:
         )
 
 
-def _version(db: sqlite3.Connection) -> int | None:
+def tables_version(db: sqlite3.Connection) -> int | None:
     """Return the version of the tables; None if there are none."""
     if not db.execute("SELECT 1 FROM sqlite_master").fetchone():
         return None
