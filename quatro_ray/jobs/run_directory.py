@@ -8,11 +8,13 @@ import logging
 import shutil
 import sqlite3
 import tempfile
+import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, closing, contextmanager
 from dataclasses import dataclass
 from operator import attrgetter
 from pathlib import Path
+from typing import IO
 
 from quatro_ray.config import Config, Section, dump_config, load_config
 from quatro_ray.engines.checkpoint_store import LEDGER, checkpoint_store
@@ -21,9 +23,12 @@ from quatro_ray.files import replace_file
 from quatro_ray.jobs.ledger_file import check_ledger, restore_ledger
 from quatro_ray.jobs.writer_token import FILE as WRITER
 from quatro_ray.jobs.writer_token import WriterToken
+from quatro_ray.telemetry.now_file import read_now
 
 _INPUTS = "inputs.json"
 _LOCK = ".writer"
+_LOCK_TRIES, _LOCK_AGAIN_S = 5, 0.01
+"""`is_in_use` holds the lock too, for an instant, which must not keep a run from starting."""
 _RESOLVED_CONFIG = "config.yaml"
 """Marks a directory as a run: `run.overwrite` replaces only a directory that holds this file."""
 
@@ -31,9 +36,9 @@ _RESULTS = frozenset({"metrics.jsonl", "rollouts.jsonl"})
 """The files to which a run adds with each step; empty before the first."""
 _LEFT_BY_A_START = _RESULTS | {
     "checkpoints", "config.yaml", "config.yaml.writing", "evaluation_rollouts.jsonl", "evaluations.jsonl",
-    "events.jsonl", "inputs.json", "inputs.json.writing", "ledger.rollouts", "ledger.sqlite", "ledger.sqlite-shm",
-    "ledger.sqlite-wal", "model", "model.writing", "notes.log", "stall.txt", "tensorboard",
-    "timeline.jsonl", "timeline.1.jsonl",
+    "events.jsonl", "inputs.json", "inputs.json.writing", "ledger.host", "ledger.host.writing", "ledger.rollouts",
+    "ledger.sqlite", "ledger.sqlite-shm", "ledger.sqlite-wal", "model", "model.writing", "notes.log", "now.json",
+    "now.json.writing", "stall.txt", "tensorboard", "timeline.jsonl", "timeline.1.jsonl",
 }  # fmt: skip
 """All that a run may have written before it admitted its first group."""
 
@@ -311,10 +316,31 @@ def only_writer(config: Config) -> Iterator[None]:
             if folder is not None and (folder == config.run.dir or not folder.is_relative_to(config.run.dir)):
                 folder.mkdir(mode=0o700, parents=True, exist_ok=True)
                 lock = locks.enter_context((folder / _LOCK).open("w"))
-                try:
-                    fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                except BlockingIOError as error:
-                    raise ConfigError(
-                        f"{name}={folder}: another run writes here; end it first, or choose another"
-                    ) from error
+                if not _lock(lock, fcntl.LOCK_EX, tries=_LOCK_TRIES):
+                    raise ConfigError(f"{name}={folder}: another run writes here; end it first, or choose another")
         yield
+
+
+def is_in_use(run_dir: Path) -> bool:
+    """Return whether a process trains into the directory now; one on another machine may have a lock not seen here."""
+    now = read_now(run_dir)
+    if now is not None and now.is_alive_elsewhere():
+        return True
+    try:
+        lock = (run_dir / _LOCK).open()
+    except FileNotFoundError:
+        return False
+    with lock:
+        return not _lock(lock, fcntl.LOCK_SH, tries=1)
+
+
+def _lock(file: IO[str], kind: int, tries: int) -> bool:
+    """Return whether the lock was taken; it is held until the file is closed."""
+    for left in reversed(range(tries)):
+        try:
+            fcntl.flock(file, kind | fcntl.LOCK_NB)
+            return True
+        except BlockingIOError:
+            if left:
+                time.sleep(_LOCK_AGAIN_S)
+    return False

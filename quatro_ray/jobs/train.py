@@ -31,6 +31,7 @@ from quatro_ray.orchestrator.startup import waiting_for
 from quatro_ray.replay.buffer import ReplayStats
 from quatro_ray.telemetry.console import Progress
 from quatro_ray.telemetry.counters import Counters
+from quatro_ray.telemetry.now_file import NowFile
 from quatro_ray.telemetry.recorder import Recorder
 from quatro_ray.telemetry.report import write_report
 from quatro_ray.timeouts import Overtaken, unless, within
@@ -67,6 +68,7 @@ def _train(config: Config, prepared: Prepared, claim: Claim, signals: StopSignal
     if claim.restored is not None:
         recorder.event("restored", "ledger", why=claim.restored)
         recorder.say(claim.restored)
+    now_file = NowFile(run_dir, recorder.roles, recorder.note)
     try:
         with recorder.phase("controller", "connect"), waiting_for("Ray", recorder.say):
             connect(config, show_actor_logs=verbose)
@@ -88,6 +90,7 @@ def _train(config: Config, prepared: Prepared, claim: Claim, signals: StopSignal
         raise
     finally:
         seconds, shares = recorder.seconds(), recorder.time_shares()
+        now_file.close()
         recorder.close()
         ray.shutdown()
     summary = summarise(counters, stats, memory | {"controller": own_peak_rss_bytes()}, seconds, shares)

@@ -11,7 +11,7 @@ from quatro_ray.config import Config, load_config
 from quatro_ray.errors import ConfigError
 from quatro_ray.simulation.decoding import EngineSpeed
 from quatro_ray.simulation.workload import MeasuredLengths, Workload
-from quatro_ray.telemetry.run_files import Record, is_run, records_of
+from quatro_ray.telemetry.run_files import Record, records_of, require_run
 
 _LEAST_STEPS = 10
 _NUM_ITEMS = 256
@@ -64,8 +64,7 @@ def measure(run_dir: Path) -> MeasuredRun:
     Raises:
         ConfigError: the directory holds no run, or one with too few steps or without the metrics that are needed.
     """
-    if not is_run(run_dir):
-        raise ConfigError(f"{run_dir}: holds no run, as it has no config.yaml; give the run.dir of a run")
+    require_run(run_dir)
     recorded = list(records_of(run_dir, "metrics.jsonl"))
     steps = [m for m in recorded if all(name in m for name in _NEEDED) and "time_share/generators/evaluate" not in m]
     steps = steps[len(steps) // 2 :]

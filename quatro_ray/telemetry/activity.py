@@ -51,12 +51,22 @@ class Activity:
             self.leave(member)
         self.on_span = None
 
+    def now(self) -> dict[int, tuple[str, float]]:
+        """Return the state of each member, and the seconds since it entered it. May be called by another thread."""
+        now = self._clock()
+        return {member: (state, now - since) for member, (state, since) in self._now_in.copy().items()}
+
     def seconds(self) -> dict[str, float]:
         """Return the seconds in each state until now, summed over the members."""
         now, total = self._clock(), self._past.copy()
         for state, since in self._now_in.values():
             total[state] += now - since
         return dict(total)
+
+
+def member_name(role: str, member: int) -> str:
+    """Return the name of a member: `generator 0` in the role `generators`; the role itself if it has one member."""
+    return f"{role.removesuffix('s')} {member}" if role.endswith("s") else role
 
 
 def shares(seconds: Mapping[str, float], before: Mapping[str, float] | None = None) -> dict[str, float]:

@@ -118,6 +118,26 @@ def last_lines_of(path: Path) -> Iterator[bytes]:
                 yield from reversed(opened.read().splitlines())
 
 
+def last_lines(path: Path, num: int) -> list[str]:
+    """Return the last complete lines of a log, at most `num`, the newest last. No more of the file is read than needed.
+
+    Args:
+        path: the file, which may still grow; none has no lines.
+        num: at least 1.
+    """
+    if not path.is_file():
+        return []
+    data = b""
+    with path.open("rb") as file:
+        start = file.seek(0, os.SEEK_END)
+        while start > 0 and data.count(b"\n") <= num:
+            end, start = start, max(0, start - max(_TAIL_BYTES, len(data)))
+            file.seek(start)
+            data = file.read(end - start) + data
+    complete = data[: data.rfind(b"\n") + 1].decode("utf-8", "replace").split("\n")[:-1]
+    return complete[-num:]
+
+
 def _end_of_last_line(path: Path) -> int:
     """Return the number of bytes up to the end of the last complete line."""
     with path.open("rb") as file:

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from quatro_ray.errors import ConfigError
-from quatro_ray.telemetry.run_files import Record, is_run, records_of
+from quatro_ray.telemetry.run_files import Record, records_of, require_run
 
 _ROLES = ("controller", "learner", "generator", "verifier", "evaluator", "evaluation", "checkpoint", "export")
 _COUNTERS = ("num_running", "kv_cache_usage")
@@ -31,8 +31,7 @@ def write_trace(run_dir: Path, out: Path | None = None) -> Path:
     Raises:
         ConfigError: the directory holds no run, or `out` cannot be written.
     """
-    if not is_run(run_dir):
-        raise ConfigError(f"{run_dir}: holds no run, as it has no config.yaml; give the run.dir of a run")
+    require_run(run_dir)
     path = out or run_dir / "trace.json"
     writing = path.with_name(f"{path.name}.writing")
     try:

@@ -13,7 +13,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from quatro_ray.telemetry.activity import CONTROLLER, IDLE, Activity, shares
+from quatro_ray.telemetry.activity import CONTROLLER, IDLE, Activity, member_name, shares
 from quatro_ray.telemetry.append_log import AppendLog, last_lines_of
 from quatro_ray.telemetry.console import Progress
 from quatro_ray.telemetry.evaluation_result import EvaluationResult
@@ -100,7 +100,7 @@ class Recorder:
         def span(member: int, state: str, duration: float) -> None:
             if member < _MAX_DRAWN and state != IDLE:
                 end = self.now()
-                name = f"{role.removesuffix('s')} {member}" if role.endswith("s") else role
+                name = member_name(role, member)
                 _write(self._timeline, {"role": name, "phase": state, "start": end - duration, "end": end})
 
         activity.on_span = span

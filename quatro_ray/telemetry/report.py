@@ -8,11 +8,10 @@ from collections import Counter
 from collections.abc import Callable, Mapping
 from pathlib import Path
 
-from quatro_ray.errors import ConfigError
 from quatro_ray.files import replace_file
 from quatro_ray.telemetry.report_plots import sections
 from quatro_ray.telemetry.report_rollouts import rollouts
-from quatro_ray.telemetry.run_files import Record, RunFiles, is_run, newest_change, read_run
+from quatro_ray.telemetry.run_files import Record, RunFiles, newest_change, read_run, require_run
 
 _STYLE = (
     "body{font:15px/1.5 system-ui,sans-serif;max-width:75em;margin:2em auto;padding:0 1em;color:#222}"
@@ -40,8 +39,7 @@ def write_report(run_dir: Path, *, refresh_s: float | None = None) -> Path:
     """
     import matplotlib
 
-    if not is_run(run_dir):
-        raise ConfigError(f"{run_dir}: holds no run, as it has no config.yaml; give the run.dir of a run")
+    require_run(run_dir)
     matplotlib.use("svg")
     run = read_run(run_dir)
     path = run_dir / "report.html"

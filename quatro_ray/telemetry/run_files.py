@@ -4,14 +4,15 @@ from __future__ import annotations
 
 import json
 from collections import Counter, deque
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import yaml
 
-from quatro_ray.telemetry.append_log import earlier
+from quatro_ray.errors import ConfigError
+from quatro_ray.telemetry.append_log import earlier, last_lines
 
 Record = dict[str, Any]
 """A line of a file of the run, which is JSON."""
@@ -59,9 +60,10 @@ class RunFiles:
         return int(self.metrics[-1]["step"]) if self.metrics else 0
 
 
-def is_run(run_dir: Path) -> bool:
-    """Return whether the directory holds a run."""
-    return any((run_dir / name).is_file() for name in ("config.yaml", "metrics.jsonl"))
+def require_run(run_dir: Path) -> None:
+    """Raise ConfigError if the directory holds no run."""
+    if not any((run_dir / name).is_file() for name in ("config.yaml", "metrics.jsonl")):
+        raise ConfigError(f"{run_dir}: holds no run, as it has no config.yaml; give the run.dir of a run")
 
 
 def newest_change(run_dir: Path) -> float:
@@ -75,7 +77,7 @@ def read_run(run_dir: Path) -> RunFiles:
     run = RunFiles(run_dir.name, changed_at=newest_change(run_dir))
 
     def records(name: str, last: int | None = None) -> Iterator[Record]:
-        return _records(run_dir / name, run.unreadable, last)
+        return read_records(run_dir / name, run.unreadable, last)
 
     run.metrics = [m for m in records("metrics.jsonl") if "step" in m]
     run.evaluations = list(records("evaluations.jsonl"))
@@ -95,7 +97,17 @@ def records_of(run_dir: Path, name: str) -> Iterator[Record]:
         name: the file, such as "timeline.jsonl".
     """
     for path in (earlier(run_dir / name), run_dir / name):
-        yield from _records(path, Counter(), None)
+        yield from read_records(path, Counter())
+
+
+def last_records(path: Path, num: int) -> list[Record]:
+    """Return the records in the last lines of a file, the newest last; unreadable ones are left out.
+
+    Args:
+        path: the file, which may be large.
+        num: number of lines.
+    """
+    return list(_parsed(last_lines(path, num), path.name, Counter()))
 
 
 def _summary(path: Path, run: RunFiles) -> Record | None:
@@ -109,9 +121,19 @@ def _summary(path: Path, run: RunFiles) -> Record | None:
     return summary if summary.get("learner_steps", run.last_step) == run.last_step else None
 
 
-def _records(path: Path, unreadable: Counter[str], last: int | None) -> Iterator[Record]:
-    """Yield the records of a file, or of its last lines; the others are not parsed, as the file may be large."""
-    for line in _lines(path) if last is None else deque(_lines(path), maxlen=last):
+def read_records(path: Path, unreadable: Counter[str], last: int | None = None) -> Iterator[Record]:
+    """Yield the records of a file in order.
+
+    Args:
+        path: the file, which may still grow; none has no records.
+        unreadable: the lines that are not JSON objects are added to it, under the name of the file.
+        last: read only so many lines at the end; the others are not parsed, as the file may be large.
+    """
+    return _parsed(_lines(path) if last is None else deque(_lines(path), maxlen=last), path.name, unreadable)
+
+
+def _parsed(lines: Iterable[str], name: str, unreadable: Counter[str]) -> Iterator[Record]:
+    for line in lines:
         try:
             record = json.loads(line)
         except json.JSONDecodeError:
@@ -119,7 +141,7 @@ def _records(path: Path, unreadable: Counter[str], last: int | None) -> Iterator
         if isinstance(record, dict):
             yield record
         else:
-            unreadable[path.name] += 1
+            unreadable[name] += 1
 
 
 def _lines(path: Path) -> Iterator[str]:

@@ -146,7 +146,7 @@ def test_a_start_that_failed_is_in_no_ones_way(tmp_path: Path, resume: str, got_
     path = tmp_path / "run"
     assert not prepare_run_dir(run(path, learner={"learning_rate": 2e-3}))
     if got_to != "nothing":
-        for name in ("metrics.jsonl", "notes.log", "timeline.jsonl"):
+        for name in ("metrics.jsonl", "notes.log", "timeline.jsonl", "now.json", "ledger.host"):
             (path / name).touch()
     if got_to == "an empty ledger":
         ledger_of(path, num_groups=0)

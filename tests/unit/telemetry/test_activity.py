@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from quatro_ray.telemetry.activity import Activity, shares
+from quatro_ray.telemetry.activity import Activity, member_name, shares
 
 
 def test_the_seconds_of_all_members_are_those_that_passed() -> None:
@@ -30,3 +30,15 @@ def test_shares_are_of_the_time_since_then_and_add_up_to_one() -> None:
     found = shares({"busy": 7.0, "idle": 2.0, "start": 4.0}, {"busy": 4.0, "start": 4.0})
     assert found == {"busy": pytest.approx(0.6), "idle": pytest.approx(0.4)}
     assert shares({"busy": 1.0}, {"busy": 1.0}) == {} == shares({})
+
+
+def test_what_goes_on_now() -> None:
+    time = [10.0]
+    activity = Activity(lambda: time[0])
+    activity.enter(0, "busy")
+    time[0] = 12.0
+    activity.enter(3, "start")
+    assert activity.now() == {0: ("busy", 2.0), 3: ("start", 0.0)}
+    activity.leave(0)
+    assert activity.now() == {3: ("start", 0.0)}
+    assert (member_name("generators", 3), member_name("learner", 0)) == ("generator 3", "learner")

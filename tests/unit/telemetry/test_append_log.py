@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from benchmarks.faults.disk import Disk
-from quatro_ray.telemetry.append_log import AppendLog
+from quatro_ray.telemetry.append_log import AppendLog, last_lines
 from quatro_ray.telemetry.console import Progress
 from quatro_ray.telemetry.recorder import Recorder
 from quatro_ray.types import EngineLoad, StepMetrics
@@ -132,3 +132,13 @@ def test_damaged_lines_are_left_out_when_a_run_goes_back(tmp_path: Path) -> None
         ("damaged", "metrics.jsonl", "2 lines"),
         ("damaged", "rollouts.jsonl", "2 lines"),
     ]
+
+
+@pytest.mark.parametrize("length", [1, 500, 40_000])
+def test_the_last_lines_are_read_from_the_end(tmp_path: Path, length: int) -> None:
+    path = tmp_path / "lines"
+    assert last_lines(path, 3) == []
+    lines = [f"{i}".ljust(length, "é") for i in range(10)]
+    for num in range(10):
+        path.write_text("".join(f"{line}\n" for line in lines[:num]) + "half of a line")
+        assert last_lines(path, 3) == lines[max(0, num - 3) : num]
