@@ -14,7 +14,7 @@ from quatro_ray.orchestrator.group_filters import why_not
 from quatro_ray.seeding import seed_of
 from quatro_ray.telemetry.counters import Counters
 from quatro_ray.telemetry.recorder import Recorder
-from quatro_ray.types import DropReason, GenerationSummary, Query, SamplingParams
+from quatro_ray.types import DropReason, GenerationSummary, GroupSummary, Query, SamplingParams
 
 
 class GroupRunner:
@@ -51,8 +51,8 @@ class GroupRunner:
             summary, scored = await self._verifiers.score(group)
         except (GenerationFailed, VerifierFailed) as failure:
             self._recorder.note(f"group {group_id}: {failure}")
-            self._counters.dropped(failure.reason, generated, None, self._config.replay.group_size)
-            return await self._drop(group_id, failure.reason)
+            await self._drop(group_id, failure.reason, generated, None)
+            return self._failed(failure.reason)
         self._failures_in_a_row = 0
         for note in summary.notes:
             self._recorder.note(f"group {group_id}: {note}")
@@ -60,8 +60,8 @@ class GroupRunner:
         if alarm := self._exhausted.add(summary.outcomes):
             self._recorder.note(alarm, level=logging.WARNING)
         if reason := why_not(self._config.filters, summary.rewards, summary.truncated):
-            self._counters.dropped(reason, generated, summary, len(summary.rewards))
-            return await self._filter_out(group_id, reason)
+            await self._drop(group_id, reason, generated, summary)
+            return self._filtered_out(reason)
         self._filtered_in_a_row = 0
         await self._replay.ready(scored)
         return None
@@ -78,8 +78,14 @@ class GroupRunner:
         self._counters.generated(summary)
         return summary, group
 
-    async def _drop(self, group_id: int, reason: DropReason) -> DropReason:
+    async def _drop(
+        self, group_id: int, reason: DropReason, generated: GenerationSummary | None, scored: GroupSummary | None
+    ) -> None:
         await self._replay.drop(group_id, reason)
+        # counted only now: if this task is cancelled before, the group is pending still, and is made again
+        self._counters.dropped(reason, generated, scored, self._config.replay.group_size)
+
+    def _failed(self, reason: DropReason) -> DropReason:
         self._failures_in_a_row += 1
         limit = 4 * self._config.replay.groups_per_step
         if self._failures_in_a_row >= limit:
@@ -88,8 +94,7 @@ class GroupRunner:
             )
         return reason
 
-    async def _filter_out(self, group_id: int, reason: DropReason) -> DropReason:
-        await self._replay.drop(group_id, reason)
+    def _filtered_out(self, reason: DropReason) -> DropReason:
         self._filtered_in_a_row += 1
         if self._filtered_in_a_row >= (limit := self._config.filters.max_in_a_row):
             raise StallError(
