@@ -25,16 +25,18 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from benchmarks.faults.audit import Books, audit
+from benchmarks.faults.audit import audit
 from benchmarks.faults.disk import Disk
 from benchmarks.faults.kinds import CONFIG_ON_FULL_DISK, DISK_FULL, KINDS, Kind
 from benchmarks.faults.processes import describe, remove_shared_memory, shared_memory
-from benchmarks.faults.records import read_json, read_ledger, read_lines
+from benchmarks.faults.records import read_json, read_lines
 from benchmarks.faults.report import figures, table
 from benchmarks.faults.run import Run
 from benchmarks.faults.schedule import GaveUp, Schedule
 from benchmarks.faults.watch import Outcome
 from quatro_ray.config import Config, load_config
+from quatro_ray.jobs.audit_checks import Books
+from quatro_ray.replay.ledger_reader import read_rows
 
 CONFIG = Path(__file__).parents[1] / "configs" / "chaos.yaml"
 _ACCURACY_WITHIN = 0.03
@@ -212,18 +214,20 @@ def _one_run(run: Run, schedule: Schedule, config: Config, result: Result) -> No
         leaks = sorted((run.family.shm & shared_memory()) - segments)
         remove_shared_memory(leaks)
     books = Books(
-        ledger=read_ledger(run.dir / "ledger.sqlite"),
+        ledger=read_rows(run.dir / "ledger.sqlite"),
         metrics=read_lines(run.dir / "metrics.jsonl"),
         rollouts=[{k: r[k] for k in ("step", "group_id")} for r in read_lines(run.dir / "rollouts.jsonl")],
+        evaluations=read_lines(run.dir / "evaluations.jsonl"),
         events=run.events,
         summary=read_json(run.dir / "summary.json"),
-        snapshots=run.snapshots,
         num_steps=config.run.num_steps,
         groups_per_step=config.replay.groups_per_step,
         max_staleness=config.replay.max_staleness,
+        rollouts_per_step=config.telemetry.rollout_groups_per_step,
+        is_finished=True,
     )
     run.keep()
-    found = audit(books) | {"processes": orphans or left, "shared_memory": leaks}
+    found = audit(books, run.snapshots) | {"processes": orphans or left, "shared_memory": leaks}
     result.runs.append({"dir": str(run.dir), "audit": found, "starts": run.num_starts, **_accuracy(books, result)})
 
 

@@ -1,15 +1,11 @@
-"""Reads the records of a run from another process: events, steps, phases and the ledger."""
+"""Reads the records of a run from another process while they grow: events, steps, phases."""
 
 from __future__ import annotations
 
 import json
-import sqlite3
 from collections.abc import Mapping
-from contextlib import closing
 from pathlib import Path
 from typing import Any
-
-from benchmarks.faults.audit import Group, Ledger, Version
 
 _TAIL_BYTES = 2**19
 
@@ -78,25 +74,6 @@ def _last_line(path: Path) -> dict[str, Any] | None:
 
 def read_lines(path: Path) -> list[dict[str, Any]]:
     return Lines(path).new()
-
-
-def read_ledger(path: Path) -> Ledger:
-    """Read the ledger as it is now, in read-only mode beside a running run; empty if there is none yet."""
-    if not path.is_file():
-        return Ledger((), ())
-    with closing(sqlite3.connect(f"{path.absolute().as_uri()}?mode=ro", uri=True, timeout=10)) as db:
-        try:
-            db.execute("BEGIN")  # both tables from one snapshot
-            groups = db.execute(
-                "SELECT group_id, state, reason, learner_version, oldest_version, newest_version, num_tokens "
-                "FROM groups ORDER BY group_id"
-            ).fetchall()
-            versions = db.execute("SELECT version, parent, step, fell_back FROM versions ORDER BY version").fetchall()
-        except sqlite3.OperationalError as error:
-            if "no such table" in str(error):
-                return Ledger((), ())
-            raise
-    return Ledger(tuple(Group(*g) for g in groups), tuple(Version(v, p, s, bool(f)) for v, p, s, f in versions))
 
 
 def read_json(path: Path) -> Mapping[str, Any]:

@@ -17,11 +17,11 @@ from typing import Any
 import psutil
 
 from benchmarks.faults import hostile_reward
-from benchmarks.faults.audit import Ledger
 from benchmarks.faults.disk import Disk
 from benchmarks.faults.hostile_reward import TRIGGER
 from benchmarks.faults.processes import MARKER, Family, Role, describe
-from benchmarks.faults.records import Lines, Steps, read_ledger
+from benchmarks.faults.records import Lines, Steps
+from quatro_ray.replay.ledger_reader import LedgerRows, read_rows
 
 _LIBC = ctypes.CDLL(None)
 _PR_SET_PDEATHSIG = 1
@@ -74,7 +74,7 @@ class Run:
         self.events: list[dict[str, Any]] = []
         self.down: set[str] = set()
         """Components that were lost and have not recovered."""
-        self.snapshots: list[Ledger] = []
+        self.snapshots: list[LedgerRows] = []
         self._start_mark = 0.0
 
     def start(self) -> None:
@@ -128,8 +128,8 @@ class Run:
             return [psutil.Process(self.driver.pid)] if self.status() is None else []
         return self.family.of(role)
 
-    def snapshot(self) -> Ledger:
-        ledger = read_ledger(self.dir / "ledger.sqlite")
+    def snapshot(self) -> LedgerRows:
+        ledger = read_rows(self.dir / "ledger.sqlite")
         self.snapshots.append(ledger)
         return ledger
 

@@ -8,10 +8,11 @@ from typing import Any
 
 import psutil
 
-from benchmarks.faults.audit import Ledger, compare
+from benchmarks.faults.audit import compare
 from benchmarks.faults.kinds import Blow, Kind
 from benchmarks.faults.processes import describe, is_alive
 from benchmarks.faults.run import Run
+from quatro_ray.replay.ledger_reader import LedgerRows
 
 _LOOK_EVERY_S = 0.2
 _UNDO_AFTER_S = 120.0
@@ -63,7 +64,7 @@ class Watch:
         outcome: is filled in.
     """
 
-    def __init__(self, run: Run, kind: Kind, blow: Blow, before: Ledger, outcome: Outcome) -> None:
+    def __init__(self, run: Run, kind: Kind, blow: Blow, before: LedgerRows, outcome: Outcome) -> None:
         self._run = run
         self._kind = kind
         self._blow = blow
