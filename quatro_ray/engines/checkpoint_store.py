@@ -180,6 +180,20 @@ class CheckpointStore:
         except (OSError, ValueError, KeyError, TypeError):
             return None
 
+    def damage_of(self, step: int, *, thorough: bool) -> str | None:
+        """Return what differs between a checkpoint and its manifest, or None, also if it was deleted meanwhile.
+
+        Args:
+            step: step of the checkpoint.
+            thorough: compare the contents of all files too, not only their sizes.
+        """
+        path = self._folder / f"step_{step}"
+        try:
+            damage = _damage(path, thorough=thorough)
+        except OSError as error:
+            damage = f"cannot be read ({error})"
+        return damage if path in self._complete()[: self._keep] else None
+
     def newest_step(self) -> int | None:
         """Return the step of the newest checkpoint by its name alone, or None."""
         return next(iter(self.steps()), None)
