@@ -12,7 +12,9 @@ import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
+from quatro_ray.config import dump_config
 from quatro_ray.errors import ClusterError, Preempted
+from quatro_ray.jobs.audit import audit_run
 from quatro_ray.types import DropReason
 from tests.unit.faults import FAULTS, between_steps, inflict, make_world, run_to_the_end, schedule
 from tests.unit.world import FakeEvaluator, FakeGenerator, World, audit, read
@@ -49,8 +51,10 @@ def test_no_schedule_of_faults_loses_or_repeats_a_group(
     world.rng, world.repeat_every = random.Random(seed), repeat_every
     world.generates_during_transfer = generates_during_transfer
     world.faults = schedule(faults)
+    (path / "config.yaml").write_text(dump_config(world.config))
     run_to_the_end(world)
     audit(world)
+    assert audit_run(path).findings.keys() <= {"checkpoints"}  # whose bits were flipped, and which nothing needed since
     # nothing was given up on the way but, of an asynchronous run, groups that came too late
     reasons = {reason for reason, n in world.buffer.stats().drops.items() if n}
     assert reasons <= ({"run_ended", "stale"} if eta else {"run_ended"})
