@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import sys
 from contextlib import suppress
 from functools import partial
@@ -20,6 +21,8 @@ app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_
 
 ConfigPath = Annotated[Path, typer.Argument(help="YAML file; configs/ has examples.", metavar="CONFIG.yaml")]
 Overrides = Annotated[list[str] | None, typer.Argument(help="section.field=value …", metavar="[SECTION.FIELD=VALUE]…")]
+RunDir = Annotated[Path, typer.Argument(help="Directory of a run: finished, running or crashed.")]
+AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON object.")]
 Verbose = Annotated[
     bool, typer.Option("--verbose", "-v", help="Log notes, events and the output of all actors to the terminal.")
 ]
@@ -161,8 +164,37 @@ def tasks() -> None:
 
 
 @app.command()
+def status(
+    run_dir: RunDir,
+    as_json: AsJson = False,
+    watch: Annotated[bool, typer.Option(help="Show it again until the run has ended, or Ctrl-C.")] = False,
+    every: Annotated[float, typer.Option(help="With --watch: seconds between two looks at the run.", min=1)] = 5.0,
+) -> None:
+    """Show what a run does now, how fast it is and when it will end, from its files alone."""
+    from quatro_ray.jobs.status_view import show_status
+
+    with suppress(KeyboardInterrupt):
+        show_status(run_dir, as_json=as_json, every_s=every if watch else None)
+
+
+@app.command()
+def audit(
+    run_dir: RunDir,
+    as_json: AsJson = False,
+    deep: Annotated[bool, typer.Option(help="Also compare the SHA-256 of every file of the checkpoints.")] = False,
+) -> None:
+    """Check that every group, step and version of a run is there once. Exit status 1 if anything is lost or doubled."""
+    from quatro_ray.jobs.audit import audit_run
+    from quatro_ray.jobs.audit_view import view
+
+    found = audit_run(run_dir, thorough=deep)
+    print(json.dumps(found.record()) if as_json else view(found))
+    raise typer.Exit(1 if found.findings else 0)
+
+
+@app.command()
 def report(
-    run_dir: Annotated[Path, typer.Argument(help="Directory of a run: finished, running or crashed.")],
+    run_dir: RunDir,
     watch: Annotated[
         bool, typer.Option(help="Write it again after every change, until the run is finished or Ctrl-C.")
     ] = False,
@@ -180,7 +212,7 @@ def report(
 
 @app.command()
 def trace(
-    run_dir: Annotated[Path, typer.Argument(help="Directory of a run: finished, running or crashed.")],
+    run_dir: RunDir,
     out: Annotated[Path | None, typer.Option(help="Where to write it; by default RUN_DIR/trace.json.")] = None,
 ) -> None:
     """Write what each part of a run did and when as a Chrome trace, for ui.perfetto.dev."""

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import json
 import re
+import subprocess
+import sys
 from importlib.metadata import version
 from pathlib import Path
 
@@ -10,7 +13,8 @@ import pytest
 import yaml
 
 from quatro_ray import cli
-from tests.make import own_data_config
+from quatro_ray.config import dump_config
+from tests.make import config, own_data_config
 
 
 @pytest.fixture
@@ -112,6 +116,60 @@ def test_watching_a_report_ends_with_its_run_or_with_ctrl_c(call, tmp_path: Path
     (tmp_path / "summary.json").write_text("{}")
     code, out, _ = call("report", str(tmp_path), "--watch", "--every", "1")
     assert (code, out) == (0, f"report: {tmp_path / 'report.html'}\n")
+
+
+@pytest.mark.parametrize("command", ["status", "audit", "trace"])
+def test_what_is_no_run_is_told_in_one_line(call, tmp_path: Path, command: str) -> None:  # type: ignore[no-untyped-def]
+    code, out, err = call(command, str(tmp_path))
+    assert (code, out) == (2, "")
+    assert err == f"error: {tmp_path}: holds no run, as it has no config.yaml; give the run.dir of a run\n"
+
+
+def test_a_status_is_text_or_json(call, tmp_path: Path) -> None:  # type: ignore[no-untyped-def]
+    (tmp_path / "config.yaml").write_text("run: {num_steps: 9}\n")
+    code, out, err = call("status", str(tmp_path))
+    assert (code, err) == (0, "")
+    assert out.splitlines()[0] == f"run           {tmp_path}: ended, no record yet"
+    code, out, _ = call("status", str(tmp_path), "--json")
+    assert code == 0 and json.loads(out)["num_steps"] == 9
+    code, again, _ = call("status", str(tmp_path), "--watch", "--every", "1")  # there is nothing to wait for
+    assert code == 0 and again.splitlines()[1] == "step          0 of 9, version unknown"
+
+
+def test_watching_a_status_ends_with_ctrl_c(call, tmp_path: Path, monkeypatch) -> None:  # type: ignore[no-untyped-def]
+    (tmp_path / "config.yaml").write_text("run: {num_steps: 9}\n")
+
+    def interrupt(*_: object, **__: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("quatro_ray.jobs.status_view.show_status", interrupt)
+    assert call("status", str(tmp_path), "--watch") == (0, "", "")
+
+
+def test_an_audit_tells_by_its_status_if_anything_is_lost(call, tmp_path: Path) -> None:  # type: ignore[no-untyped-def]
+    (tmp_path / "config.yaml").write_text(dump_config(config(tmp_path)))
+    code, out, err = call("audit", str(tmp_path))
+    assert (code, err) == (0, "")
+    assert out.startswith(f"{tmp_path}: not finished, step 0 of 3") and out.endswith("inconsistent\n")
+    (tmp_path / "metrics.jsonl").write_text('{"step": 1}\n')  # and no ledger
+    code, out, err = call("audit", str(tmp_path), "--json", "--deep")
+    assert (code, err) == (1, "")
+    assert json.loads(out)["findings"] == {"ledger": ["ledger.sqlite is missing or empty, and metrics.jsonl has steps"]}
+    (tmp_path / "config.yaml").write_text("run: {num_steps: 9}\n")
+    code, out, err = call("audit", str(tmp_path))
+    assert (code, out) == (2, "") and "replay.groups_per_step must be a whole number" in err
+
+
+def test_looking_at_a_run_loads_neither_torch_nor_ray(tmp_path: Path) -> None:
+    (tmp_path / "config.yaml").write_text(dump_config(config(tmp_path)))
+    code = (
+        "import sys\nfrom quatro_ray import cli\n"
+        "for command in ('status', 'audit'):\n"
+        f"    sys.argv = ['quatro-ray', command, {str(tmp_path)!r}]\n"
+        "    try: cli.main()\n    except SystemExit as end: assert end.code == 0\n"
+        "assert not {'torch', 'ray', 'vllm', 'deepspeed', 'matplotlib'} & set(sys.modules)"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True, stdout=subprocess.DEVNULL, timeout=120)
 
 
 def test_a_trace_is_written_beside_the_run_or_where_one_says(call, tmp_path: Path) -> None:  # type: ignore[no-untyped-def]
