@@ -74,7 +74,8 @@ def submit(
 
 
 def _connect(address: str | None) -> JobSubmissionClient:
-    logging.getLogger("ray.dashboard.modules").setLevel(logging.WARNING)
+    for module in ("dashboard_sdk", "job.sdk"):
+        logging.getLogger(f"ray.dashboard.modules.{module}").setLevel(logging.WARNING)
     try:
         return JobSubmissionClient(address)
     except _API_ERRORS as error:
@@ -130,6 +131,7 @@ class _Follower:
         if details is None:
             self._say(f"job {self._job} is left to itself; `ray job logs --follow {self._job}` shows it")
             return 128 + signal.SIGINT
+        await self._show_the_rest()
         return self._status_of(details)
 
     @contextmanager
@@ -195,6 +197,15 @@ class _Follower:
                 if (await asyncio.to_thread(self._client.get_job_info, self._job)).status.is_terminal():
                     return
             await asyncio.sleep(_LOOK_EVERY_S)
+
+    async def _show_the_rest(self) -> None:
+        """Print what did not come before the job ended: Ray closes the connection without the last lines."""
+        try:
+            log = await asyncio.to_thread(self._client.get_job_logs, self._job)
+        except _API_ERRORS as error:
+            self._say(f"the end of the job's output cannot be read ({last_line(error)})")
+        else:
+            print(log[self._num_shown :], end="", flush=True)
 
     def _status_of(self, details: JobDetails) -> int:
         """Return the run's own exit status, and say how the job ended."""
