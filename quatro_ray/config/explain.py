@@ -132,7 +132,7 @@ def _correction(place: _Place, root: type[Section]) -> str:
     command = " ".join(["quatro-ray fields", *parents.split(".")[:1]]).strip()
     listed = f"(`{command}` lists all)"
     if place.section and (successor := place.section.removed.get(name)):
-        return f"it was removed: {successor} (docs/algorithm.md); remove it"
+        return f"it was removed: {successor}; remove it"
     if place.section and (close := difflib.get_close_matches(name, place.section.model_fields, n=1, cutoff=0.75)):
         return f"did you mean {f'{parents}.' if parents else ''}{close[0]}? {listed}"
     paths = sorted(_paths(root, ""), key=lambda path: path.count("."), reverse=True)

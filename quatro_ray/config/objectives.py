@@ -25,22 +25,23 @@ class ImportanceConfig(Section):
 
 _SPLIT = "set tilt_share for how far one group may tilt the policy, max_token_shift for how far a token may move"
 _MASK = "max_token_shift stops tokens that have moved too far, at any length and staleness"
+_REMOVED = {
+    "kl_budget_nats": _SPLIT,
+    "kl_budget_unit": _SPLIT,
+    "headroom_exponent": "tilt_share gives hard queries more room by itself",
+    "shrink_by_ess": _MASK,
+    "max_eta": "tilt_share bounds every target, on any scale of rewards",
+    "eta_cap": "tilt_share bounds every target, on any scale of rewards",
+    "stabilizer": _MASK,
+    "drift_nats_per_token": _MASK,
+    "staleness_exponent": f"{_MASK}; learner.step_control.window_kl_nats_per_token gives old samples shorter steps",
+}
 
 
 class QuatroConfig(Section):
     """Exact per-query trust region around the policy that sampled. arXiv 2602.04620; docs/algorithm.md."""
 
-    removed: ClassVar = {
-        "kl_budget_nats": _SPLIT,
-        "kl_budget_unit": _SPLIT,
-        "headroom_exponent": "tilt_share gives hard queries more room by itself",
-        "shrink_by_ess": _MASK,
-        "max_eta": "tilt_share bounds every target, on any scale of rewards",
-        "eta_cap": "tilt_share bounds every target, on any scale of rewards",
-        "stabilizer": _MASK,
-        "drift_nats_per_token": _MASK,
-        "staleness_exponent": f"{_MASK}; learner.step_control.window_kl_nats_per_token gives old samples shorter steps",
-    }
+    removed: ClassVar = {name: f"{successor} (docs/algorithm.md)" for name, successor in _REMOVED.items()}
 
     kind: Literal["quatro"]
     tilt_share: float = Field(0.3, gt=0, lt=1)

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import Literal
+from typing import Annotated, ClassVar, Literal
 
 from pydantic import Field
 
-from quatro_ray.config.base import Section
-from quatro_ray.config.paths import OutputPath
+from quatro_ray.config.base import Accepts, Section
+from quatro_ray.config.paths import FunctionPath, OutputPath
+
+TrackerName = Literal["tensorboard", "wandb", "mlflow", "trackio", "swanlab"]
 
 
 class RunConfig(Section):
@@ -87,10 +89,32 @@ class CheckpointConfig(Section):
 class TelemetryConfig(Section):
     """Records of the run, besides metrics.jsonl and the report."""
 
-    tensorboard: bool = True
-    """Write metrics for TensorBoard, to tensorboard/ in run.dir."""
+    removed: ClassVar = {
+        "tensorboard": "list it in telemetry.trackers instead, or set that to [] for none (docs/trackers.md)"
+    }
+
+    trackers: Annotated[tuple[TrackerName, ...], Accepts("a list of tensorboard, wandb, mlflow, trackio, swanlab")] = (
+        "tensorboard",
+    )
+    """Experiment trackers that get the metrics, each through its own client (docs/trackers.md). Accounts, servers and
+    offline modes are set by the client's own environment variables, never here."""
+    project: str = Field("quatro_ray", min_length=1)
+    """Project of the run in trackers that have projects; MLflow calls it an experiment."""
+    run_name: str | None = Field(None, min_length=1)
+    """Name of the run in trackers. null: the name of run.dir."""
+    callbacks: Annotated[tuple[FunctionPath, ...], Accepts("a list of module:name or path/to/file.py:name")] = ()
+    """Your own trackers: classes or functions that are called with metrics, evaluations and checkpoints."""
+    tracker_deadline_s: float = Field(60, gt=0)
+    """Seconds within which a tracker or callback must handle one record, and all of them together must end when the run
+    ends. Training never waits for them meanwhile."""
     rollout_groups_per_step: int = Field(1, ge=0)
     """Groups of each step that are written to rollouts.jsonl in readable form."""
+
+    def broken_rules(self) -> Iterator[str]:
+        """Yield a line for each tracker or callback that is listed twice."""
+        for field, names in (("trackers", self.trackers), ("callbacks", self.callbacks)):
+            for name in sorted({n for n in names if names.count(n) > 1}):
+                yield f"{field}={list(names)} has {name} twice: remove one"
 
 
 class ClusterConfig(Section):

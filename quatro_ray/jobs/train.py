@@ -63,7 +63,10 @@ def _train(config: Config, prepared: Prepared, claim: Claim, signals: StopSignal
     run_dir = config.run.dir
     progress = Progress(in_place=not verbose)
     recorder = Recorder(
-        run_dir, num_steps=config.run.num_steps, tensorboard=config.telemetry.tensorboard, progress=progress
+        run_dir,
+        num_steps=config.run.num_steps,
+        tensorboard="tensorboard" in config.telemetry.trackers,
+        progress=progress,
     )
     if claim.restored is not None:
         recorder.event("restored", "ledger", why=claim.restored)

@@ -105,8 +105,7 @@ class CheckpointWriter:
         if checkpoint is None:
             return
         self.saved_step = checkpoint.step
-        told = {"step": checkpoint.step, "version": checkpoint.version, "path": checkpoint.path.name}
-        self._recorder.event("written", "checkpoint", **told)
+        self._recorder.checkpoint(checkpoint.step, checkpoint.version, checkpoint.path)
         oldest = await asyncio.to_thread(self._store.oldest_version)
         await self._replay.absorbed(checkpoint.version if oldest is None else oldest)
 

@@ -18,12 +18,13 @@ from quatro_ray.telemetry.append_log import AppendLog, last_lines_of
 from quatro_ray.telemetry.console import Progress
 from quatro_ray.telemetry.evaluation_result import EvaluationResult
 from quatro_ray.telemetry.logs import without_secrets
+from quatro_ray.telemetry.tracker import Outcome, Tracker
 from quatro_ray.types import EngineLoad, StepMetrics
 
 _OF_EVALUATIONS = ("evaluations", "evaluation_rollouts")
 _BY_STEP = ("metrics", "rollouts", *_OF_EVALUATIONS)
-_SHOWN_EVENTS = {"lost", "recovered", "given_up", "fell_back", "damaged", "failed"}
-_WARNING_EVENTS = {"lost", "given_up", "damaged", "failed"}
+_SHOWN_EVENTS = {"lost", "recovered", "given_up", "fell_back", "damaged", "failed", "incomplete"}
+_WARNING_EVENTS = {"lost", "given_up", "damaged", "failed", "incomplete"}
 _FIRST_FIELD = re.compile(rb'\{"step": (\d+)[,}]')
 TIMELINE = "timeline.jsonl"
 _MAX_TIMELINE_BYTES = 2**26
@@ -70,6 +71,7 @@ class Recorder:
         self._clock = clock
         self._start = clock() - _last_time(run_dir)
         self._board = _tensorboard(run_dir / "tensorboard", self.say) if tensorboard else None
+        self._tracker = Tracker()
         self.roles: dict[str, Activity] = {}
         self._phases: defaultdict[str, list[str]] = defaultdict(list)
         for role in (CONTROLLER, "learner"):
@@ -93,6 +95,10 @@ class Recorder:
         finally:
             names.remove(name)
             activity.enter(0, names[-1] if names else IDLE)
+
+    def follow_with(self, tracker: Tracker) -> None:
+        """Send metrics, evaluations, checkpoints and fall-backs to a tracker too; its methods must return at once."""
+        self._tracker = tracker
 
     def watch(self, role: str, activity: Activity) -> None:
         """Add a role. Its shares of time become metrics, and the stays of its first 16 members go to the timeline."""
@@ -150,6 +156,7 @@ class Recorder:
                 self.event("damaged", f"{name}.jsonl", why=f"{num_damaged} lines cannot be read; they are left out")
         if self._board is not None:
             self._board.restart(step + 1)
+        self._tracker.on_rewind(step)
 
     def step(self, step: int, metrics: StepMetrics, samples: Sequence[Mapping[str, object]]) -> None:
         """Record an optimiser step: its metrics, and the sampled groups as rollouts.jsonl has them."""
@@ -161,6 +168,7 @@ class Recorder:
             for name, value in metrics.items():
                 if isinstance(value, int | float):
                     self._board.add_scalar(name, value, step)
+        self._tracker.on_step(step, shown)
         self._progress.step(step, self._num_steps, metrics, self.now())
 
     def evaluation(self, result: EvaluationResult) -> None:
@@ -173,7 +181,13 @@ class Recorder:
             for name, value in record.items():
                 if isinstance(value, float):
                     self._board.add_scalar(f"eval/{result.name}/{name}", value, result.step)
+        self._tracker.on_evaluation(result.step, result.name, record)
         self._progress.evaluation(result)
+
+    def checkpoint(self, step: int, version: int, path: Path) -> None:
+        """Record that a checkpoint is complete."""
+        self.event("written", "checkpoint", step=step, version=version, path=path.name)
+        self._tracker.on_checkpoint(step, str(path))
 
     def note(self, message: str, *, level: int = logging.INFO) -> None:
         """Write a line, with secrets masked, to notes.log and to Python's logging."""
@@ -197,12 +211,13 @@ class Recorder:
         self.note(message, level=level)
         self._progress.say(message)
 
-    def close(self) -> None:
+    def close(self, outcome: Outcome = "finished") -> None:
         """Write what waits and close all files. Records for which the disk has no space are counted and reported."""
         for activity in self.roles.values():
             activity.close()
         if self._board is not None:
             self._board.close()  # may still say something
+        self._tracker.on_end(outcome)  # and so may this
         files = [self._timeline, self._events, self._notes, *self._by_step.values()]
         for file in files:
             file.close()
