@@ -10,7 +10,7 @@ LAYERS = [
     {"types", "errors", "timeouts", "seeding", "chats", "files"},
     {"failures", "config", "telemetry", "algorithms"},
     {"replay", "weight_sync", "isolation"},
-    {"rewards"},
+    {"rewards", "trackers"},
     {"data"},
     {"engines", "environments"},
     {"actors"},
