@@ -29,6 +29,7 @@ from quatro_ray.jobs.run_directory import check_run_dir
 from quatro_ray.orchestrator.host import check_host
 from quatro_ray.orchestrator.resources import evaluation_bundles
 from quatro_ray.telemetry.console import Progress
+from quatro_ray.trackers.registry import check_trackers
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -46,6 +47,8 @@ def check(config: Config) -> Prepared:
     _check_model(config, problems)
     with problems.collect():
         check_objective(config.objective)
+    with problems.collect():
+        check_trackers(config.telemetry)
     with problems.collect():
         check_host(config)
     inputs = None if dataset is None else fingerprints(config, dataset)

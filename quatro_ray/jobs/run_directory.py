@@ -38,7 +38,8 @@ _LEFT_BY_A_START = _RESULTS | {
     "checkpoints", "config.yaml", "config.yaml.writing", "evaluation_rollouts.jsonl", "evaluations.jsonl",
     "events.jsonl", "inputs.json", "inputs.json.writing", "ledger.host", "ledger.host.writing", "ledger.rollouts",
     "ledger.sqlite", "ledger.sqlite-shm", "ledger.sqlite-wal", "model", "model.writing", "notes.log", "now.json",
-    "now.json.writing", "stall.txt", "tensorboard", "timeline.jsonl", "timeline.1.jsonl",
+    "now.json.writing", "stall.txt", "swanlog", "tensorboard", "timeline.jsonl", "timeline.1.jsonl", "trackers.json",
+    "trackers.json.writing", "wandb",
 }  # fmt: skip
 """All that a run may have written before it admitted its first group."""
 

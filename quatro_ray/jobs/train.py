@@ -17,7 +17,7 @@ from quatro_ray.config import Config, TinyModelConfig
 from quatro_ray.data.dataset import Dataset, QueryStream
 from quatro_ray.data.registry import describe
 from quatro_ray.engines.checkpoint_store import replace_folder
-from quatro_ray.errors import ClusterError, TakenOver, last_line
+from quatro_ray.errors import ClusterError, Preempted, TakenOver, last_line
 from quatro_ray.files import replace_file
 from quatro_ray.jobs.prepared import Prepared, prepare
 from quatro_ray.jobs.run_directory import Claim, claim_run_dir
@@ -34,7 +34,9 @@ from quatro_ray.telemetry.counters import Counters
 from quatro_ray.telemetry.now_file import NowFile
 from quatro_ray.telemetry.recorder import Recorder
 from quatro_ray.telemetry.report import write_report
+from quatro_ray.telemetry.tracker import Outcome
 from quatro_ray.timeouts import Overtaken, unless, within
+from quatro_ray.trackers.processes import TrackerProcesses
 from quatro_ray.types import Query
 
 
@@ -62,16 +64,13 @@ def _train(config: Config, prepared: Prepared, claim: Claim, signals: StopSignal
     dataset = prepared.dataset
     run_dir = config.run.dir
     progress = Progress(in_place=not verbose)
-    recorder = Recorder(
-        run_dir,
-        num_steps=config.run.num_steps,
-        tensorboard="tensorboard" in config.telemetry.trackers,
-        progress=progress,
-    )
+    recorder = Recorder(run_dir, num_steps=config.run.num_steps, progress=progress)
+    recorder.follow_with(TrackerProcesses(config, recorder))
     if claim.restored is not None:
         recorder.event("restored", "ledger", why=claim.restored)
         recorder.say(claim.restored)
     now_file = NowFile(run_dir, recorder.roles, recorder.note)
+    outcome: Outcome = "finished"
     try:
         with recorder.phase("controller", "connect"), waiting_for("Ray", recorder.say):
             connect(config, show_actor_logs=verbose)
@@ -83,9 +82,11 @@ def _train(config: Config, prepared: Prepared, claim: Claim, signals: StopSignal
             claim.token.while_newest(_run(config, dataset, recorder, signals, resume=claim.resumes))
         )
     except TakenOver:
+        outcome = "stopped"
         raise  # the notes are the newer attempt's now
     except BaseException as error:
         recorder.note(f"ended by {type(error).__name__}: {error}")
+        outcome = "stopped" if isinstance(error, Preempted) else "failed"
         if isinstance(error, RayError):
             raise ClusterError(
                 f"an actor failed: {last_line(error)}; see {run_dir}/notes.log for the whole traceback"
@@ -94,7 +95,7 @@ def _train(config: Config, prepared: Prepared, claim: Claim, signals: StopSignal
     finally:
         seconds, shares = recorder.seconds(), recorder.time_shares()
         now_file.close()
-        recorder.close()
+        recorder.close(outcome)
         ray.shutdown()
     summary = summarise(counters, stats, memory | {"controller": own_peak_rss_bytes()}, seconds, shares)
     replace_file(run_dir / "summary.json", json.dumps(summary, indent=2) + "\n")

@@ -135,9 +135,7 @@ class _Timed(Recorder):
 
     def __init__(self, cpu: list[float], config: Config, clock: Any) -> None:
         progress = Progress(Console(file=io.StringIO()))
-        super().__init__(
-            config.run.dir, num_steps=config.run.num_steps, tensorboard=False, progress=progress, clock=clock
-        )
+        super().__init__(config.run.dir, num_steps=config.run.num_steps, progress=progress, clock=clock)
         self._cpu = cpu
 
     def step(self, *args: Any) -> None:

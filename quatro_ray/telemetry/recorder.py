@@ -1,4 +1,4 @@
-"""The only writer of a run's records: metrics, rollouts, timeline, events, notes, TensorBoard, the progress line."""
+"""The only writer of a run's records: metrics, rollouts, timeline, events, notes, trackers, the progress line."""
 
 from __future__ import annotations
 
@@ -11,7 +11,6 @@ from collections.abc import Callable, Container, Iterator, Mapping, Sequence, Se
 from contextlib import contextmanager, suppress
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
 
 from quatro_ray.telemetry.activity import CONTROLLER, IDLE, Activity, member_name, shares
 from quatro_ray.telemetry.append_log import AppendLog, last_lines_of
@@ -44,7 +43,6 @@ class Recorder:
     Args:
         run_dir: where the files are written.
         num_steps: optimiser steps of the whole run, for the progress line.
-        tensorboard: write event files for TensorBoard too.
         progress: the terminal.
         clock: returns seconds that only increase.
 
@@ -57,7 +55,6 @@ class Recorder:
         run_dir: Path,
         *,
         num_steps: int,
-        tensorboard: bool,
         progress: Progress,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
@@ -70,7 +67,6 @@ class Recorder:
         self._is_full = False
         self._clock = clock
         self._start = clock() - _last_time(run_dir)
-        self._board = _tensorboard(run_dir / "tensorboard", self.say) if tensorboard else None
         self._tracker = Tracker()
         self.roles: dict[str, Activity] = {}
         self._phases: defaultdict[str, list[str]] = defaultdict(list)
@@ -154,8 +150,6 @@ class Recorder:
             steps = evaluated if name in _OF_EVALUATIONS else range(step + 1)
             if num_damaged := _keep_steps(file, steps):
                 self.event("damaged", f"{name}.jsonl", why=f"{num_damaged} lines cannot be read; they are left out")
-        if self._board is not None:
-            self._board.restart(step + 1)
         self._tracker.on_rewind(step)
 
     def step(self, step: int, metrics: StepMetrics, samples: Sequence[Mapping[str, object]]) -> None:
@@ -164,10 +158,6 @@ class Recorder:
         _write(self._by_step["metrics"], {"step": step, "time_s": self.now(), **shown})
         for group in samples:
             _write(self._by_step["rollouts"], {"step": step, **group})
-        if self._board is not None:
-            for name, value in metrics.items():
-                if isinstance(value, int | float):
-                    self._board.add_scalar(name, value, step)
         self._tracker.on_step(step, shown)
         self._progress.step(step, self._num_steps, metrics, self.now())
 
@@ -177,10 +167,6 @@ class Recorder:
         _write(self._by_step["evaluations"], {"step": result.step, "time_s": self.now(), **record})
         for group in result.rollouts:
             _write(self._by_step["evaluation_rollouts"], {"step": result.step, "set": result.name, **group})
-        if self._board is not None:
-            for name, value in record.items():
-                if isinstance(value, float):
-                    self._board.add_scalar(f"eval/{result.name}/{name}", value, result.step)
         self._tracker.on_evaluation(result.step, result.name, record)
         self._progress.evaluation(result)
 
@@ -215,9 +201,7 @@ class Recorder:
         """Write what waits and close all files. Records for which the disk has no space are counted and reported."""
         for activity in self.roles.values():
             activity.close()
-        if self._board is not None:
-            self._board.close()  # may still say something
-        self._tracker.on_end(outcome)  # and so may this
+        self._tracker.on_end(outcome)  # may still say something
         files = [self._timeline, self._events, self._notes, *self._by_step.values()]
         for file in files:
             file.close()
@@ -262,54 +246,3 @@ def _rounded(values: list[float]) -> list[float]:
 
 def _write(file: AppendLog, record: Mapping[str, object]) -> None:
     file.write(json.dumps(record))
-
-
-def _tensorboard(path: Path, say: Callable[[str], None]) -> _Board:
-    from tensorboard.compat.proto.summary_pb2 import Summary
-    from tensorboard.summary.writer.event_file_writer import EventFileWriter
-
-    return _Board(EventFileWriter(str(path)), Summary, say)
-
-
-class _Board:
-    """Writes scalars for TensorBoard, without importing torch into the controller's process.
-
-    After its first error, such as a full disk, nothing more is written.
-    """
-
-    def __init__(self, writer: Any, summary_type: Any, say: Callable[[str], None]) -> None:
-        self._writer = writer
-        self._summary = summary_type
-        self._say = say
-
-    def add_scalar(self, name: str, value: float, step: int) -> None:
-        from tensorboard.compat.proto.event_pb2 import Event
-
-        summary = self._summary(value=[self._summary.Value(tag=name, simple_value=float(value))])
-        self._add(Event(wall_time=time.time(), step=step, summary=summary))
-
-    def restart(self, step: int) -> None:
-        """Tell readers of the event file to discard all scalars from this step on."""
-        from tensorboard.compat.proto.event_pb2 import Event, SessionLog
-
-        log = SessionLog(status=SessionLog.START)
-        self._add(Event(wall_time=time.time(), step=step, session_log=log))
-
-    def _add(self, event: Any) -> None:
-        self._unless_failed(lambda: self._writer.add_event(event))
-
-    def close(self) -> None:
-        self._unless_failed(lambda: self._writer.close())
-
-    def _unless_failed(self, action: Callable[[], None]) -> None:
-        """Run `action`, unless one failed before.
-
-        TensorBoard's thread ends at its first error, which every later call raises again.
-        """
-        if self._writer is None:
-            return
-        try:
-            action()
-        except OSError as error:
-            self._writer = None
-            self._say(f"TensorBoard's event file cannot be written, so its scalars end here: {error}")

@@ -80,7 +80,7 @@ def test_same_numbers_as_a_plain_synchronous_loop(local_ray: None, warm_model_pa
     checkpoint.mkdir()
     ring.run(ring.parts.learner.save_checkpoint(checkpoint, 60))
     dataset = make_dataset(made.data, made.rewards)
-    recorder = Recorder(made.run.dir, num_steps=3, tensorboard=False, progress=Progress())
+    recorder = Recorder(made.run.dir, num_steps=3, progress=Progress())
     controller = Controller(made, ring.parts, QueryStream(dataset, made.run.seed), dataset.held_out, recorder)
     counters = ring.run(controller.run(), 300)
     recorder.close()

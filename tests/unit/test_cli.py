@@ -51,7 +51,7 @@ def fake_train(run_dir: Path, error: QuatroError | None = None) -> Any:
 
     def train(loaded: Config, *, verbose: bool = False) -> Path:
         run_dir.mkdir(exist_ok=True)
-        recorder = Recorder(run_dir, num_steps=1, tensorboard=False, progress=Progress(in_place=not verbose))
+        recorder = Recorder(run_dir, num_steps=1, progress=Progress(in_place=not verbose))
         recorder.note("group 7, again after https://user:hunter2@host/score failed")
         recorder.event("lost", "generator 0", why="killed")
         recorder.event("written", "checkpoint", step=3)

@@ -353,7 +353,7 @@ class World:
             self._open()
         loop = VirtualLoop()
         steps = self.config.run.num_steps
-        recorder = Recorder(path, num_steps=steps, tensorboard=False, progress=Progress(), clock=loop.time)
+        recorder = Recorder(path, num_steps=steps, progress=Progress(), clock=loop.time)
         try:
             return loop.run_until_complete(self._main(loop, recorder, resume))
         finally:

@@ -68,9 +68,10 @@ def test_all_problems_are_told_at_once(tmp_path: Path, folder: Path) -> None:
             "train": {"mine": {"kind": "jsonl", "path": "/nowhere.jsonl"}},
             "eval": {"sums": {"kind": "chain_sum", "num_questions": 16, "seed": 1}},
         },
+        telemetry={"callbacks": ["nowhere:callback"]},
     )
     first, *lines = text.splitlines()
-    assert first == "5 problems"
+    assert first == "6 problems"
     for line, expected in zip(
         sorted(lines),
         [
@@ -79,6 +80,7 @@ def test_all_problems_are_told_at_once(tmp_path: Path, folder: Path) -> None:
             "generator.tensor_parallel_size=3: must divide the model's 4 attention heads",
             f"model.path={folder}: has no weights",
             "run.dir=/proc/x, checkpoint.dir=/proc/x/checkpoints: cannot be used",
+            "telemetry.callbacks='nowhere:callback': importing it failed: ModuleNotFoundError",
         ],
         strict=True,
     ):

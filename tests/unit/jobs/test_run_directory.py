@@ -52,6 +52,14 @@ def test_a_run_goes_on_also_to_another_end(begun: Path) -> None:
     assert load_config(begun / "config.yaml").run.num_steps == 50
 
 
+def test_a_run_keeps_its_ids_in_trackers_until_it_is_replaced(begun: Path) -> None:
+    (begun / "trackers.json").write_text("{}")
+    prepare_run_dir(run(begun))
+    assert (begun / "trackers.json").exists()
+    prepare_run_dir(run(begun, run={"resume": "never", "overwrite": True}))
+    assert not (begun / "trackers.json").exists()
+
+
 @pytest.mark.parametrize(
     ("over", "message"),
     [

@@ -39,7 +39,7 @@ class Evaluator:
 
 @pytest.fixture
 def recorder(tmp_path: Path) -> Iterator[Recorder]:
-    made = Recorder(tmp_path, num_steps=9, tensorboard=False, progress=Progress())
+    made = Recorder(tmp_path, num_steps=9, progress=Progress())
     yield made
     made.close()
 

@@ -86,7 +86,7 @@ def write_run(path: Path, num_steps: int = 2, response: str = "7", *, finished: 
     """Write a run of `num_steps` steps; one that is not finished has no summary."""
     path.mkdir()
     rng = random.Random(0)
-    recorder = Recorder(path, num_steps=num_steps, tensorboard=False, progress=Progress())
+    recorder = Recorder(path, num_steps=num_steps, progress=Progress())
     for step in (0, num_steps):
         rates = {1: 0.25 + 0.02 * step, 8: 0.5 + 0.02 * step}
         recorder.evaluation(EvaluationResult("sums", step, step, 4, 8, rates, 0.5, {}, 3, 0.4, 0.0, 64))

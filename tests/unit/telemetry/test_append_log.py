@@ -79,7 +79,7 @@ def test_lines_are_taken_back_without_room_for_others(disk: Disk) -> None:
 def test_a_full_disk_is_told_once_and_ends_nothing(disk: Disk, capsys: pytest.CaptureFixture[str]) -> None:
     path = disk.path / "run"
     path.mkdir()
-    recorder = Recorder(path, num_steps=10, tensorboard=True, progress=Progress())
+    recorder = Recorder(path, num_steps=10, progress=Progress())
     disk.fill(leave_bytes=0)
     for index in range(3000):
         recorder.engine_load(0, EngineLoad(index, 0, 0, is_alive=True))
@@ -108,7 +108,7 @@ METRICS: StepMetrics = {
 
 
 def recorder(path: Path) -> Recorder:
-    return Recorder(path, num_steps=9, tensorboard=False, progress=Progress(in_place=False))
+    return Recorder(path, num_steps=9, progress=Progress(in_place=False))
 
 
 def test_damaged_lines_are_left_out_when_a_run_goes_back(tmp_path: Path) -> None:

@@ -81,7 +81,7 @@ def test_the_earlier_part_of_a_long_timeline_comes_first(tmp_path: Path, monkeyp
     path = write_run(tmp_path / "r")
 
     def record(num: int) -> float:
-        recorder = Recorder(path, num_steps=2, tensorboard=False, progress=Progress())
+        recorder = Recorder(path, num_steps=2, progress=Progress())
         for _ in range(num):
             with recorder.phase("learner", "train"):
                 pass

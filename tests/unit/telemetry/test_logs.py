@@ -67,7 +67,7 @@ def test_other_libraries_are_left_alone(logger: logging.Logger, capsys: pytest.C
 
 def test_levels_of_events(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     caplog.set_level(logging.INFO, "quatro_ray")
-    recorder = Recorder(tmp_path, num_steps=1, tensorboard=False, progress=Progress())
+    recorder = Recorder(tmp_path, num_steps=1, progress=Progress())
     for event in ("lost", "failed", "given_up", "damaged", "recovered", "fell_back", "written"):
         recorder.event(event, "learner")
     recorder.say("starting")
