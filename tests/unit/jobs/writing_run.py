@@ -38,7 +38,7 @@ def config_of(run_dir: Path) -> Config:
 def main(run_dir: Path) -> None:
     loaded = config_of(run_dir)
     with claim_run_dir(loaded):
-        recorder = Recorder(run_dir, num_steps=NUM_STEPS, tensorboard=False, progress=Progress(), clock=time.monotonic)
+        recorder = Recorder(run_dir, num_steps=NUM_STEPS, progress=Progress(), clock=time.monotonic)
         engines = Activity()
         recorder.watch("generators", engines)
         engines.enter(0, "busy")
