@@ -74,8 +74,8 @@ def submit(
 
 
 def _connect(address: str | None) -> JobSubmissionClient:
-    for module in ("dashboard_sdk", "job.sdk"):
-        logging.getLogger(f"ray.dashboard.modules.{module}").setLevel(logging.WARNING)
+    for module in ("dashboard.modules.dashboard_sdk", "dashboard.modules.job.sdk", "_private.runtime_env.packaging"):
+        logging.getLogger(f"ray.{module}").setLevel(logging.WARNING)
     try:
         return JobSubmissionClient(address)
     except _API_ERRORS as error:
