@@ -72,7 +72,7 @@ if (( SLURM_JOB_NUM_NODES > 1 )); then
   nodes+=($!)
 fi
 
-# quatro-ray refuses a cluster that is too small, so all nodes join first
+# all nodes join before the driver starts, so that a missing one is reported here
 export RAY_ADDRESS=$address:$port
 until (( num_signals )) || ray status 2>/dev/null | grep -q "/$num_cpus.0 CPU"; do
   if (( SECONDS > start_deadline_s || $(jobs -rp | wc -l) < ${#nodes[@]} )); then
