@@ -111,10 +111,11 @@ def check_resumed(run_dir: Path, steps: int) -> None:
 
 def test_the_exit_status_is_that_of_the_run(head: Head, here: Path) -> None:
     """A run that is refused on the cluster: what is wrong is known only there."""
-    process = submission(head, here, "job.yaml", "data.train.sums={kind: jsonl, path: /on/the/cluster.jsonl}")
+    wrong = "data.train.sums={kind: jsonl, path: /on/the/cluster.jsonl}"
+    process = submission(head, here, "job.yaml", "--include", "helpers.py", wrong)
     said, _ = process.communicate(timeout=240)
     assert process.returncode == 2, said
-    assert "error: " in said and "/on/the/cluster.jsonl" in said
+    assert "error: data.train.sums.path=/on/the/cluster.jsonl: cannot be read" in said, said
 
 
 @pytest.mark.soak
