@@ -107,6 +107,8 @@ class TelemetryConfig(Section):
     tracker_deadline_s: float = Field(60, gt=0)
     """Seconds within which a tracker or callback must handle one record, and all of them together must end when the run
     ends. Training never waits for them meanwhile."""
+    prometheus: bool = True
+    """Add metrics to those that Ray's agent on each node offers to Prometheus anyway (docs/monitoring.md)."""
     rollout_groups_per_step: int = Field(1, ge=0)
     """Groups of each step that are written to rollouts.jsonl in readable form."""
 

@@ -26,6 +26,7 @@ from quatro_ray.orchestrator.cluster import Cluster, spawn
 from quatro_ray.orchestrator.connection import connect
 from quatro_ray.orchestrator.controller import Controller
 from quatro_ray.orchestrator.placement import Placer
+from quatro_ray.orchestrator.prometheus import export_metrics
 from quatro_ray.orchestrator.resources import bundles
 from quatro_ray.orchestrator.startup import waiting_for
 from quatro_ray.replay.buffer import ReplayStats
@@ -75,6 +76,10 @@ def _train(config: Config, prepared: Prepared, claim: Claim, signals: StopSignal
         with recorder.phase("controller", "connect"), waiting_for("Ray", recorder.say):
             connect(config, show_actor_logs=verbose)
         signals.take()  # Ray has set its own handler
+        if config.telemetry.prometheus:
+            export = export_metrics(config, recorder.note)
+            recorder.follow_with(export)
+            recorder.listen(export.on_event)
         for line in [*describe(dataset), *prepared.notes]:
             recorder.say(line)
         collect_rarely()

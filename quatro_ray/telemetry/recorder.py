@@ -67,7 +67,8 @@ class Recorder:
         self._is_full = False
         self._clock = clock
         self._start = clock() - _last_time(run_dir)
-        self._tracker = Tracker()
+        self._trackers: list[Tracker] = []
+        self._on_event: list[Callable[[str, str], None]] = []
         self.roles: dict[str, Activity] = {}
         self._phases: defaultdict[str, list[str]] = defaultdict(list)
         for role in (CONTROLLER, "learner"):
@@ -94,7 +95,11 @@ class Recorder:
 
     def follow_with(self, tracker: Tracker) -> None:
         """Send metrics, evaluations, checkpoints and fall-backs to a tracker too; its methods must return at once."""
-        self._tracker = tracker
+        self._trackers.append(tracker)
+
+    def listen(self, on_event: Callable[[str, str], None]) -> None:
+        """Call a function with each event and its part, from now on; it must return at once."""
+        self._on_event.append(on_event)
 
     def watch(self, role: str, activity: Activity) -> None:
         """Add a role. Its shares of time become metrics, and the stays of its first 16 members go to the timeline."""
@@ -133,6 +138,8 @@ class Recorder:
         """
         detail = {k: without_secrets(v) if isinstance(v, str) else v for k, v in detail.items()}
         _write(self._events, {"time_s": self.now(), "clock_s": time.time(), "event": event, "part": part, **detail})
+        for on_event in self._on_event:
+            on_event(event, part)
         shown = ", ".join(f"{k} {v}" for k, v in detail.items())
         message = f"{part}: {event.replace('_', ' ')}{f' ({shown})' if shown else ''}"
         self.note(message, level=logging.WARNING if event in _WARNING_EVENTS else logging.INFO)
@@ -150,7 +157,8 @@ class Recorder:
             steps = evaluated if name in _OF_EVALUATIONS else range(step + 1)
             if num_damaged := _keep_steps(file, steps):
                 self.event("damaged", f"{name}.jsonl", why=f"{num_damaged} lines cannot be read; they are left out")
-        self._tracker.on_rewind(step)
+        for tracker in self._trackers:
+            tracker.on_rewind(step)
 
     def step(self, step: int, metrics: StepMetrics, samples: Sequence[Mapping[str, object]]) -> None:
         """Record an optimiser step: its metrics, and the sampled groups as rollouts.jsonl has them."""
@@ -158,7 +166,8 @@ class Recorder:
         _write(self._by_step["metrics"], {"step": step, "time_s": self.now(), **shown})
         for group in samples:
             _write(self._by_step["rollouts"], {"step": step, **group})
-        self._tracker.on_step(step, shown)
+        for tracker in self._trackers:
+            tracker.on_step(step, shown)
         self._progress.step(step, self._num_steps, metrics, self.now())
 
     def evaluation(self, result: EvaluationResult) -> None:
@@ -167,13 +176,15 @@ class Recorder:
         _write(self._by_step["evaluations"], {"step": result.step, "time_s": self.now(), **record})
         for group in result.rollouts:
             _write(self._by_step["evaluation_rollouts"], {"step": result.step, "set": result.name, **group})
-        self._tracker.on_evaluation(result.step, result.name, record)
+        for tracker in self._trackers:
+            tracker.on_evaluation(result.step, result.name, record)
         self._progress.evaluation(result)
 
     def checkpoint(self, step: int, version: int, path: Path) -> None:
         """Record that a checkpoint is complete."""
         self.event("written", "checkpoint", step=step, version=version, path=path.name)
-        self._tracker.on_checkpoint(step, str(path))
+        for tracker in self._trackers:
+            tracker.on_checkpoint(step, str(path))
 
     def note(self, message: str, *, level: int = logging.INFO) -> None:
         """Write a line, with secrets masked, to notes.log and to Python's logging."""
@@ -201,7 +212,8 @@ class Recorder:
         """Write what waits and close all files. Records for which the disk has no space are counted and reported."""
         for activity in self.roles.values():
             activity.close()
-        self._tracker.on_end(outcome)  # may still say something
+        for tracker in self._trackers:
+            tracker.on_end(outcome)  # may still say something
         files = [self._timeline, self._events, self._notes, *self._by_step.values()]
         for file in files:
             file.close()
