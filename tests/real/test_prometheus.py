@@ -1,0 +1,131 @@
+"""A real Prometheus scrapes a real run, and answers every query of the dashboard and of the alerts."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import signal
+import subprocess
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+from urllib.error import URLError
+from urllib.parse import urlencode
+from urllib.request import urlopen
+
+import yaml
+
+from tests.make import config_tree
+from tests.prometheus import DASHBOARD, dashboard_queries, needs_prometheus
+from tests.real.nodes import free_port
+from tests.real.training import Training
+
+pytestmark = needs_prometheus
+
+DEPLOY = DASHBOARD.parents[1] / "prometheus"
+ADDRESS = re.compile(r"metrics for Prometheus: http://(\S+)/metrics")
+EMPTY: set[str] = set()
+"""Panels without a series in a healthy run."""
+
+
+@dataclass
+class Prometheus:
+    url: str
+    process: subprocess.Popen[bytes]
+    log: Path
+
+    def get(self, path: str, **parameters: object) -> Any:
+        with urlopen(f"{self.url}/api/v1/{path}?{urlencode(parameters)}", timeout=30) as answer:
+            body = json.load(answer)
+        assert body["status"] == "success", body
+        return body["data"]
+
+    def series(self, query: str) -> list[Any]:
+        """Over the last five minutes, as Grafana asks."""
+        now = time.time()
+        return self.get("query_range", query=query, start=now - 300, end=now, step=1)["result"]
+
+    def is_ready(self) -> bool:
+        assert self.process.poll() is None, self.log.read_text()
+        try:
+            return urlopen(f"{self.url}/-/ready", timeout=5).status == 200
+        except URLError:
+            return False
+
+
+@contextmanager
+def prometheus(folder: Path, target: str) -> Iterator[Prometheus]:
+    """The example's Prometheus, with a scrape each second of one address."""
+    config = yaml.safe_load((DEPLOY / "prometheus.yaml").read_text())
+    config["global"] = {"scrape_interval": "1s", "evaluation_interval": "1s"}
+    config["rule_files"] = [str(DEPLOY / name) for name in config["rule_files"]]
+    (job,) = config["scrape_configs"]
+    del job["file_sd_configs"]
+    job["static_configs"] = [{"targets": [target]}]
+    (folder / "prometheus.yaml").write_text(yaml.safe_dump(config))
+    address, log = f"127.0.0.1:{free_port()}", folder / "prometheus.log"
+    command = ["prometheus", f"--config.file={folder / 'prometheus.yaml'}", f"--web.listen-address={address}"]
+    with log.open("w") as out:
+        process = subprocess.Popen(
+            [*command, f"--storage.tsdb.path={folder / 'tsdb'}"], stdout=out, stderr=subprocess.STDOUT
+        )
+    try:
+        yield Prometheus(f"http://{address}", process, log)
+    finally:
+        process.kill()
+        process.wait(timeout=30)
+
+
+def training(model: str, folder: Path) -> Training:
+    sums = {"kind": "chain_sum", "max_digits": 1, "num_questions": 92}
+    tree = config_tree(
+        folder / "run",
+        model={"kind": "pretrained", "path": model},
+        run={"num_steps": 10_000},
+        evaluation={"num_queries": 2, "samples_per_query": 8},
+        data={"train": {"sums": sums}, "eval": {"sums": sums | {"num_questions": 8, "seed": 1}}},
+    )
+    environment = {k: v for k, v in os.environ.items() if k != "RAY_ADDRESS"}
+    return Training(tree, environment | {"RAY_metrics_report_interval_ms": "2000"}, folder)
+
+
+def address_of(run: Training) -> str:
+    notes = run.run / "notes.log"
+    run.wait_until(lambda: notes.is_file() and "metrics for Prometheus" in notes.read_text())
+    found = ADDRESS.search(notes.read_text())
+    assert found, notes.read_text()
+    return found[1]
+
+
+def check_dashboard(server: Prometheus) -> None:
+    queries = [
+        (title, query.replace("$run", "run").replace("$__rate_interval", "1m")) for title, query in dashboard_queries()
+    ]
+    assert {title for title, query in queries if not server.series(query)} == EMPTY
+
+
+def check_alerts(server: Prometheus) -> None:
+    """Prometheus evaluates them, and has every metric that they use."""
+    rules = [rule for group in server.get("rules")["groups"] for rule in group["rules"]]
+    loaded = yaml.safe_load((DEPLOY / "alerts.yaml").read_text())["groups"]
+    assert len(rules) == sum(len(group["rules"]) for group in loaded)
+    assert {rule["health"] for rule in rules} == {"ok"}, rules
+    for rule in rules:
+        server.get("query", query=rule["query"])
+    names = {name for rule in rules for name in re.findall(r"ray_quatro_\w+", rule["query"])}
+    assert {name for name in names if not server.series(f'{name}{{run="run"}}')} == set()
+
+
+def test_every_query_of_dashboard_and_alerts_is_answered(warm_model_path: str, tmp_path: Path) -> None:
+    with training(warm_model_path, tmp_path) as run, prometheus(tmp_path, address_of(run)) as server:
+        run.wait_until(server.is_ready)
+        run.wait_for_steps(3)
+        run.wait_until(lambda: bool(server.series("ray_quatro_step >= 3")))
+        check_dashboard(server)
+        check_alerts(server)
+        run.process.send_signal(signal.SIGTERM)
+        assert run.process.wait(timeout=240) == 128 + signal.SIGTERM, run.log.read_text()
