@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -58,20 +59,25 @@ class TwoNodes:
         assert self.run.process.wait(timeout=240) == 128 + signal.SIGTERM, self.run.log.read_text()
 
 
+def tree(folder: Path, model: str, head: Head, **generator: int) -> dict[str, Any]:
+    """An engine takes two CPUs: one fits onto the head, and each further one needs a node of its own."""
+    return config_tree(
+        folder / "run",
+        model={"kind": "pretrained", "path": model},
+        run={"num_steps": 100_000},
+        generator={"max_engines_lost": 5, "start_deadline_s": 240, **generator},
+        cluster={"address": f"127.0.0.1:{head.port}", "cpus_per_engine": 2, "liveness_deadline_s": 20},
+    )
+
+
 @contextmanager
 def two_nodes(model: str, folder: Path) -> Iterator[TwoNodes]:
     with ray_head(folder, num_cpus=3, is_alone=False) as head:
         joined = (f"--address=127.0.0.1:{head.port}", "--num-cpus=2")
         node = head.add_node(*joined)
         head.wait_for("status", f"--address=127.0.0.1:{head.port}", says="/5.0 CPU")
-        tree = config_tree(
-            folder / "run",
-            model={"kind": "pretrained", "path": model},
-            run={"num_steps": 100_000},
-            generator={"num_engines": 2, "max_engines_lost": 5, "start_deadline_s": 240},
-            cluster={"address": f"127.0.0.1:{head.port}", "cpus_per_engine": 2, "liveness_deadline_s": 20},
-        )
-        with Training(tree, head.environment, folder) as run:
+        made = tree(folder, model, head, num_engines=2)
+        with Training(made, head.environment, folder) as run:
             yield TwoNodes(run, head, node, lambda: head.add_node(*joined))
 
 
@@ -81,6 +87,33 @@ def test_training_goes_on_without_a_node_that_disappears(warm_model_path: str, t
         nodes.announce_the_end_of_the_node()
         nodes.lose_the_node(steps=2)
         nodes.end()
+
+
+@pytest.mark.soak
+@pytest.mark.timeout(1800)
+def test_an_engine_joins_with_a_node_leaves_with_it_and_joins_with_another(
+    warm_model_path: str, tmp_path: Path
+) -> None:
+    with ray_head(tmp_path, num_cpus=3, is_alone=False) as head:
+        joined = (f"--address=127.0.0.1:{head.port}", "--num-cpus=2")
+        made = tree(tmp_path, warm_model_path, head, num_engines=1, max_engines=2)
+        with Training(made, head.environment, tmp_path) as run:
+            run.wait_for_steps(2)
+            assert run.lines("metrics.jsonl")[-1]["health/engines"] == 1
+            node = head.add_node(*joined)
+            run.wait_for_event("joined", "generator 1")
+            run.wait_for_steps()
+            assert run.lines("metrics.jsonl")[-1]["health/engines"] == 2
+            kill(node)
+            run.wait_until(lambda: "generator 1" in run.down())
+            run.wait_for_steps()
+            head.add_node(*joined)
+            run.wait_until(lambda: not run.down())
+            run.wait_for_steps()
+            assert run.lines("metrics.jsonl")[-1]["health/engines"] == 2
+            assert not [e for e in run.lines("events.jsonl") if e["event"] == "given_up"]
+            run.process.send_signal(signal.SIGTERM)
+            assert run.process.wait(timeout=240) == 128 + signal.SIGTERM, run.log.read_text()
 
 
 @pytest.mark.soak
