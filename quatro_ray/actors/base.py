@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import socket
 import sys
 import threading
@@ -57,11 +58,20 @@ class HostMixin:
         return "\n".join(f"{names.get(i, i)}:\n{''.join(traceback.format_stack(frame))}" for i, frame in frames)
 
 
-def interface_of(address: str) -> str | None:
-    """Return the network interface that has this address, or None.
+def use_interface_of(address: str) -> None:
+    """Let gloo and NCCL in this process use the network interface with this address, unless their variables are set.
 
-    Gloo is told the interface, because it would look up the host name, which often maps to 127.0.0.1.
+    Gloo would look up the host name, which often maps to 127.0.0.1. NCCL would take the first interface, which may be
+    that of a container network that other hosts cannot reach; it uses the interface to find its peers, and for data
+    where there is no InfiniBand.
     """
+    if interface := interface_of(address):
+        os.environ.setdefault("GLOO_SOCKET_IFNAME", interface)
+        os.environ.setdefault("NCCL_SOCKET_IFNAME", f"={interface}")  # =: this name, not all that begin with it
+
+
+def interface_of(address: str) -> str | None:
+    """Return the network interface that has this address, or None."""
     for name, addresses in psutil.net_if_addrs().items():
         if any(a.address == address for a in addresses):
             return name

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import os
 from typing import Any
 
 import ray
 
-from quatro_ray.actors.base import WATCHED, HostMixin, interface_of
+from quatro_ray.actors.base import WATCHED, HostMixin, use_interface_of
 from quatro_ray.actors.shared_memory import check_shared_memory, detach_resource_tracker
 from quatro_ray.config import GeneratorConfig
 from quatro_ray.engines.generation import GenerationEngine
@@ -28,8 +27,7 @@ class GeneratorActor(HostMixin):
     def __init__(self, model_path: str, config: GeneratorConfig, *, device: str, sync_backend: str, seed: int) -> None:
         detach_resource_tracker()
         self._num_devices = config.devices_per_engine
-        if interface := interface_of(self.address()):
-            os.environ.setdefault("GLOO_SOCKET_IFNAME", interface)
+        use_interface_of(self.address())
         self._engine = GenerationEngine(model_path, config, device=device, sync_backend=sync_backend, seed=seed)  # type: ignore[arg-type]
 
     async def start(self) -> None:

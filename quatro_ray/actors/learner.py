@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import os
 from pathlib import Path
 from typing import Any, Literal
 
@@ -11,7 +10,7 @@ import numpy as np
 import ray
 from numpy.typing import NDArray
 
-from quatro_ray.actors.base import WATCHED, HostMixin, interface_of
+from quatro_ray.actors.base import WATCHED, HostMixin, use_interface_of
 from quatro_ray.actors.shared_memory import check_shared_memory
 from quatro_ray.config import WeightSyncConfig
 from quatro_ray.engines.checkpoint_store import Digests, digest_files
@@ -36,8 +35,7 @@ class LearnerActor(HostMixin):
         # imported here, because the process that spawns the actor needs neither torch nor DeepSpeed
         from quatro_ray.engines.learning import LearningEngine
 
-        if interface := interface_of(self.address()):
-            os.environ.setdefault("GLOO_SOCKET_IFNAME", interface)
+        use_interface_of(self.address())
         self._rank = rank
         self._config, self._device = spec.config, spec.device
         self._engine = LearningEngine(spec, rank=rank)

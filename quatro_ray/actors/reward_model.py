@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import os
-
 import ray
 
-from quatro_ray.actors.base import WATCHED, HostMixin, interface_of
+from quatro_ray.actors.base import WATCHED, HostMixin, use_interface_of
 from quatro_ray.actors.shared_memory import detach_resource_tracker
 from quatro_ray.config import ModelRewardConfig
 from quatro_ray.engines.reward_model import RewardModelEngine
@@ -18,8 +16,7 @@ class RewardModelActor(HostMixin):
 
     def __init__(self, config: ModelRewardConfig, *, device: str) -> None:
         detach_resource_tracker()
-        if interface := interface_of(self.address()):
-            os.environ.setdefault("GLOO_SOCKET_IFNAME", interface)
+        use_interface_of(self.address())
         self._engine = RewardModelEngine(config, device=device)  # type: ignore[arg-type]
 
     async def start(self) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import random
 import shutil
 import socket
@@ -19,7 +18,7 @@ import torch
 from pydantic import TypeAdapter
 from ray.exceptions import RayTaskError
 
-from quatro_ray.actors.base import interface_of
+from quatro_ray.actors.base import use_interface_of
 from quatro_ray.config import LearnerConfig, ObjectiveConfig
 from quatro_ray.engines.learner_spec import LearnerSpec
 from quatro_ray.errors import CheckpointError
@@ -49,8 +48,7 @@ class RankActor:
                     made["zero_optimization"]["sub_group_size"] = sub_group_size
                 return made
 
-        if interface := interface_of(ray.util.get_node_ip_address()):
-            os.environ.setdefault("GLOO_SOCKET_IFNAME", interface)
+        use_interface_of(ray.util.get_node_ip_address())
         self._config = config
         spec = LearnerSpec(
             model_path=model_path,
