@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import os
+import re
 import secrets
 import signal
 import tempfile
@@ -24,6 +25,8 @@ from quatro_ray.jobs.package import CONFIG, JobPackage, pack
 
 _API_ERRORS = (OSError, RuntimeError, ValueError, RayError, requests.RequestException)
 """The exceptions that Ray's job client raises if the cluster does not answer, or refuses."""
+_NOT_IN_IDS = re.compile(r"[^A-Za-z0-9_-]")
+_MAX_FILES_SHOWN = 20
 _LOOK_EVERY_S = 2.0
 _SILENCE_S = 300.0
 """Seconds without an answer of the cluster after which it is not waited for any longer."""
@@ -66,8 +69,10 @@ def submit(
         client = _connect(address)
         job = _send(client, package, Path(folder))
     say(f"job {job}: submitted with {len(package.files)} local files; run.dir={package.config.run.dir}")
-    for file in package.files:
+    for file in package.files[:_MAX_FILES_SHOWN]:
         say(f"  {file}")
+    if (num_more := len(package.files) - _MAX_FILES_SHOWN) > 0:
+        say(f"  and {num_more} more")
     if not wait:
         return 0
     return asyncio.run(_Follower(client, job, say).follow())
@@ -89,7 +94,7 @@ def _send(client: JobSubmissionClient, package: JobPackage, folder: Path) -> str
     try:
         return client.submit_job(
             entrypoint=f"quatro-ray train {CONFIG}",
-            submission_id=f"quatro-ray-{run_dir.name}-{secrets.token_hex(4)}",
+            submission_id=f"quatro-ray-{_NOT_IN_IDS.sub('-', run_dir.name)}-{secrets.token_hex(4)}",
             runtime_env={"working_dir": str(folder), "env_vars": package.environment},
             metadata={"run_dir": str(run_dir)},
         )
