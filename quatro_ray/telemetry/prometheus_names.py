@@ -95,6 +95,7 @@ OF_STEPS = (
     Family("quatro_eff_sample_size", "rollout_corr/eff_sample_size", "Effective sample size of responses, as a share."),
     Family("quatro_token_eff_sample_size", "rollout_corr/token_eff_sample_size", "The same of tokens."),
     Family("quatro_logprob_abs_diff", "rollout_corr/logprob_abs_diff", "Difference of engine and learner, nats."),
+    Family("quatro_checked_logprob_abs_diff", "weight_sync/logprob_abs_diff", "The same on fixed tokens, if checked."),
     Family("quatro_learning_rate", "step/learning_rate", "Learning rate of the step."),
     Family("quatro_grad_norm", "step/grad_norm", "Gradient norm before clipping."),
     Family("quatro_skipped_steps_total", "step/skipped", "Steps that were not applied.", is_added=True),
