@@ -36,7 +36,9 @@ def test_pods_that_are_deleted_wait_for_it(overlay: Overlay) -> None:
 
 def test_the_driver_is_told_before_ray_and_nothing_else_is(overlay: Overlay) -> None:
     hook = overlay.head.container["lifecycle"]["preStop"]["exec"]["command"]
-    patterns = re.findall(r"-f '([^']+)'", hook[-1])
-    assert len(patterns) == 2 and len(set(patterns)) == 1  # signal them, then wait for them
-    assert re.search(patterns[0], f"python /usr/local/bin/{' '.join(overlay.command)}")
-    assert not re.search(patterns[0], " ".join(hook))  # or the hook would wait for itself
+    pattern = re.search(r"^driver='(.*)'$", hook[-1], re.MULTILINE)
+    assert pattern
+    command = " ".join(overlay.command)
+    assert re.search(pattern[1], f"/usr/local/bin/python3.11 /usr/local/bin/{command}")
+    assert not re.search(pattern[1], f"/bin/sh -c {command}")  # Ray kills the driver if its shell dies
+    assert not re.search(pattern[1], " ".join(hook))  # or the hook would wait for itself
