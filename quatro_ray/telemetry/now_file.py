@@ -16,6 +16,7 @@ from quatro_ray.telemetry.activity import Activity
 
 _FILE = "now.json"
 _EVERY_S, _FRESH_S = 2.0, 10.0
+_END_S = 10.0
 _NO_SPACE = (errno.ENOSPC, errno.EDQUOT)
 
 
@@ -46,7 +47,9 @@ class NowFile:
     def close(self) -> None:
         """End the thread, and remove the file: the run has ended in order."""
         self._is_closed.set()
-        self._thread.join()
+        self._thread.join(_END_S)
+        if self._thread.is_alive():
+            return self._warn(f"{_FILE} stays: its disk has not answered for {_END_S:g} s")
         for path in (self._path, self._writing):
             path.unlink(missing_ok=True)
 
