@@ -159,9 +159,9 @@ def test_a_run_on_another_machine_is_seen_without_its_ledger(tmp_path: Path, mon
         now_file = NowFile(run, {}, print, every_s=0.01)
         while read_now(run) is None:
             time.sleep(0.01)
-        patch.undo()
         now_file._is_closed.set()  # it is killed
         now_file._thread.join()
+        patch.undo()  # not before: the thread would write the name of this machine
         status = read_status(run)
         assert (status.state, status.step, status.version) == ("running", 4, None)
         assert "is in use on elsewhere, and can be read only there" in line_of(view(status), "ledger")
