@@ -8,33 +8,40 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks.against_trl import NUM_STEPS, NUM_WARMUP_STEPS, figures
+from benchmarks.against_trl import CASES, NUM_WARMUP_STEPS, figures
 from benchmarks.counting import LONG_TAIL, UNEVEN, Lengths, counts_right, make_data
 from benchmarks.process_tree import watch_lines
 from quatro_ray.types import Query, Response
 
+CASE = CASES["uneven to 256"]
 
 def record(rewards: list[float]) -> dict:
     """Steps of 100 tokens, one every 2 s and 3 CPU-seconds, the first after 20 s."""
     return {
-        "moments": [[20 + 2 * i, 30 + 3 * i] for i in range(NUM_STEPS)],
+        "moments": [[20 + 2 * i, 30 + 3 * i] for i in range(len(rewards))],
         "steps": [{"tokens/trained": 100, "reward/mean": reward} for reward in rewards],
     }
 
 
 def test_speeds_are_those_after_the_first_steps() -> None:
-    record_ = record([0.0] * NUM_STEPS)
+    record_ = record([0.0] * CASE.num_steps)
     for step in record_["steps"][:NUM_WARMUP_STEPS]:
         step["tokens/trained"] = 10**6
-    found = figures(record_)
+    found = figures(CASE, record_)
     assert found["tokens_per_s"] == 50 and found["tokens_per_cpu_s"] == pytest.approx(100 / 3)
-    assert found["first_step_s"] == 20 and found["learned_s"] is None
+    assert found["first_step_s"] == 20 and found["pass_at_1_0.5_s"] is None
 
 
 def test_learning_time_is_that_of_the_first_five_steps_with_the_mean() -> None:
-    found = figures(record([0.0] * 10 + [1.0] * (NUM_STEPS - 10)))
-    assert found["learned_s"] == 20 + 2 * 12  # steps 9 to 13 have a mean of 0.6
+    found = figures(CASE, record([0.0] * 10 + [1.0] * (CASE.num_steps - 10)))
+    assert found["pass_at_1_0.5_s"] == 20 + 2 * 12  # steps 9 to 13 have a mean of 0.6
     assert found["first_reward"] == 0 and found["last_reward"] == 1
+
+
+def test_each_target_has_its_time() -> None:
+    found = figures(CASES["learning"], record([0.55] * 20 + [0.75] * 20))
+    assert found["pass_at_1_0.5_s"] == 20 + 2 * 9 and found["pass_at_1_0.7_s"] == 20 + 2 * 27
+    assert found["pass_at_1_0.8_s"] is None
 
 
 @pytest.mark.parametrize("lengths", [UNEVEN, LONG_TAIL])
