@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 import shutil
 import subprocess
+import sys
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -16,6 +17,8 @@ import yaml
 from quatro_ray.config import Config, load_config
 
 ROOT = Path(__file__).parents[3]
+BIN = Path(sys.executable).parent
+"""Where the tools of the extra `dev` are."""
 KUBERAY = ROOT / "deploy/kuberay"
 OVERLAYS = sorted(path.name for path in (KUBERAY / "overlays").iterdir())
 
@@ -112,6 +115,10 @@ class Overlay:
     @property
     def workers(self) -> list[Group]:
         return [Group(spec, spec["replicas"], is_head=False) for spec in self.cluster["workerGroupSpecs"]]
+
+    @property
+    def is_autoscaled(self) -> bool:
+        return bool(self.cluster.get("enableInTreeAutoscaling"))
 
     @property
     def groups(self) -> list[Group]:
