@@ -67,10 +67,22 @@ def test_the_head_runs_no_actors(overlay: Overlay) -> None:
     assert "nvidia.com/gpu" not in overlay.head.limits
 
 
-def test_the_number_of_workers_is_fixed(overlay: Overlay) -> None:
-    assert not overlay.cluster.get("enableInTreeAutoscaling")
-    for group in overlay.workers:
-        assert group.spec["minReplicas"] == group.spec["replicas"] == group.spec["maxReplicas"] >= 1
+def test_the_number_of_workers_is_fixed_but_for_that_of_elastic_engines(overlay: Overlay) -> None:
+    assert overlay.is_autoscaled == (overlay.name == "elastic") == ("autoscalerOptions" in overlay.cluster)
+    first, *others = overlay.workers
+    assert first.spec["minReplicas"] == first.spec["replicas"] == first.spec["maxReplicas"] >= 1
+    assert len(others) == overlay.is_autoscaled
+    for group in others:
+        assert group.spec["groupName"] == "engines" and group.spec["minReplicas"] == group.spec["replicas"] == 0
+        generator = overlay.config.generator
+        assert group.spec["maxReplicas"] == generator.max_num_engines - generator.num_engines
+
+
+def test_the_autoscaler_has_no_rights_in_its_container(overlay: Overlay) -> None:
+    if overlay.is_autoscaled:
+        options = overlay.cluster["autoscalerOptions"]
+        assert options["securityContext"] == {"allowPrivilegeEscalation": False}
+        assert options["resources"]["requests"] == options["resources"]["limits"]
 
 
 def test_only_kueue_suspends(overlay: Overlay) -> None:

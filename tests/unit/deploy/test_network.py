@@ -1,4 +1,4 @@
-"""NetworkPolicy, PodMonitor, ports of containers and docs/security.md agree; no pod gets an API token."""
+"""NetworkPolicy, PodMonitor, ports of containers and docs/security.md agree; only an autoscaler gets an API token."""
 
 from __future__ import annotations
 
@@ -108,13 +108,14 @@ def test_the_documents_name_each_port(overlay: Overlay) -> None:
         assert all(peer in who for peer in allowed)
 
 
-def test_no_pod_has_a_token_for_the_kubernetes_api(overlay: Overlay) -> None:
+def test_only_a_head_with_an_autoscaler_has_a_token_for_the_kubernetes_api(overlay: Overlay) -> None:
     account = overlay.one("ServiceAccount")
     assert account["automountServiceAccountToken"] is False
     pods = [group.pod for group in overlay.groups]
     pods += [overlay.job["submitterPodTemplate"]["spec"]] if overlay.job else []
     for pod in pods:
         assert pod["serviceAccountName"] == account["metadata"]["name"]
-        assert not pod.get("automountServiceAccountToken")
+        has_autoscaler = pod is overlay.head.pod and overlay.is_autoscaled
+        assert pod.get("automountServiceAccountToken", False) == has_autoscaler
     for redis in overlay.all_of("StatefulSet"):
         assert redis["spec"]["template"]["spec"]["automountServiceAccountToken"] is False

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from dataclasses import replace
 
 import pytest
 
@@ -38,6 +39,13 @@ def test_each_actor_fits_into_a_pod(overlay: Overlay) -> None:
 def test_no_gpu_is_left_over(overlay: Overlay) -> None:
     need = sum(bundle.resources.get("GPU", 0) for bundle in bundles(overlay.config))
     assert sum(pod.limits.get("nvidia.com/gpu", 0) * pod.replicas for pod in overlay.workers) == need
+
+
+def test_a_pod_of_the_autoscaler_holds_one_engine(overlay: Overlay) -> None:
+    if overlay.is_autoscaled:
+        engine = next(bundle for bundle in bundles(overlay.config) if bundle.role == "generator")
+        pod = replace(overlay.workers[1], replicas=1)
+        assert left_over([engine], [pod]) == [] and left_over([engine, engine], [pod]) == [engine]
 
 
 def test_an_actor_that_fits_only_into_the_sum_of_pods_is_found() -> None:
