@@ -19,7 +19,7 @@ from quatro_ray.replay.ledger_reader import LedgerTotals, check_host, read_total
 from quatro_ray.telemetry.activity import member_name
 from quatro_ray.telemetry.append_log import last_lines
 from quatro_ray.telemetry.now_file import Now, read_now
-from quatro_ray.telemetry.run_files import Record, last_records, newest_change, read_records, require_run
+from quatro_ray.telemetry.run_files import Record, count_faults, faults, last_records, newest_change, require_run
 
 NUM_STEPS = 20
 """The last steps, over which rates are means and the duration of a step is a median."""
@@ -27,7 +27,6 @@ ENDED = frozenset({"finished", "ended"})
 """The states of a run that is not in progress."""
 RECENT_S = 600.0
 """Faults within so many seconds are shown one by one."""
-_FAULTS = frozenset({"lost", "given_up", "fell_back", "damaged", "failed", "restored"})
 _QUIET_S, _QUIET_STEPS = 60.0, 3.0
 """A run hangs if it recorded nothing for so long, and for so many times the duration of a step."""
 _NUM_LOADS = 500
@@ -141,7 +140,7 @@ def read_status(run_dir: Path) -> Status:
     pace, now, changed_at = _pace(last), read_now(run_dir), newest_change(run_dir)
     state = _state(run_dir, at - _last_sign(changed_at, now), pace, is_done=step == num_steps)
     totals, problem = _totals(run_dir / LEDGER, is_in_use=state not in ENDED)
-    faults = [e for e in read_records(run_dir / "events.jsonl", Counter()) if e.get("event") in _FAULTS]
+    events = faults(run_dir, Counter())
     return Status(
         run_dir=str(run_dir),
         state=state,
@@ -158,8 +157,8 @@ def read_status(run_dir: Path) -> Status:
         doing=_doing(run_dir, now, at if state not in ENDED else None),
         doing_at=now.clock_s if now else None,
         pace=pace,
-        faults=dict(Counter(f"{str(e.get('part')).partition(' ')[0]} {e['event']}" for e in faults)),
-        recent_faults=[e for e in faults if e.get("clock_s", 0.0) > at - RECENT_S],
+        faults=count_faults(events),
+        recent_faults=[e for e in events if e.get("clock_s", 0.0) > at - RECENT_S],
         end_at=_end_at(at, last_step_at, num_steps, step, pace) if state == "running" else None,
     )
 

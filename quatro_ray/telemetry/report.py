@@ -1,4 +1,4 @@
-"""The report: one self-contained HTML file with the summary, plots as inline SVG and a few rollouts as text."""
+"""The report: one self-contained HTML file with summary, plots as inline SVG, help for operators, and some rollouts."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 
 from quatro_ray.files import replace_file
+from quatro_ray.telemetry.report_links import operator_section
 from quatro_ray.telemetry.report_plots import sections
 from quatro_ray.telemetry.report_rollouts import rollouts
 from quatro_ray.telemetry.run_files import Record, RunFiles, newest_change, read_run, require_run
@@ -43,7 +44,7 @@ def write_report(run_dir: Path, *, refresh_s: float | None = None) -> Path:
     matplotlib.use("svg")
     run = read_run(run_dir)
     path = run_dir / "report.html"
-    replace_file(path, _page(run, refresh_s if run.summary is None else None))
+    replace_file(path, _page(run_dir, run, refresh_s if run.summary is None else None))
     return path
 
 
@@ -69,7 +70,7 @@ def watch_report(run_dir: Path, every_s: float, sleep: Callable[[float], None] =
         sleep(every_s)
 
 
-def _page(run: RunFiles, refresh_s: float | None) -> str:
+def _page(run_dir: Path, run: RunFiles, refresh_s: float | None) -> str:
     refresh = f'<meta http-equiv="refresh" content="{refresh_s:g}">' if refresh_s else ""
     parts = [
         '<!doctype html><html lang=en><meta charset=utf-8><meta name="viewport" content="width=device-width">',
@@ -82,6 +83,7 @@ def _page(run: RunFiles, refresh_s: float | None) -> str:
         parts.append(f"<h2>Last notes</h2><pre>{html.escape(chr(10).join(run.notes))}</pre>")
     for title, drawn in sections(run):
         parts.append(f"<h2>{title}</h2><div class=plots>{''.join(drawn)}</div>")
+    parts.append(operator_section(run_dir, run))
     if run.rollouts:
         parts.append("<h2>Last rollouts</h2>" + "".join(map(rollouts, run.rollouts)))
     parts.append(f"<h2>Configuration</h2><pre>{html.escape(run.config)}</pre></html>")

@@ -16,6 +16,8 @@ from quatro_ray.telemetry.append_log import earlier, last_lines
 
 Record = dict[str, Any]
 """A line of a file of the run, which is JSON."""
+FAULTS = frozenset({"lost", "given_up", "fell_back", "damaged", "failed", "restored"})
+"""The events of events.jsonl that are faults, or what was done about one."""
 _NUM_ROLLOUT_GROUPS = 3
 _NUM_NOTES = 20
 _NUM_TIMELINE = 10_000
@@ -31,6 +33,7 @@ class RunFiles:
         timeline: the last records.
         rollouts: the last groups.
         notes: the last lines of notes.log.
+        faults: the records of events.jsonl that are faults.
         changed_at: when the run last wrote a record, in seconds since the epoch.
         unreadable: number of lines that are not JSON objects, by file; an incomplete last line, which may be in the
             middle of being written, does not count.
@@ -42,6 +45,7 @@ class RunFiles:
     timeline: list[Record] = field(default_factory=list)
     rollouts: list[Record] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
+    faults: list[Record] = field(default_factory=list)
     config: str = ""
     summary: Record | None = None
     changed_at: float = 0.0
@@ -84,9 +88,20 @@ def read_run(run_dir: Path) -> RunFiles:
     run.timeline = list(records("timeline.jsonl", last=_NUM_TIMELINE))
     run.rollouts = list(records("rollouts.jsonl", last=_NUM_ROLLOUT_GROUPS))
     run.notes = list(deque(_lines(run_dir / "notes.log"), maxlen=_NUM_NOTES))
+    run.faults = faults(run_dir, run.unreadable)
     run.config = "\n".join(_lines(run_dir / "config.yaml"))
     run.summary = _summary(run_dir / "summary.json", run)
     return run
+
+
+def faults(run_dir: Path, unreadable: Counter[str]) -> list[Record]:
+    """Return the records of events.jsonl that are faults; lines that cannot be read are counted in `unreadable`."""
+    return [e for e in read_records(run_dir / "events.jsonl", unreadable) if e.get("event") in FAULTS]
+
+
+def count_faults(events: Iterable[Record]) -> dict[str, int]:
+    """Return the number of faults by component and event, such as "generator lost"."""
+    return dict(Counter(f"{str(e.get('part')).partition(' ')[0]} {e['event']}" for e in events))
 
 
 def records_of(run_dir: Path, name: str) -> Iterator[Record]:
