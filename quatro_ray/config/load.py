@@ -13,12 +13,14 @@ from quatro_ray.config.paths import Paths, paths_of_this_process
 from quatro_ray.config.schema import Config
 from quatro_ray.errors import ConfigError
 
+_PACKAGED = Path(__file__).with_name("packaged")
+
 
 def load_config(path: Path, overrides: list[str] | None = None, paths: Paths | None = None) -> Config:
     """Load a YAML file, apply overrides and validate the result.
 
     Args:
-        path: the YAML file.
+        path: the YAML file, or the name of a packaged configuration, such as "demo".
         overrides: texts of the form `section.field=value` or `section.field=@file.yaml`, applied in order.
         paths: where relative paths in the configuration start; None: where this process says.
 
@@ -27,11 +29,11 @@ def load_config(path: Path, overrides: list[str] | None = None, paths: Paths | N
             each in one line: field, value, rule, remedy.
     """
     try:
-        tree = yaml.load(path.read_text(), _Loader)
+        tree = yaml.load(find_config(path).read_text(), _Loader)
     except OSError as error:
         raise ConfigError(
             f"{path}: cannot be read ({error.strerror}; the current directory is {Path.cwd()}); give the path of a "
-            "YAML file"
+            f"YAML file, or the name of a packaged configuration: {', '.join(packaged_configs())}"
         ) from error
     except (yaml.YAMLError, ValueError) as error:  # ValueError: not UTF-8, or an impossible date
         raise ConfigError(f"{path}: is not YAML: {_one_line(error)}; correct it") from error
@@ -42,6 +44,17 @@ def load_config(path: Path, overrides: list[str] | None = None, paths: Paths | N
         return Config.model_validate(tree, context=paths or paths_of_this_process())
     except ValidationError as error:
         raise ConfigError(_together(str(path), explain(error, Config))) from error
+
+
+def packaged_configs() -> list[str]:
+    """Return the names of the configurations that the package brings."""
+    return sorted(path.stem for path in _PACKAGED.glob("*.yaml"))
+
+
+def find_config(path: Path) -> Path:
+    """Return the file of a packaged configuration if the path is its name and no file is there, else the path."""
+    is_name = str(path) in packaged_configs() and not path.exists()
+    return _PACKAGED / f"{path}.yaml" if is_name else path
 
 
 def dump_config(config: Config) -> str:
