@@ -9,6 +9,7 @@ import sys
 
 from quatro_ray.config import ObjectiveConfig, UserObjectiveConfig
 from quatro_ray.errors import ConfigError
+from quatro_ray.isolation import keeper
 
 _PROGRAM = "quatro_ray.engines.objective_trial"
 _DEADLINE_S = 300.0
@@ -27,7 +28,7 @@ def check_objective(config: ObjectiveConfig) -> None:
     named = f"objective.loss={config.loss!r}" + (f", advantage={config.advantage!r}" if config.advantage else "")
     try:
         done = subprocess.run(
-            [sys.executable, "-m", "quatro_ray.isolation.keeper", _PROGRAM],
+            keeper.command(_PROGRAM),
             input=config.model_dump_json().encode(),
             capture_output=True,
             timeout=_DEADLINE_S,

@@ -1,8 +1,8 @@
-"""Starts a worker and leaves nothing of it behind: `python -m quatro_ray.isolation.keeper MODULE`.
+"""Starts a worker and leaves nothing of it behind: `python -m quatro_ray.isolation.keeper MODULE PARENT`.
 
-When the worker ends, or when this process receives SIGTERM or loses its parent, it kills all processes that the worker
-has started. Those in sessions of their own, and those whose parents have ended, are among them: the kernel makes them
-children of this process. It then ends as the worker did.
+PARENT is the number of the process that starts it. When the worker ends, or when this process receives SIGTERM or loses
+its parent, it kills all processes that the worker has started. Those in sessions of their own, and those whose parents
+have ended, are among them: the kernel makes them children of this process. It then ends as the worker did.
 """
 
 from __future__ import annotations
@@ -21,15 +21,26 @@ _PR_SET_CHILD_SUBREAPER = 36
 _AWAITED = {signal.SIGTERM, signal.SIGCHLD}
 
 
-def keep(module: str) -> None:
+def command(module: str, *options: str) -> list[str]:
+    """Return the command line by which this process starts a keeper.
+
+    Args:
+        module: name of the module that the worker runs as a program.
+        options: of the interpreter.
+    """
+    return [sys.executable, *options, "-m", "quatro_ray.isolation.keeper", module, str(os.getpid())]
+
+
+def keep(module: str, parent: int) -> None:
     """Run a module as a program in a child process, and end with it."""
     prctl(_PR_SET_CHILD_SUBREAPER, 1)
     signal.pthread_sigmask(signal.SIG_BLOCK, _AWAITED)
-    die_with_parent(signal.SIGTERM)
+    die_with_parent(signal.SIGTERM, parent)
+    keeper = os.getpid()
     worker = os.fork()
     if worker == 0:
         signal.pthread_sigmask(signal.SIG_UNBLOCK, _AWAITED)
-        die_with_parent(signal.SIGKILL)
+        die_with_parent(signal.SIGKILL, keeper)
         runpy.run_module(module, run_name="__main__", alter_sys=True)
         return
     _close_pipes()
@@ -79,4 +90,4 @@ def _end_like(status: int) -> NoReturn:
 
 
 if __name__ == "__main__":
-    keep(sys.argv[1])
+    keep(sys.argv[1], int(sys.argv[2]))

@@ -35,7 +35,7 @@ def serve(make_handler: Callable[[Message], Handler]) -> None:
             it raises is sent to the parent.
     """
     pipes = _take_pipes()
-    die_with_parent(signal.SIGKILL)
+    die_with_parent(signal.SIGKILL, os.getppid())  # the keeper has made sure that it lives, or bwrap
     hello = pipes.read()
     if hello is None:
         return
@@ -148,10 +148,16 @@ def prctl(option: int, value: int) -> None:
         raise OSError(ctypes.get_errno(), "prctl")
 
 
-def die_with_parent(number: int) -> None:
-    """Ask the kernel to send a signal to this process when the thread that started it ends."""
+def die_with_parent(number: int, parent: int) -> None:
+    """Ask the kernel to send a signal to this process when the thread that started it ends.
+
+    Args:
+        number: the signal.
+        parent: number of the process that started this one. If that has died before this call, this process ends. (The
+            new parent need not be process 1, and in a container process 1 may be the true one.)
+    """
     prctl(_PR_SET_PDEATHSIG, number)
-    if os.getppid() == 1 and os.getpid() != 2:  # the parent died before the call; under bwrap the parent is pid 1
+    if os.getppid() != parent:
         sys.exit(1)
 
 

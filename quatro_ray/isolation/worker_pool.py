@@ -14,6 +14,7 @@ from dataclasses import dataclass, field
 from typing import NoReturn, TypeVar
 
 from quatro_ray.errors import ConfigError
+from quatro_ray.isolation import keeper
 from quatro_ray.isolation.protocol import NONCE_KEY, Message, frame, message_of, size_of
 from quatro_ray.timeouts import within
 
@@ -226,8 +227,7 @@ def in_the_open(program: str, pass_env: Sequence[str] = ()) -> Callable[[], Abst
         program: the name of a module.
         pass_env: names of variables that the workers get besides the common ones.
     """
-    argv = [sys.executable, "-m", "quatro_ray.isolation.keeper", program]
-    return lambda: nullcontext(Launch(argv, env=worker_environment(pass_env), is_kept=True))
+    return lambda: nullcontext(Launch(keeper.command(program), env=worker_environment(pass_env), is_kept=True))
 
 
 class ProcessPool:

@@ -12,6 +12,7 @@ from contextlib import suppress
 from typing import Any
 
 from quatro_ray.errors import ConfigError
+from quatro_ray.isolation import keeper
 from quatro_ray.isolation.protocol import Message
 from quatro_ray.isolation.worker_pool import Launch, Worker, WorkerLost
 from quatro_ray.telemetry.logs import without_secrets
@@ -164,7 +165,7 @@ class TrackerProcess:
             ConfigError: the tracker cannot be made.
             WorkerLost: the process ended or missed the deadline.
         """
-        argv = [sys.executable, "-P", "-m", "quatro_ray.isolation.keeper", _PROGRAM]
+        argv = keeper.command(_PROGRAM, "-P")
         hello = {"tracker": self._name, "memory_bytes": resource.getrlimit(resource.RLIMIT_AS)[1]}
         worker = await Worker.start(Launch(argv, env=_environment(), is_kept=True), hello, self._deadline_s)
         run = vars(self._run) | {"dir": str(self._run.dir), "id": self._ids.get(self._name)}
