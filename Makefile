@@ -13,7 +13,7 @@ DOCS_VENV := .venv-docs
 DOCS_STAMP := $(DOCS_VENV)/.ready-$(shell cksum 2>/dev/null < locks/docs.txt | cut -d' ' -f1)
 export TOKENIZERS_PARALLELISM := false
 
-.PHONY: demo test check unit soak docs setup lock clean
+.PHONY: demo test check unit soak test-deploy dist docs setup lock clean
 
 demo: setup ## asynchronous RL of a tiny model, end to end
 	@$(BIN)/quatro-ray train configs/demo.yaml
@@ -32,6 +32,14 @@ unit: setup ## the tests that start no engine
 soak: setup ## the long tests: faults, the whole demo, a lost node; docs/development.md says when
 	@$(BIN)/python -m pytest -m soak
 
+dist: setup ## the wheel, into dist/
+	@rm -rf dist build/lib build/bdist.* && $(BIN)/pip wheel -qq --no-deps --no-build-isolation --wheel-dir dist .
+	@echo "wheel: $$(ls dist/*.whl)"
+
+# WITHOUT="images gpu-wheels" leaves out what this machine cannot do; docs/development.md lists the parts
+test-deploy: dist ## the wheel in an empty environment; the images, built and run as a cluster
+	@WITHOUT="$(WITHOUT)" $(BIN)/python -m pytest -m deploy tests/deploy
+
 docs: $(DOCS_STAMP) ## the documentation, into site/; a warning is an error
 	@NO_MKDOCS_2_WARNING=1 $(DOCS_VENV)/bin/mkdocs build --strict
 	@echo "documentation: site/index.html"
@@ -47,6 +55,7 @@ endef
 $(STAMP):
 	$(NEEDS_PYTHON)
 	@command -v c++ >/dev/null || command -v g++ >/dev/null || { echo "missing: a C++ compiler (Debian: apt install g++)"; exit 1; }
+	@$(PYTHON) -c 'import ctypes; ctypes.CDLL("libnuma.so.1")' 2>/dev/null || { echo "missing: libnuma.so.1 (Debian: apt install libnuma1)"; exit 1; }
 	@echo "setting up $(VENV) from $(LOCK): a few minutes, once"
 	@rm -rf $(VENV) && $(PYTHON) -m venv $(VENV)
 	@$(BIN)/pip install -qq --no-deps "$(TORCH)" 2>$(VENV)/torch.log \
@@ -72,4 +81,4 @@ lock: ## resolve all locks again; needs uv
 	  --python-version 3.11 --python-platform x86_64-manylinux_2_28 --no-annotate --no-header -o locks/docs.txt
 
 clean:
-	rm -rf $(VENV) $(DOCS_VENV) runs build site *.egg-info
+	rm -rf $(VENV) $(DOCS_VENV) runs build dist site *.egg-info

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import os
 from collections.abc import Sequence
 
@@ -14,6 +15,8 @@ from quatro_ray.config.generator import CPU_KV_CACHE_GIB
 from quatro_ray.errors import ConfigError
 from quatro_ray.orchestrator.resources import Bundle, bundles, num_parameters, weight_bytes_per_device
 
+_NUMA = "libnuma.so.1"
+
 
 def check_host(config: Config, plan: Sequence[Bundle] | None = None) -> None:
     """Check devices and memory of this machine, unless the run joins a cluster whose nodes are elsewhere.
@@ -23,13 +26,13 @@ def check_host(config: Config, plan: Sequence[Bundle] | None = None) -> None:
         plan: one bundle per actor. None: those of a training run.
 
     Raises:
-        ConfigError: the run needs more CPUs or GPUs than there are, more memory for weights, keys and values, or more
-            shared memory.
+        ConfigError: the run needs more CPUs or GPUs than there are, more memory for weights, keys and values, more
+            shared memory, or a library that is not installed.
     """
     if config.cluster.address or os.environ.get("RAY_ADDRESS"):
         return
     plan = bundles(config) if plan is None else plan
-    problems = [*_devices(plan), *_memory(config, plan)]
+    problems = [*_devices(plan), *_memory(config, plan), *_libraries(config)]
     if config.generator.devices_per_engine > 1:
         check_shared_memory("engines of several devices")
     if config.cluster.device == "cuda" and config.learner.num_ranks > 1:
@@ -51,6 +54,17 @@ def _devices(plan: Sequence[Bundle]) -> list[str]:
                 "cluster.address (`quatro-ray plan` shows the sum)"
             )
     return problems
+
+
+def _libraries(config: Config) -> list[str]:
+    """Return a problem if vLLM's build for CPU would not load; its own message names a missing operator."""
+    if config.cluster.device != "cpu":
+        return []
+    try:
+        ctypes.CDLL(_NUMA)
+    except OSError:
+        return [f"vLLM on CPU needs {_NUMA}, which is not installed: install it (Debian: apt install libnuma1)"]
+    return []
 
 
 def _memory(config: Config, plan: Sequence[Bundle]) -> list[str]:

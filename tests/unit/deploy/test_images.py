@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import re
+import subprocess
 import tomllib
+from pathlib import Path
 from typing import Any
 
 import pytest
 
 from tests.unit.deploy.locks import locked
-from tests.unit.deploy.overlays import ROOT, Overlay
+from tests.unit.deploy.overlays import BIN, ROOT, Overlay
 
 DOCKERFILES = {"cuda": ROOT / "docker/Dockerfile", "cpu": ROOT / "docker/Dockerfile.cpu"}
 
@@ -29,6 +31,21 @@ def test_images_copy_only_what_exists_and_run_as_a_user(device: str) -> None:
             assert all((ROOT / source).exists() for source in line.split()[1:-1]), line
     assert "USER 1000" in lines
     assert not any("<<" in line or "--link" in line or line.startswith("# syntax") for line in lines)
+
+
+@pytest.mark.process
+@pytest.mark.parametrize("device", DOCKERFILES)
+def test_hadolint_finds_nothing(device: str) -> None:
+    command: list[str | Path] = [BIN / "hadolint", "--config", ROOT / ".hadolint.yaml", DOCKERFILES[device]]
+    checked = subprocess.run(command, capture_output=True, text=True, timeout=60)
+    assert checked.returncode == 0, checked.stdout
+
+
+@pytest.mark.process
+def test_shellcheck_finds_nothing_in_the_health_check() -> None:
+    script = ROOT / "docker/health_check.sh"
+    checked = subprocess.run([BIN / "shellcheck", script], capture_output=True, text=True, timeout=60)
+    assert checked.returncode == 0 and script.stat().st_mode & 0o111 == 0o111, checked.stdout
 
 
 def test_the_cpu_image_has_the_locked_torch() -> None:

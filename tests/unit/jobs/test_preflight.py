@@ -19,6 +19,7 @@ from quatro_ray.engines.tiny_tokenizer import make_tokenizer
 from quatro_ray.engines.weight_files import check_weights, num_weights
 from quatro_ray.errors import ConfigError
 from quatro_ray.jobs.preflight import check
+from quatro_ray.orchestrator import host
 from quatro_ray.orchestrator.host import check_host
 from quatro_ray.orchestrator.resources import bundles, describe, weight_bytes_per_device
 from tests.make import config
@@ -168,6 +169,15 @@ def test_devices_and_memory_of_this_machine(tmp_path: Path, monkeypatch: pytest.
     check_host(config(tmp_path, cluster={"cpus_per_engine": 999, "address": "far:6379"}))
     monkeypatch.setenv("RAY_ADDRESS", "far:6379")
     check_host(wanted)
+
+
+def test_a_machine_without_the_library_that_vllm_loads(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(host, "_NUMA", "libnowhere.so.1")
+    with pytest.raises(
+        ConfigError, match=r"^vLLM on CPU needs libnowhere\.so\.1, .*: install it \(Debian: apt install"
+    ):
+        check_host(config(tmp_path))
+    check_host(config(tmp_path, cluster={"address": "far:6379"}))  # its nodes are elsewhere
 
 
 @pytest.mark.process
