@@ -1,4 +1,4 @@
-"""One of four markers for every test, and which tests two workers (pytest-xdist) must not part."""
+"""One of five markers for every test, and which tests two workers (pytest-xdist) must not part."""
 
 from __future__ import annotations
 
@@ -10,12 +10,14 @@ from hypothesis import HealthCheck, settings
 from xdist.scheduler import LoadFileScheduling  # type: ignore[import-untyped]  # has no types
 
 REAL = Path(__file__).parent / "real"
+FOLDERS = {REAL: "real", REAL.with_name("deploy"): "deploy"}
+"""The marker of tests that have none, by folder."""
 RING = "tests/real/ring"
 LONGEST = ("test_command_line.py", "test_learner.py", "test_examples.py", "test_resume.py", "test_chaos.py", "ring")
 """Files and folders of tests/real that start first, so that neither worker has a long one left at the end."""
 APART = "tests/unit/rewards/test_hostile_texts.py"
 """A file whose tests share nothing and wait for deadlines; its tests go to whichever worker is free."""
-KINDS = {"fast", "process", "real", "soak"}
+KINDS = {"fast", "process", "real", "soak", "deploy"}
 
 # how long an example takes says something about the machine only
 settings.register_profile("any machine", deadline=None, suppress_health_check=[HealthCheck.too_slow])
@@ -26,7 +28,7 @@ settings.load_profile("any machine")
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     for item in items:
         if not KINDS & {mark.name for mark in item.iter_markers()}:
-            item.add_marker("real" if REAL in item.path.parents else "fast")
+            item.add_marker(next((kind for folder, kind in FOLDERS.items() if folder in item.path.parents), "fast"))
     items.sort(key=_place)
 
 
