@@ -62,7 +62,7 @@ def _links(run_dir: Path) -> Iterator[str]:
 def _places(run_dir: Path) -> Iterator[str]:
     """Yield where the run is shown besides, as notes.log tells: the newest line of each kind."""
     lines = last_lines(run_dir / "notes.log", _NUM_NOTES)
-    found: dict[str, str] = dict(match.groups() for line in lines if (match := _PLACE.search(line)))
+    found = {match[1]: match[2] for line in lines if (match := _PLACE.search(line))}
     for what, place in found.items():
         yield f"<li>{html.escape(f'{what}: {place}')}</li>"
 

@@ -15,6 +15,7 @@ from quatro_ray.types import Query, Response
 
 CASE = CASES["uneven to 256"]
 
+
 def record(rewards: list[float]) -> dict:
     """Steps of 100 tokens, one every 2 s and 3 CPU-seconds, the first after 20 s."""
     return {
