@@ -33,11 +33,11 @@ def running(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
 
 @pytest.mark.timeout(3600)
 def test_both_nodes_are_healthy_and_want_the_token(running: Cluster) -> None:
-    assert running.healthy("head") and running.healthy("worker")
+    assert running.head.is_healthy() and running.worker.is_healthy()
     address = f"--address={running.gcs}"
-    assert "2.0 CPU" in running.execute("head", "ray", "status", address)
+    assert "2.0 CPU" in running.head.execute("ray", "status", address)
     with pytest.raises(AssertionError, match=r"(?i)token|unauth"):
-        running.execute("worker", "env", "-u", "RAY_AUTH_TOKEN", "HOME=/nowhere", "ray", "status", address)
+        running.worker.execute("env", "-u", "RAY_AUTH_TOKEN", "HOME=/nowhere", "ray", "status", address)
 
 
 @pytest.mark.timeout(1800)
@@ -57,7 +57,7 @@ def test_a_head_that_is_deleted_leaves_the_time_for_a_checkpoint(running: Cluste
     job.start()
     _wait(metrics, 3)
     hook = running.overlay.head.container["lifecycle"]["preStop"]["exec"]["command"]
-    running.execute("head", *hook, deadline_s=300)
+    running.head.execute(*hook, deadline_s=300)
     last_step = json.loads(metrics.read_text().splitlines()[-1])["step"]
     assert (running.volume / f"stopped/checkpoints/step_{last_step}/manifest.json").exists()
     job.join(60)
