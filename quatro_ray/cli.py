@@ -19,7 +19,9 @@ from quatro_ray.telemetry.logs import log_to_stderr
 
 app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False, help=__doc__)
 
-ConfigPath = Annotated[Path, typer.Argument(help="YAML file, or `demo` for the demo's.", metavar="CONFIG.yaml")]
+ConfigPath = Annotated[
+    Path, typer.Argument(help="Path of a YAML file, or demo for the packaged demo.", metavar="CONFIG.yaml")
+]
 Overrides = Annotated[list[str] | None, typer.Argument(help="section.field=value …", metavar="[SECTION.FIELD=VALUE]…")]
 RunDir = Annotated[Path, typer.Argument(help="Directory of a run: finished, running or crashed.")]
 AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON object.")]

@@ -53,7 +53,7 @@ def packaged_configs() -> list[str]:
 
 def find_config(path: Path) -> Path:
     """Return the file of a packaged configuration if the path is its name and no file is there, else the path."""
-    is_name = str(path) in packaged_configs() and not path.exists()
+    is_name = str(path) in packaged_configs() and not path.is_file()
     return _PACKAGED / f"{path}.yaml" if is_name else path
 
 

@@ -27,8 +27,9 @@ FILES = {
     "tensorboard/": "scalars for TensorBoard",
 }
 """Files of a run directory that the report links to if they are there."""
-_PLACE = re.compile(r" s  (metrics for Prometheus|tracker \w+): (.*)")
-_NUM_FAULTS, _NUM_NOTES = 10, 1_000
+_PLACE = re.compile(r" s  (metrics for Prometheus|tracker \w+): (?!(?:failed|given up|incomplete) \()(.*)")
+_NUM_FAULTS, _NUM_NOTES = 10, 1_000_000
+_MAX_CLOCK_S = 2**37  # of the year 6325
 
 
 def operator_section(run_dir: Path, run: RunFiles) -> str:
@@ -49,8 +50,10 @@ def _faults(run: RunFiles) -> str:
     return f"<p>Faults since the run began: {html.escape(total)}. The last ones:</p><pre>{html.escape(last)}</pre>"
 
 
-def _clock(clock_s: float | None) -> str:
-    return time.strftime("%Y-%m-%d %H:%M:%S UTC", time.gmtime(clock_s)) if clock_s is not None else "at some time"
+def _clock(clock_s: object) -> str:
+    if not isinstance(clock_s, int | float) or not 0 <= clock_s < _MAX_CLOCK_S:
+        return "at some time"
+    return time.strftime("%Y-%m-%d %H:%M:%S UTC", time.gmtime(clock_s))
 
 
 def _links(run_dir: Path) -> Iterator[str]:
@@ -68,6 +71,7 @@ def _places(run_dir: Path) -> Iterator[str]:
 
 
 def _commands(run_dir: Path, *, is_finished: bool) -> Iterator[str]:
+    run_dir = run_dir.absolute()  # the page is read elsewhere
     path = shlex.quote(str(run_dir))
     if not is_finished:
         yield f"quatro-ray status {path} --watch"

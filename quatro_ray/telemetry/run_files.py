@@ -96,7 +96,7 @@ def read_run(run_dir: Path) -> RunFiles:
 
 def faults(run_dir: Path, unreadable: Counter[str]) -> list[Record]:
     """Return the records of events.jsonl that are faults; lines that cannot be read are counted in `unreadable`."""
-    return [e for e in read_records(run_dir / "events.jsonl", unreadable) if e.get("event") in FAULTS]
+    return [e for e in read_records(run_dir / "events.jsonl", unreadable) if str(e.get("event")) in FAULTS]
 
 
 def count_faults(events: Iterable[Record]) -> dict[str, int]:

@@ -162,9 +162,12 @@ def test_unusable_files(tmp_path: Path, text: str | None, expected: str) -> None
 
 def test_a_packaged_configuration_is_found_by_its_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
-    assert load_config(Path("demo")).run.dir == Path("runs/demo")
+    assert load_config(Path("demo")).run.dir == tmp_path / "runs/demo"
     with pytest.raises(ConfigError, match=r"^dmeo: cannot be read .*, or the name of a packaged configuration: demo$"):
         load_config(Path("dmeo"))
+    (tmp_path / "demo").mkdir()
+    assert load_config(Path("demo")).run.dir == tmp_path / "runs/demo"
+    (tmp_path / "demo").rmdir()
     (tmp_path / "demo").write_text("- 1")
     with pytest.raises(ConfigError, match=r"^demo: must be a mapping"):  # a file of this name comes first
         load_config(Path("demo"))

@@ -78,9 +78,10 @@ def test_the_number_of_workers_is_fixed_but_for_that_of_elastic_engines(overlay:
         assert group.spec["maxReplicas"] == generator.max_num_engines - generator.num_engines
 
 
-def test_the_autoscaler_has_no_rights_in_its_container(overlay: Overlay) -> None:
+def test_the_autoscaler_is_the_one_of_ray_and_has_no_rights_in_its_container(overlay: Overlay) -> None:
     if overlay.is_autoscaled:
         options = overlay.cluster["autoscalerOptions"]
+        assert options["version"] == "v2"
         assert options["securityContext"] == {"allowPrivilegeEscalation": False}
         assert options["resources"]["requests"] == options["resources"]["limits"]
 
