@@ -64,7 +64,8 @@ def _wait_for(worker: int) -> int:
             ended, status = os.waitpid(-1, os.WNOHANG)
         if ended == worker:
             return status
-    return signal.SIGTERM
+    ended, status = os.waitpid(worker, os.WNOHANG)
+    return status if ended == worker else signal.SIGTERM  # it may have ended by itself just before
 
 
 def _kill_children() -> None:
@@ -82,6 +83,7 @@ def _end_like(status: int) -> NoReturn:
     if os.WIFSIGNALED(status):
         number = os.WTERMSIG(status)
         resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)  # one that came meanwhile is not what the worker died of
         signal.pthread_sigmask(signal.SIG_UNBLOCK, _AWAITED)
         if number != signal.SIGKILL:
             signal.signal(number, signal.SIG_DFL)

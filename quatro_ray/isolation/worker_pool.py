@@ -20,6 +20,8 @@ from quatro_ray.timeouts import within
 
 T = TypeVar("T")
 _REAP_DEADLINE_S = 10.0
+_ENDING_S = 2.0
+"""How long a process whose pipe has ended may take to end itself, before it is killed."""
 _ENDED_FROM_OUTSIDE = {-signal.SIGKILL, -signal.SIGTERM, -signal.SIGINT, -signal.SIGHUP}
 """Return codes that an item cannot cause in a process that executes none of its text; the machine causes them."""
 _PASSED = (
@@ -133,7 +135,7 @@ class Worker:
             await self.kill()
             raise WorkerLost(f"missed its deadline of {deadline_s:g} s", by_item=True) from None
         except (asyncio.IncompleteReadError, ConnectionError):
-            code = await self.kill()
+            code = await self.kill(ending_s=_ENDING_S)
             complaint = bytes(self._complaints).decode(errors="replace").strip().splitlines()
             detail = f"the worker ended with {code}" + (f": {complaint[-1]}" if complaint else "")
             by_item = code not in _ENDED_FROM_OUTSIDE
@@ -172,10 +174,13 @@ class Worker:
             self._complaints += data
             del self._complaints[:-2000]
 
-    async def kill(self) -> int:
+    async def kill(self, ending_s: float = 0.05) -> int:
         """Kill the process and all that it started, and return its exit status, which is negative for a signal.
 
         Later calls only return the status: the id of a group that was reaped may belong to another one by then.
+
+        Args:
+            ending_s: how long a process that is already ending may take, so that its own status is known.
         """
         if self._exit_status is not None:
             return self._exit_status
@@ -184,9 +189,8 @@ class Worker:
                 self._process.stdin.close()
         exited = self._process.returncode
         if exited is None:
-            # a process that is already ending keeps its own status; any other one is killed
             with suppress(TimeoutError):
-                exited = await within(0.05, self._process.wait())
+                exited = await within(ending_s, self._process.wait())
         code = await self._end()
         self._listener.cancel()
         self._exit_status = exited if exited is not None else code

@@ -29,21 +29,22 @@ class Activity:
 
     def enter(self, member: int, state: str) -> None:
         """Record that the member is in `state` from now on. A new member is added."""
-        if member in self._now_in:
-            if self._now_in[member][0] == state:
-                return
-            self.leave(member)
-        self._now_in[member] = (state, self._clock())
+        before, now = self._now_in.get(member), self._clock()
+        if before is not None and before[0] == state:
+            return
+        self._now_in[member] = (state, now)  # at once: another thread sees the member all the time
+        if before is not None:
+            self._end(member, *before, now)
 
     def leave(self, member: int) -> None:
         """Record that the member is gone, if it is there."""
-        if member not in self._now_in:
-            return
-        state, since = self._now_in.pop(member)
-        duration = self._clock() - since
-        self._past[state] += duration
+        if member in self._now_in:
+            self._end(member, *self._now_in.pop(member), self._clock())
+
+    def _end(self, member: int, state: str, since: float, now: float) -> None:
+        self._past[state] += now - since
         if self.on_span is not None:
-            self.on_span(member, state, duration)
+            self.on_span(member, state, now - since)
 
     def close(self) -> None:
         """Record that all members are gone, and call `on_span` no more."""
@@ -53,8 +54,8 @@ class Activity:
 
     def now(self) -> dict[int, tuple[str, float]]:
         """Return the state of each member, and the seconds since it entered it. May be called by another thread."""
-        now = self._clock()
-        return {member: (state, now - since) for member, (state, since) in self._now_in.copy().items()}
+        members, now = self._now_in.copy(), self._clock()
+        return {member: (state, now - since) for member, (state, since) in members.items()}
 
     def seconds(self) -> dict[str, float]:
         """Return the seconds in each state until now, summed over the members."""
