@@ -22,7 +22,7 @@ class Engine:
 
 async def lend(fleet: Fleet, stack: AsyncExitStack) -> int:
     """Index of the engine that a group gets."""
-    engine = await asyncio.wait_for(stack.enter_async_context(fleet.lend()), 2)
+    engine = await asyncio.wait_for(stack.enter_async_context(fleet.lend()), 60)
     return cast(Engine, engine).index
 
 
@@ -102,7 +102,7 @@ async def cancelled_when_woken() -> None:
             first, second = (asyncio.ensure_future(one()) for _ in range(2))
             await asyncio.sleep(0.01)
         first.cancel()  # it was woken a moment ago
-        await asyncio.wait_for(second, 2)
+        await asyncio.wait_for(second, 60)
         assert first.cancelled()
         fleet.close()
 

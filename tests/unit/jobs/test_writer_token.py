@@ -76,23 +76,30 @@ def test_work_that_ends_is_returned(tmp_path: Path) -> None:
 
 
 def test_of_many_at_one_moment_one_is_left(tmp_path: Path) -> None:
-    """Processes without any lock; each that believes to be the newest looks again a little later."""
+    """Processes without any lock; each that believes to be the newest looks again when all have tried."""
     program = (
-        "import sys, time; from pathlib import Path; from quatro_ray.jobs.writer_token import WriterToken\n"
+        "import sys; from pathlib import Path; from quatro_ray.jobs.writer_token import WriterToken\n"
         "from quatro_ray.errors import TakenOver\n"
-        "input()\n"
+        "def meet(): print('here', flush=True); input()\n"
+        "meet()\n"
         "try:\n"
-        "    token = WriterToken.take(Path(sys.argv[1]), print, wait_s=0)\n"
-        "    time.sleep(0.5); token.check(); print('wrote')\n"
+        "    try: token = WriterToken.take(Path(sys.argv[1]), print, wait_s=0)\n"
+        "    finally: meet()\n"
+        "    token.check(); print('wrote')\n"
         "except TakenOver: print('stopped')\n"
     )
     pipe = subprocess.PIPE
     command = [sys.executable, "-c", program, str(tmp_path)]
     processes = [subprocess.Popen(command, stdin=pipe, stdout=pipe, text=True) for _ in range(6)]
-    for process in processes:
-        assert process.stdin is not None
-        process.stdin.write("\n")
-        process.stdin.flush()
+    for _ in range(2):  # all have imported; all have tried
+        for process in processes:
+            assert process.stdout is not None
+            while process.stdout.readline() != "here\n":
+                assert process.poll() is None
+        for process in processes:
+            assert process.stdin is not None
+            process.stdin.write("\n")
+            process.stdin.flush()
     said = sorted(process.communicate(timeout=120)[0].strip() for process in processes)
     assert said == ["stopped"] * 5 + ["wrote"]
 

@@ -101,8 +101,8 @@ def test_a_lock_of_another_program_is_waited_for(path: Path) -> None:
     ledger = Ledger(path)
     other = sqlite3.connect(path, isolation_level=None, check_same_thread=False)
     other.execute("BEGIN IMMEDIATE")
-    threading.Timer(1.0, lambda: other.execute("COMMIT")).start()
     begun = time.monotonic()
+    threading.Timer(1.0, lambda: other.execute("COMMIT")).start()
     assert ledger.admit(ledger.next_id(), [Query("new", "1+1=", "2")], 4)
     assert time.monotonic() - begun > 0.5
     other.close()

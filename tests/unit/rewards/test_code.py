@@ -15,7 +15,7 @@ from tests.make import needs_sandbox
 
 pytestmark = pytest.mark.process
 
-LIMITS = SandboxLimits(cpu_s=1, wall_s=3, memory_mib=128, max_processes=8, output_kib=64)
+LIMITS = SandboxLimits(cpu_s=1, wall_s=30, memory_mib=128, max_processes=8, output_kib=64)
 ADDS = [{"input": "1 2\n", "output": "3\n"}, {"input": "5 7", "output": "12"}]
 SQUARES = [{"assert": "assert square(3) == 9"}, {"assert": "assert square(-2) == 4\nassert square(0) == 0"}]
 

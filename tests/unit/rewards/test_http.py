@@ -51,7 +51,7 @@ def with_reward(url: str, work: Callable[[HttpReward], Awaitable[Any]], **fields
         config = {"kind": "http", "urls": (url,), "timeout_s": 5, "max_wait_s": 0.05} | fields
         reward = HttpReward(HttpRewardConfig.model_validate(config))
         try:
-            return await asyncio.wait_for(work(reward), 15)
+            return await asyncio.wait_for(work(reward), 60)
         finally:
             await reward.close()
             assert asyncio.all_tasks() == {asyncio.current_task()}
@@ -84,9 +84,9 @@ def test_calls_share_a_request_of_openrlhfs_shape() -> None:
 def test_a_full_batch_does_not_wait_and_the_rest_waits_no_longer_than_it_may() -> None:
     texts = ["x" * i for i in range(10)]
     with serving(length_reward) as server:
-        assert with_reward(server.url, score(*texts), max_batch=4, max_wait_s=0.6) == list(range(10))
+        assert with_reward(server.url, score(*texts), max_batch=4, max_wait_s=2) == list(range(10))
     assert [len(r.body["query"]) for r in server.requests] == [4, 4, 2]
-    assert 0.2 < server.requests[2].at - server.requests[0].at < 3
+    assert 0.5 < server.requests[2].at - server.requests[0].at < 14
 
 
 def test_calls_far_apart_have_requests_of_their_own() -> None:

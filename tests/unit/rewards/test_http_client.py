@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import re
 import socket
+import threading
 import time
 from datetime import UTC, datetime, timedelta
 from email.utils import format_datetime
@@ -41,7 +42,7 @@ def post(*servers: FakeServer | str, path: str = "", body: Any = None, times: in
         client = JsonClient(config_of(*servers, **fields))
         try:
             for _ in range(times):
-                answer = await asyncio.wait_for(client.post(path, body or {"a": 1}), 10)
+                answer = await asyncio.wait_for(client.post(path, body or {"a": 1}), 60)
             return answer
         finally:
             await client.close()
@@ -211,12 +212,18 @@ def test_a_huge_answer_is_not_read_to_its_end() -> None:
 
 
 def test_no_more_requests_than_allowed_at_a_time() -> None:
+    together = threading.Barrier(3)
+
+    def answer(request: Request) -> Answer:
+        together.wait(30)  # three run at one time, or this fails
+        return Answer({})
+
     async def run(server: FakeServer) -> None:
-        client = JsonClient(config_of(server, max_concurrency=3))
+        client = JsonClient(config_of(server, max_concurrency=3, timeout_s=60))
         await asyncio.gather(*(client.post("", {}) for _ in range(12)))
         await client.close()
 
-    with serving(in_turn(Answer({}, delay_s=0.05))) as server:
+    with serving(answer) as server:
         asyncio.run(run(server))
     assert len(server.requests) == 12 and server.most_running == 3
 

@@ -110,6 +110,8 @@ def test_one_that_blocks_is_replaced_and_the_run_goes_on_in_it(tmp_path: Path) -
         while ("failed", "Mine") not in events(made.run.dir):  # the run's own end has a deadline too
             time.sleep(0.05)
         step(recorder, 3)
+        while ["step", 3, 0.5] not in calls(made.run.dir):  # a new process starts for it
+            time.sleep(0.05)
     assert calls(made.run.dir) == [
         ["start", "run", None],
         ["step", 1, 0.5],
