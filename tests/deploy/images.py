@@ -12,16 +12,9 @@ from pathlib import Path
 
 from tests.deploy.standin_base import make_root
 from tests.deploy.tools import ROOT, WORK, call
+from tests.unit.deploy.dockerfiles import DOCKERFILES, tag_of
 
-DOCKERFILES = {"cpu": ROOT / "docker/Dockerfile.cpu", "cuda": ROOT / "docker/Dockerfile"}
 STORAGE = ["--root", f"{WORK}/storage", "--runroot", f"{WORK}/run", "--storage-driver", "overlay"]
-
-
-def name_of(device: str) -> str:
-    """The name that the comment at the top of a Dockerfile gives the image."""
-    found = re.search(r"docker build .* -t (\S+) \.", DOCKERFILES[device].read_text())
-    assert found
-    return found[1]
 
 
 def build(device: str, deadline_s: float) -> str:
@@ -33,10 +26,10 @@ def build(device: str, deadline_s: float) -> str:
     # HEALTHCHECK is a field of Docker's format only
     options = ["--isolation", "chroot", "--layers", "--pull-never", "--format", "docker", *_settings_of_pip()]
     call(
-        "buildah", *STORAGE, "build", *options, "--file", dockerfile, "--tag", name_of(device), ROOT,
+        "buildah", *STORAGE, "build", *options, "--file", dockerfile, "--tag", tag_of(device), ROOT,
         deadline_s=deadline_s,
     )  # fmt: skip
-    return name_of(device)
+    return tag_of(device)
 
 
 def _provide(base: str) -> None:

@@ -49,7 +49,7 @@ def test_a_job_is_submitted_and_leaves_its_run_on_the_volume(running: Cluster) -
 
 
 @pytest.mark.timeout(1800)
-def test_a_head_that_is_deleted_leaves_the_time_for_a_checkpoint(running: Cluster) -> None:
+def test_the_hook_of_the_heads_pod_ends_a_job_with_a_checkpoint(running: Cluster) -> None:
     metrics = running.volume / "stopped/metrics.jsonl"
     job = threading.Thread(
         target=running.submit, args=("second", *SHORT, "run.num_steps=4000", "run.dir=/runs/stopped"), daemon=True

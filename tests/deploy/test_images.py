@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from quatro_ray import load_config
-from tests.deploy.images import STORAGE, build, name_of, run
+from tests.deploy.images import STORAGE, build, run
 from tests.deploy.tools import SHORT, call, needs
 
 
@@ -60,7 +60,6 @@ def test_the_image_for_gpus() -> None:
     """Built, and asked for what needs no GPU."""
     needs("cuda-image", "buildah", "debootstrap", "podman")
     image = build("cuda", deadline_s=6000)
-    assert image == name_of("cuda")
     assert "Usage: quatro-ray" in run(image)
     run(image, "bash", "-c", '"$CUDA_HOME/bin/nvcc" --version')
     assert run(image, "python", "-c", "import torch, vllm, deepspeed; print(torch.version.cuda)").split()[-1] != "None"

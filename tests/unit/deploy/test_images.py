@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 import subprocess
 import tomllib
 from pathlib import Path
@@ -10,17 +9,9 @@ from typing import Any
 
 import pytest
 
+from tests.unit.deploy.dockerfiles import DOCKERFILES, tag_of
 from tests.unit.deploy.locks import locked
 from tests.unit.deploy.overlays import BIN, ROOT, Overlay
-
-DOCKERFILES = {"cuda": ROOT / "docker/Dockerfile", "cpu": ROOT / "docker/Dockerfile.cpu"}
-
-
-def tag_of(device: str) -> str:
-    """The name that the comment at the top of a Dockerfile gives the image."""
-    found = re.search(r"docker build .* -t (\S+) \.", DOCKERFILES[device].read_text())
-    assert found
-    return found[1]
 
 
 @pytest.mark.parametrize("device", DOCKERFILES)
