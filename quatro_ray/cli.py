@@ -135,10 +135,13 @@ def plan(
     ] = None,
 ) -> None:
     """Print actors, resources, batch arithmetic and a memory estimate. Starts nothing."""
+    from quatro_ray.orchestrator.device_memory import describe_device_memory
     from quatro_ray.orchestrator.resources import describe
 
     loaded = _load(config, overrides)
     print(describe(loaded), flush=True)
+    for line in describe_device_memory(loaded):
+        print(f"  {line}", flush=True)
     if simulate is not None:
         from quatro_ray.simulation.advice import advise
 

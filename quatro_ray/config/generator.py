@@ -61,6 +61,9 @@ class GeneratorConfig(Section):
     """Further vLLM AsyncEngineArgs by name; those that quatro_ray sets or cannot serve are refused."""
     start_deadline_s: float = Field(600, gt=0)
     """Seconds within which an engine must load the model and be ready. Raise it for large models or slow disks."""
+    sleep_deadline_s: float = Field(60, gt=0)
+    """Seconds within which an engine must free its GPU for the learner, and again to take it back, if
+    cluster.colocate_mode is alternating."""
     group_deadline_s: float = Field(600, gt=0)
     """Seconds within which one group must be generated. Raise it for long responses."""
     max_retries: int = Field(1, ge=0)

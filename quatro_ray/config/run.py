@@ -124,6 +124,15 @@ class ClusterConfig(Section):
 
     device: Literal["cpu", "cuda"] = "cuda"
     """Device of engines and learner ranks."""
+    colocate: bool = False
+    """Let each engine share its GPU with a learner rank, so that one GPU is enough. Needs as many engines as ranks, and
+    generator.kv_cache_gib. `quatro-ray plan` shows how they divide the memory."""
+    colocate_mode: Literal["overlapping", "alternating"] = "overlapping"
+    """overlapping: engine and rank work at the same time, each in its part of the GPU's memory. alternating: the engine
+    frees its memory while the learner trains a batch, and keeps its running requests; for models that fit only so."""
+    gpu_memory_gib: float | None = Field(None, gt=0)
+    """Memory of a GPU in GiB, as nvidia-smi shows it (22 for cards sold as 24 GB). With it `quatro-ray plan` checks
+    that what is planned for a GPU fits. Needed for colocate=true on GPUs."""
     address: str | None = None
     """Ray cluster to join. null: the one in RAY_ADDRESS (set in a submitted job), else a local one."""
     cpus_per_engine: float = Field(1, ge=0)
@@ -142,3 +151,10 @@ class ClusterConfig(Section):
     """Seconds without an optimiser step after which the run ends with a report of what waits for what."""
     liveness_deadline_s: float = Field(60, gt=0)
     """Seconds without a heartbeat after which an engine or learner rank is killed and restarted."""
+
+    def broken_rules(self) -> Iterator[str]:
+        """Yield a line for each setting that colocate=true lacks or needs."""
+        if self.colocate_mode == "alternating" and not self.colocate:
+            yield "colocate_mode=alternating needs colocate=true: set both, or neither"
+        if self.colocate and self.device == "cuda" and self.gpu_memory_gib is None:
+            yield "colocate=true needs gpu_memory_gib, the memory that engine and rank share: set it"

@@ -59,11 +59,18 @@ class Config(Section):
     """Devices, CPU reservations and cluster deadlines."""
 
     @property
-    def sync_backend(self) -> Literal["nccl", "gloo"]:
+    def sync_backend(self) -> Literal["nccl", "ipc", "gloo"]:
         """The transport of weights, with `auto` resolved."""
-        if self.weight_sync.backend == "auto":
-            return "nccl" if self.cluster.device == "cuda" else "gloo"
-        return self.weight_sync.backend
+        if self.weight_sync.backend != "auto":
+            return self.weight_sync.backend
+        if self.cluster.device == "cpu":
+            return "gloo"
+        return "ipc" if self.cluster.colocate else "nccl"
+
+    @property
+    def alternates(self) -> bool:
+        """Whether engines and learner use the memory of their devices in turn."""
+        return self.cluster.colocate and self.cluster.colocate_mode == "alternating"
 
     @property
     def checkpoint_dir(self) -> Path:
@@ -86,6 +93,7 @@ class Config(Section):
         yield from self._batches_fit()
         yield from self._normalisation_suits_the_objective()
         yield from self._device_has_what_is_asked()
+        yield from self._shared_devices_suffice()
         yield from self._model_and_schedule_fit()
 
     def _every_source_is_scored(self) -> Iterator[str]:
@@ -167,8 +175,8 @@ class Config(Section):
     def _device_has_what_is_asked(self) -> Iterator[str]:
         if self.cluster.device == "cuda":
             return
-        if self.weight_sync.backend == "nccl":
-            yield "weight_sync.backend=nccl needs cluster.device=cuda: use auto or gloo"
+        if (backend := self.weight_sync.backend) in {"nccl", "ipc"}:
+            yield f"weight_sync.backend={backend} needs cluster.device=cuda: use auto or gloo"
         attention = self.learner.attn_implementation
         if attention in {"flash_attention_2", "flex_attention"}:
             yield f"learner.attn_implementation={attention} needs cluster.device=cuda: use auto"
@@ -176,6 +184,34 @@ class Config(Section):
             yield (
                 "generator.engine_args.speculative_config needs cluster.device=cuda, because vLLM's engine on CPU then "
                 "samples from another distribution (docs/models.md): remove it"
+            )
+
+    def _shared_devices_suffice(self) -> Iterator[str]:
+        generator, is_gpu = self.generator, self.cluster.device == "cuda"
+        if not self.cluster.colocate:
+            if self.weight_sync.backend == "ipc":
+                yield "weight_sync.backend=ipc needs cluster.colocate=true, because it shares memory of a GPU: use auto"
+            return
+        if generator.devices_per_engine > 1:
+            yield (
+                f"cluster.colocate=true needs engines of one device, and generator.*_parallel_size ask for "
+                f"{generator.devices_per_engine}: set them to 1 and raise num_engines, or set colocate to false"
+            )
+        if {generator.num_engines, generator.max_num_engines} != {self.learner.num_ranks}:
+            yield (
+                f"cluster.colocate=true needs as many engines as ranks, and generator.num_engines="
+                f"{generator.num_engines}, max_engines={generator.max_num_engines}, learner.num_ranks="
+                f"{self.learner.num_ranks}: set all to the number of GPUs"
+            )
+        if is_gpu and generator.kv_cache_gib is None:
+            yield (
+                "cluster.colocate=true needs generator.kv_cache_gib, because vLLM would measure the free memory while "
+                "the learner takes its part: set it (`quatro-ray plan` shows what is left)"
+            )
+        if self.weight_sync.backend == "nccl":
+            yield (
+                "weight_sync.backend=nccl does not work with cluster.colocate=true, because NCCL refuses two processes "
+                "on one GPU: use auto (ipc) or gloo"
             )
 
     def _model_and_schedule_fit(self) -> Iterator[str]:

@@ -12,8 +12,9 @@ from quatro_ray.config.base import Section
 class WeightSyncConfig(Section):
     """The transfer of weights from learner to engines, through vLLM's own weight transfer."""
 
-    backend: Literal["auto", "nccl", "gloo"] = "auto"
-    """Transport of the weights. auto: nccl if cluster.device is cuda, else gloo (our CPU back end)."""
+    backend: Literal["auto", "nccl", "ipc", "gloo"] = "auto"
+    """Transport of the weights. auto: gloo (our back end through host memory) on CPUs; on GPUs nccl, or ipc if engines
+    share them with the ranks (cluster.colocate)."""
     rendezvous_deadline_s: float = Field(120, gt=0)
     """Seconds within which learner and engines must connect to each other."""
     pause_deadline_s: float = Field(30, gt=0)

@@ -39,7 +39,7 @@ def bos_token_of(config: Config) -> object:
     """Return the BOS token that the model's configuration names, or None if it names none."""
     if isinstance(config.model, TinyModelConfig):
         return None
-    return getattr(_load_config(config.model.path), "bos_token_id", None)
+    return getattr(load_model_config(config.model.path), "bos_token_id", None)
 
 
 def check_exists(path: str) -> None:
@@ -64,7 +64,7 @@ def check_division(config: Config) -> None:
         heads: int | None = config.model.num_heads
         key_heads: int | None = max(1, config.model.num_heads // 2)
     else:
-        model = _load_config(config.model.path)
+        model = load_model_config(config.model.path)
         layers = getattr(model, "num_hidden_layers", None)
         heads = getattr(model, "num_attention_heads", None)
         key_heads = getattr(model, "num_key_value_heads", None)
@@ -86,13 +86,21 @@ def check_division(config: Config) -> None:
             )
 
 
-def _load_config(path: str) -> PretrainedConfig:
-    """Return the configuration of a model's language part. Raises ConfigError if it does not load."""
+def load_model_config(path: str, *, from_hub: bool = True) -> PretrainedConfig:
+    """Return the configuration of a model's language part.
+
+    Args:
+        path: folder or name on the hub.
+        from_hub: whether to ask the hub. If not, a name on it must have been loaded on this machine before.
+
+    Raises:
+        ConfigError: it does not load.
+    """
     from transformers import AutoConfig
 
     check_exists(path)
     try:
-        return AutoConfig.from_pretrained(path).get_text_config()
+        return AutoConfig.from_pretrained(path, local_files_only=not from_hub).get_text_config()
     except (OSError, ValueError) as error:
         raise _not_loaded(path, error) from error
 
@@ -115,7 +123,7 @@ def check_positions(config: Config) -> None:
     if isinstance(config.model, TinyModelConfig):
         return _check_positions(config, MAX_POSITIONS)
     path = config.model.path
-    model = _load_config(path)
+    model = load_model_config(path)
     if "factor" not in (getattr(model, "rope_parameters", None) or {}):  # with a factor, RoPE stretches the positions
         _check_positions(config, getattr(model, "max_position_embeddings", None))
 

@@ -26,6 +26,7 @@ from quatro_ray.errors import Problems
 from quatro_ray.jobs.fingerprints import fingerprints
 from quatro_ray.jobs.prepared import Prepared
 from quatro_ray.jobs.run_directory import check_run_dir
+from quatro_ray.orchestrator.device_memory import check_device_memory
 from quatro_ray.orchestrator.host import check_host
 from quatro_ray.orchestrator.resources import evaluation_bundles
 from quatro_ray.telemetry.console import Progress
@@ -51,6 +52,8 @@ def check(config: Config) -> Prepared:
         check_trackers(config.telemetry)
     with problems.collect():
         check_host(config)
+    with problems.collect():
+        check_device_memory(config)
     inputs = None if dataset is None else fingerprints(config, dataset)
     with problems.collect():
         check_run_dir(config, inputs)

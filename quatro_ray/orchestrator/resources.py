@@ -2,43 +2,56 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from quatro_ray.config import Config, ModelRewardConfig, PretrainedModelConfig, TinyModelConfig
 from quatro_ray.config.generator import CPU_KV_CACHE_GIB
 from quatro_ray.engines.weight_files import num_weights
 
-_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
+BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
+"""Bytes of a number, by the name of its format."""
 _TINY_VOCABULARY = 258
+
+
+SHARED_DEVICE = "engine and rank"
+"""The role of a bundle in which an engine and a learner rank share a device."""
+_SHARE = 0.5
+"""Part of a GPU that Ray books for each of two actors; orchestrator/device_memory.py divides its memory."""
 
 
 @dataclass(frozen=True)
 class Bundle:
-    """The resources of one actor.
+    """The resources of one actor, or of an engine and a rank that share a device.
 
     Attributes:
-        role: role of the actor, such as "generator" or "verifier".
+        role: role of the actor, such as "generator" or "verifier", or SHARED_DEVICE.
         index: number of the actor within its role.
         resources: amounts by Ray's names, CPU and GPU.
+        shares: what each of several actors takes of `resources`, by its role; empty if there is one actor.
     """
 
     role: str
     index: int
     resources: dict[str, float]
+    shares: Mapping[str, dict[str, float]] = field(default_factory=dict)
+
+    def by_role(self) -> Mapping[str, dict[str, float]]:
+        """Return the resources of each actor in the bundle."""
+        return self.shares or {self.role: self.resources}
 
 
 def bundles(config: Config) -> list[Bundle]:
-    """Return one bundle per actor of a training run, in the order of placement; without engines that may join later."""
+    """Return the bundles of a training run, without those of engines that may join later."""
     cluster = config.cluster
 
     def make(role: str, count: int, cpus: float, gpus: int) -> list[Bundle]:
         return [_bundle(config, role, i, cpus, gpus) for i in range(count)]
 
     return [
-        *(engine_bundle(config, i) for i in range(config.generator.num_engines)),
+        *(_shared_bundles(config) if cluster.colocate else _separate_bundles(config)),
         *make("evaluator", config.evaluation.num_engines, cluster.cpus_per_engine, config.generator.devices_per_engine),
-        *make("learner", config.learner.num_ranks, cluster.cpus_per_rank, 1),
         *(
             bundle
             for name, part in config.rewards.items()
@@ -55,9 +68,43 @@ def bundles(config: Config) -> list[Bundle]:
     ]
 
 
+def _separate_bundles(config: Config) -> list[Bundle]:
+    return [*(engine_bundle(config, i) for i in range(config.generator.num_engines)), *learner_bundles(config)]
+
+
+def _shared_bundles(config: Config) -> list[Bundle]:
+    def share(actor: Bundle) -> dict[str, float]:
+        return {name: amount * (_SHARE if name == "GPU" else 1) for name, amount in actor.resources.items()}
+
+    def both(rank: Bundle) -> Bundle:
+        shares = {actor.role: share(actor) for actor in (engine_bundle(config, rank.index), rank)}
+        names = dict.fromkeys(name for resources in shares.values() for name in resources)
+        total = {name: sum(resources.get(name, 0) for resources in shares.values()) for name in names}
+        return Bundle(SHARED_DEVICE, rank.index, total, shares)
+
+    return [both(rank) for rank in learner_bundles(config)]
+
+
 def engine_bundle(config: Config, index: int) -> Bundle:
     """Return the bundle of one engine for training."""
     return _bundle(config, "generator", index, config.cluster.cpus_per_engine, config.generator.devices_per_engine)
+
+
+def learner_bundles(config: Config) -> list[Bundle]:
+    """Return the bundles of all learner ranks, each with a device of its own."""
+    return [_bundle(config, "learner", i, config.cluster.cpus_per_rank, 1) for i in range(config.learner.num_ranks)]
+
+
+def placement_groups(plan: Sequence[Bundle]) -> list[list[Bundle]]:
+    """Divide the bundles of a plan into placement groups: the learner's, that of other actors, and one per engine.
+
+    Ray places the lost bundles of a group again only together, and packs each group by itself. So the ranks get one
+    node if one has room for them, and neither a rank nor a verifier waits for the place of a lost engine.
+    """
+    learner = [bundle for bundle in plan if "learner" in bundle.by_role()]
+    engines = [bundle for bundle in plan if bundle.role == "generator"]
+    others = [bundle for bundle in plan if bundle not in learner and bundle not in engines]
+    return [group for group in (learner, others, *([engine] for engine in engines)) if group]
 
 
 def _bundle(config: Config, role: str, index: int, cpus: float, gpus: int) -> Bundle:
@@ -70,7 +117,7 @@ def evaluation_bundles(config: Config) -> list[Bundle]:
     alone = config.model_copy(
         update={"evaluation": config.evaluation.model_copy(update={"num_engines": config.evaluation.num_engines or 1})}
     )
-    return [b for b in bundles(alone) if b.role not in ("generator", "learner", "replay")]
+    return [b for b in bundles(alone) if b.role not in ("generator", "learner", "replay", SHARED_DEVICE)]
 
 
 def num_parameters(config: Config) -> int | None:
@@ -104,13 +151,27 @@ def learner_bytes_per_rank(config: Config, parameters: int) -> int:
         config: its `learner` section gives the dtype, the number of ranks and which of these copies exist.
         parameters: number of the model's parameters.
     """
-    width = _BYTES[config.learner.dtype]
+    width = BYTES[config.learner.dtype]
     master = 0 if config.learner.dtype == "float32" else 4
     reference = width if config.learner.reference_kl_coef > 0 else 0
     before_step = 0 if config.learner.step_control.window_kl_nats_per_token is None else 4
     sharded = parameters * (width + 4 + master + 8 + before_step + reference) // config.learner.num_ranks
     group = config.learner.hpz_partition_size
     return sharded + (parameters * width // group if group > 1 else 0)
+
+
+def learner_bytes_on_device(config: Config, parameters: int) -> int:
+    """Return the part of `learner_bytes_per_rank` that is not offloaded to host memory.
+
+    Args:
+        config: its `learner` section says what is offloaded.
+        parameters: number of the model's parameters.
+    """
+    learner = config.learner
+    if learner.offload == "none":
+        return learner_bytes_per_rank(config, parameters)
+    copies = (not learner.offload_parameters) + (learner.reference_kl_coef > 0)
+    return copies * parameters * BYTES[learner.dtype] // learner.num_ranks
 
 
 def weight_bytes_per_device(config: Config, parameters: int) -> float:
@@ -121,7 +182,7 @@ def weight_bytes_per_device(config: Config, parameters: int) -> float:
         parameters: number of the model's parameters.
     """
     shares = config.generator.tensor_parallel_size * config.generator.pipeline_parallel_size
-    return parameters * _BYTES[config.generator.dtype] / shares
+    return parameters * BYTES[config.generator.dtype] / shares
 
 
 def describe(config: Config) -> str:
@@ -183,7 +244,7 @@ def _memory(config: Config) -> list[str]:
         f"  engine: {weights:.3f} GiB of weights a device",
     ]
     if config.sync_backend == "gloo":
-        received = parameters * _BYTES[config.learner.dtype] / gib
+        received = parameters * BYTES[config.learner.dtype] / gib
         lines.append(f"  engine: {received:.3f} GiB of host memory a device while it receives new weights")
     cache = config.generator.kv_cache_gib or (CPU_KV_CACHE_GIB if config.cluster.device == "cpu" else None)
     if cache is not None:
