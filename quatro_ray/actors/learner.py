@@ -87,7 +87,7 @@ class LearnerActor(HostMixin):
 
     def open_weight_transfer(
         self,
-        backend: Literal["nccl", "gloo"],
+        backend: Literal["nccl", "ipc", "gloo"],
         generators: list[Any],
         workers_per_engine: int,
         master_address: str,

@@ -46,17 +46,18 @@ class EngineClient:
         """Version of the weights that are sent next; the caller sets it before each update."""
 
     def init_weight_transfer_engine(self, init_info: dict[str, Any]) -> None:
-        """Connect all engines, each with its own rank offset.
+        """Connect all engines, each with its own rank offset if the back end has ranks.
 
         vLLM gives one offset for all, which suits data-parallel replicas; our engines are independent of each other.
         """
+
+        def own(i: int) -> dict[str, Any]:
+            if "rank_offset" not in init_info:
+                return init_info
+            return init_info | {"rank_offset": init_info["rank_offset"] + i * self._workers_per_engine}
+
         futures = [
-            self._submit(
-                engine,
-                "init_weight_transfer_engine",
-                init_info | {"rank_offset": init_info["rank_offset"] + i * self._workers_per_engine},
-            )
-            for i, engine in enumerate(self._engines)
+            self._submit(engine, "init_weight_transfer_engine", own(i)) for i, engine in enumerate(self._engines)
         ]
         self._wait(futures, self._rendezvous_deadline_s)
 

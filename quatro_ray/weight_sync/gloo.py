@@ -135,7 +135,7 @@ def _send(group: ProcessGroup, layout: Layout, source: WeightSource) -> None:
     for bucket in layout.buckets():
         names, tensors = zip(*islice(weights, bucket.stop - bucket.start), strict=True)
         assert list(names) == layout.names[bucket], f"the source yielded {names}, not {layout.names[bucket]}"
-        _broadcast(group, torch.cat([tensor.reshape(-1) for tensor in tensors]))
+        _broadcast(group, torch.cat([tensor.reshape(-1) for tensor in tensors]).cpu())
     assert next(weights, None) is None, "the source yielded more tensors than its metadata has"
 
 
@@ -226,8 +226,9 @@ class GlooWeightTransferEngine(WeightTransferEngine[GlooInitInfo, GlooUpdateInfo
         initialize_layerwise_reload(self.model)
         self.model.load_weights(iter(weights))
         finalize_layerwise_reload(self.model, self.model_config)
-        self._repack_tied_heads()
-        self._repack_experts()
+        if self.device.type == "cpu":
+            self._repack_tied_heads()
+            self._repack_experts()
 
     def _repack_tied_heads(self) -> None:
         """Pack the weights of tied heads again.

@@ -1,4 +1,4 @@
-"""Opens the trainer's end of the weight transfer, for both back ends."""
+"""Opens the trainer's end of the weight transfer, for all back ends."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ class Transfer(Protocol):
 
 
 def open_transfer(
-    backend: Literal["nccl", "gloo"],
+    backend: Literal["nccl", "ipc", "gloo"],
     *,
     rank: int,
     master_address: str,
@@ -39,13 +39,17 @@ def open_transfer(
         master_address: host of rank 0, as the workers reach it.
         master_port: a TCP port that is free on that host.
         num_workers: engine workers over all engines.
-        deadline_s: for the rendezvous, and with gloo for each broadcast.
+        deadline_s: for the rendezvous, and with gloo for each broadcast; ipc has none.
         client: calls the engines.
         source: the weights in checkpoint format.
     """
     from vllm.distributed.weight_transfer.factory import WeightTransferTrainerFactory
 
     register()
+    if backend == "ipc":
+        from quatro_ray.weight_sync.ipc import IpcTransfer
+
+        return IpcTransfer(rank, client, source)
     world_size = 1 + num_workers
     init_info: Any
     if backend == "gloo":
