@@ -9,7 +9,7 @@ import asyncio
 import heapq
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Collection, Coroutine
-from contextlib import AbstractAsyncContextManager, asynccontextmanager
+from contextlib import AbstractAsyncContextManager, asynccontextmanager, nullcontext
 from typing import Any, Protocol
 
 from quatro_ray.actors.interfaces import Engine
@@ -115,6 +115,7 @@ class Fleet:
         clock: returns seconds that only increase.
         look_every_s: seconds between two looks at an engine's load.
         room: waits until there is room for the engine with an index. Without it, `generator.max_engines` has no effect.
+        device_lock: held while an engine starts (actors/device_turns.py). Without it, any number start side by side.
     """
 
     def __init__(
@@ -126,6 +127,7 @@ class Fleet:
         clock: Callable[[], float] = time.monotonic,
         look_every_s: float = 0.5,
         room: Callable[[int], Awaitable[None]] | None = None,
+        device_lock: asyncio.Lock | None = None,
     ) -> None:
         self._spawn = spawn
         self._config = config
@@ -133,6 +135,7 @@ class Fleet:
         self._clock = clock
         self._look_every_s = look_every_s
         self._wait_for_room = room
+        self._device_lock = device_lock or nullcontext()
         self._policy = RestartPolicy(config.max_restarts)
         self._tasks: asyncio.TaskGroup | None = None
         self._running: set[asyncio.Task[None]] = set()
@@ -351,7 +354,8 @@ class Fleet:
     async def _start(self, slot: EngineSlot) -> None:
         """Start an engine, after which it waits for weights."""
         try:
-            await within(self._config.start_deadline_s, slot.client.start())
+            async with self._device_lock:
+                await within(self._config.start_deadline_s, slot.client.start())
         except TimeoutError:
             return self.lost(slot, f"did not start within generator.start_deadline_s={self._config.start_deadline_s:g}")
         except Exception as error:  # any failure to start is in the event, and the start is tried again

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, Literal
 
 import ray
 
@@ -20,15 +20,27 @@ class GeneratorActor(HostMixin):
     Args:
         model_path: folder or hub name of the starting policy.
         device: "cpu" or "cuda".
-        sync_backend: name of vLLM's weight transfer back end, "nccl" or "gloo".
+        sync_backend: name of vLLM's weight transfer back end, "nccl", "ipc" or "gloo".
         seed: seed of the engine.
+        sleeps: whether `sleep` will be called.
     """
 
-    def __init__(self, model_path: str, config: GeneratorConfig, *, device: str, sync_backend: str, seed: int) -> None:
+    def __init__(
+        self,
+        model_path: str,
+        config: GeneratorConfig,
+        *,
+        device: Literal["cpu", "cuda"],
+        sync_backend: str,
+        seed: int,
+        sleeps: bool = False,
+    ) -> None:
         detach_resource_tracker()
         self._num_devices = config.devices_per_engine
         use_interface_of(self.address())
-        self._engine = GenerationEngine(model_path, config, device=device, sync_backend=sync_backend, seed=seed)  # type: ignore[arg-type]
+        self._engine = GenerationEngine(
+            model_path, config, device=device, sync_backend=sync_backend, seed=seed, sleeps=sleeps
+        )
 
     async def start(self) -> None:
         """Load the model; its weights are version 0.
@@ -68,6 +80,14 @@ class GeneratorActor(HostMixin):
     async def resume(self) -> None:
         """Continue the frozen requests under the present weights."""
         await self._engine.resume()
+
+    async def sleep(self) -> None:
+        """Free the device's memory; running requests are frozen."""
+        await self._engine.sleep()
+
+    async def wake_up(self) -> None:
+        """Take the device's memory back, and continue the frozen requests."""
+        await self._engine.wake_up()
 
     async def policy_version(self) -> int:
         """Return the version that the engine's own process reports."""

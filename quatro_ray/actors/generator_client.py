@@ -64,6 +64,14 @@ class GeneratorClient:
         """Continue the frozen requests under the present weights."""
         await _alive(value_of(self.actor.resume.remote()))
 
+    async def sleep(self) -> None:
+        """Free the device's memory; running requests are frozen."""
+        await _alive(value_of(self.actor.sleep.remote()))
+
+    async def wake_up(self) -> None:
+        """Take the device's memory back, and continue the frozen requests."""
+        await _alive(value_of(self.actor.wake_up.remote()))
+
     async def receive_weights(self) -> None:
         """Begin to receive weights while generation continues."""
         await _alive(value_of(self.actor.receive_weights.remote()))

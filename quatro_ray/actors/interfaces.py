@@ -76,6 +76,14 @@ class Engine(Protocol):
         """Continue the frozen requests under the present weights."""
         ...
 
+    async def sleep(self) -> None:
+        """Free the device's memory; running requests are frozen, and computed again after `wake_up`."""
+        ...
+
+    async def wake_up(self) -> None:
+        """Take the device's memory back, and continue the frozen requests under the weights of before."""
+        ...
+
     async def receive_weights(self) -> None:
         """Begin to receive weights in the background; called before the learner sends, if the back end is gloo."""
         ...

@@ -34,17 +34,26 @@ class GenerationEngine:
 
     Args:
         model_path: folder or hub name of the starting policy.
-        sync_backend: name of vLLM's weight transfer back end, "nccl" or "gloo".
+        sync_backend: name of vLLM's weight transfer back end, "nccl", "ipc" or "gloo".
+        sleeps: whether `sleep` will be called.
     """
 
     def __init__(
-        self, model_path: str, config: GeneratorConfig, *, device: Literal["cpu", "cuda"], sync_backend: str, seed: int
+        self,
+        model_path: str,
+        config: GeneratorConfig,
+        *,
+        device: Literal["cpu", "cuda"],
+        sync_backend: str,
+        seed: int,
+        sleeps: bool = False,
     ) -> None:
         self._model_path = model_path
         self._config = config
         self._device = device
         self._sync_backend = sync_backend
         self._seed = seed
+        self._sleeps = sleeps
         self._version = -1
         self._is_receiving = False
         self._num_running = 0
@@ -112,7 +121,8 @@ class GenerationEngine:
             if config.max_num_batched_tokens is not None:
                 args["max_num_batched_tokens"] = config.max_num_batched_tokens
         else:
-            args |= gpu_args(config)
+            # on CPU vLLM has no such mode: `sleep` freezes requests and discards keys and values, and frees no memory
+            args |= gpu_args(config) | {"enable_sleep_mode": self._sleeps}
         return args | config.engine_args
 
     async def generate(
@@ -251,6 +261,16 @@ class GenerationEngine:
         """Continue the requests that `pause` froze, under the weights that the engine holds now."""
         with _engine_death():
             await self.llm.resume_generation()
+
+    async def sleep(self) -> None:
+        """Free the device's memory: weights move to host memory, keys and values are discarded, requests frozen."""
+        with _engine_death():
+            await self.llm.sleep(level=1, mode="keep")
+
+    async def wake_up(self) -> None:
+        """Take the device's memory back and continue the frozen requests, whose keys and values are computed again."""
+        with _engine_death():
+            await self.llm.wake_up()
 
     async def init_weight_transfer_engine(self, init_info: dict[str, Any]) -> None:
         """Connect the engine's workers to the learner.

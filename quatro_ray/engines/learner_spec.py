@@ -17,6 +17,8 @@ class LearnerSpec:
         temperature: sampling temperature; log-probs are those of the distribution that was sampled from.
         max_response_tokens: longest possible response, in tokens; the divisor of seq_mean_token_sum_norm.
         num_steps: optimiser steps of the run, for the learning rate schedule.
+        device_share: share of its GPU's memory that a rank may take, because an engine has the rest.
+        frees_memory: whether a rank frees what it does not need between batches, because an engine then takes it.
     """
 
     model_path: str
@@ -27,3 +29,5 @@ class LearnerSpec:
     max_response_tokens: int
     seed: int
     num_steps: int
+    device_share: float = 1.0
+    frees_memory: bool = False

@@ -94,6 +94,7 @@ class LearningEngine:
         _seed_everything(self._spec.seed)
         if self._device.type == "cuda":
             torch.cuda.set_device(self._device)
+            torch.cuda.set_per_process_memory_fraction(self._spec.device_share)
         # torch.distributed is initialised before DeepSpeed, which would bind the group to a device; groups created
         # beside such a one, as for weight transfer, were seen to hang
         dist.init_process_group(
@@ -214,7 +215,12 @@ class LearningEngine:
 
     def _deepspeed_config(self) -> dict[str, Any]:
         config = self._config
-        zero: dict[str, Any] = {"stage": 3, "stage3_gather_16bit_weights_on_model_save": False}
+        zero: dict[str, Any] = {
+            "stage": 3,
+            "stage3_gather_16bit_weights_on_model_save": False,
+            # a buffer of float32 numbers: 0.2 GiB, and 2 by default, as much as the gradients of a small model
+            "reduce_bucket_size": 50_000_000,
+        }
         if config.hpz_partition_size > 1:
             zero["zero_hpz_partition_size"] = config.hpz_partition_size
         host = {"device": "cpu", "pin_memory": self._device.type == "cuda"}
@@ -252,6 +258,8 @@ class LearningEngine:
             raise RuntimeError(f"rank {self._rank} is at version {self.version}, asked to train from {learner_version}")
         metrics = trainer.train(batch)
         self.version += 1
+        if self._spec.frees_memory and self._device.type == "cuda":
+            torch.cuda.empty_cache()
         return metrics
 
     def logprobs(self, batch: LearnerBatch) -> list[NDArray[np.float32]]:

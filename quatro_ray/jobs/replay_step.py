@@ -20,7 +20,7 @@ from quatro_ray.files import replace_file
 from quatro_ray.orchestrator.cluster import make_learner
 from quatro_ray.orchestrator.connection import connect
 from quatro_ray.orchestrator.placement import Placer
-from quatro_ray.orchestrator.resources import bundles
+from quatro_ray.orchestrator.resources import learner_bundles
 from quatro_ray.replay import serialization
 from quatro_ray.replay.buffer import LeasedBatch
 from quatro_ray.replay.ledger import Ledger
@@ -148,8 +148,7 @@ def _version_at(lineage: Lineage, step: int) -> int:
 
 
 async def _replay(config: Config, plan: _Plan, say: Callable[[str], None], out: Path | None) -> StepMetrics:
-    ranks = [bundle for bundle in bundles(config) if bundle.role == "learner"]
-    place = await Placer.reserve(config, ranks, say)
+    place = await Placer.reserve(config, learner_bundles(config), say)
     learner = make_learner(place, _starting_policy(config))
     metrics: StepMetrics = {}
     try:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import itertools
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -12,9 +13,9 @@ from pathlib import Path
 import ray
 from ray.actor import ActorHandle
 from ray.exceptions import GetTimeoutError, RayError
-from ray.util.placement_group import PlacementGroup, remove_placement_group
 
 from quatro_ray.actors.calls import value_of
+from quatro_ray.actors.device_turns import DeviceTurns
 from quatro_ray.actors.environment import EnvironmentActor
 from quatro_ray.actors.environment_pool import EnvironmentPool
 from quatro_ray.actors.fleet import EngineSlot, Fleet
@@ -36,6 +37,7 @@ from quatro_ray.errors import ClusterError, last_line
 from quatro_ray.evaluation.evaluator import Evaluator
 from quatro_ray.failures import LearnerLost
 from quatro_ray.orchestrator.components import Components
+from quatro_ray.orchestrator.device_memory import device_memory, shares_gpu
 from quatro_ray.orchestrator.engine_places import EnginePlaces
 from quatro_ray.orchestrator.placement import Placer
 from quatro_ray.orchestrator.resources import evaluation_bundles
@@ -57,12 +59,10 @@ class ScoringActors:
     """The actors that score and play, which training and evaluation both need.
 
     Attributes:
-        placement: the placement group of all actors of the run.
         reward_models: the engines of each reward model, by the reward's name in the configuration.
         environments: one pool per environment, by its name in the configuration.
     """
 
-    placement: PlacementGroup
     verifiers: VerifierPool
     reward_models: dict[str, list[ActorHandle]]
     environments: dict[str, EnvironmentPool]
@@ -72,7 +72,7 @@ class ScoringActors:
         """Create the actors, which are not started yet."""
         reward_models = _reward_models(place)
         verifiers = _verifiers(place, reward_models)
-        return cls(place.placement, verifiers, reward_models, _environments(place, model_path))
+        return cls(verifiers, reward_models, _environments(place, model_path))
 
     def by_source(self, config: Config) -> dict[str, EnvironmentPool]:
         """Return the environment of each data source that has one."""
@@ -109,13 +109,19 @@ class ScoringActors:
 class Cluster:
     """All actors of a training run."""
 
-    config: Config
-    fleet: Fleet
+    place: Placer
     places: EnginePlaces
+    fleet: Fleet
+    turns: DeviceTurns | None
     learner: LearnerGroup
     replay: ActorHandle
     scoring: ScoringActors
     evaluator: Evaluator | None
+
+    @property
+    def config(self) -> Config:
+        """The configuration of the run."""
+        return self.place.config
 
     def components(self) -> Components:
         """Return what the controller drives."""
@@ -136,6 +142,7 @@ class Cluster:
             checkpoints=checkpoint_store(config),
             evaluator=self.evaluator,
             drain_notice=lambda: draining_nodes(self.generators()),
+            learner_turn=nullcontext if self.turns is None else self.turns.of_learner,
         )
 
     def generators(self) -> list[ActorHandle]:
@@ -156,7 +163,7 @@ class Cluster:
         """End the engines in order within `grace_s` seconds, then everything else; safe after a failure."""
         _end([*self.generators(), *self.scoring.all()], grace_s, killed=[*self.learner.actors, self.replay])
         self.places.release()
-        remove_placement_group(self.scoring.placement)
+        self.place.release()
 
 
 async def spawn(place: Placer, model_path: str, say: Callable[[str], None]) -> Cluster:
@@ -179,14 +186,17 @@ async def spawn(place: Placer, model_path: str, say: Callable[[str], None]) -> C
     scoring = ScoringActors.spawn(place, model_path)
     environments = scoring.by_source(config)
     places = EnginePlaces(place)
+    device_lock = asyncio.Lock() if config.alternates else None
     fleet = Fleet(
-        lambda index: GeneratorClient(_engine(places.placer(index), "generator", model_path, index), environments),
+        lambda index: GeneratorClient(_engine(place, "generator", model_path, index), environments),
         config.generator,
         config.cluster.liveness_deadline_s,
         room=places.room,
+        device_lock=device_lock,
     )
+    turns = DeviceTurns(fleet, device_lock, config.generator.sleep_deadline_s) if device_lock else None
     evaluator = _evaluator(place, scoring) if config.evaluation.num_engines else None
-    cluster = Cluster(config, fleet, places, learner, replay, scoring, evaluator)
+    cluster = Cluster(place, places, fleet, turns, learner, replay, scoring, evaluator)
     try:
         await _start(cluster, say)
     except BaseException:
@@ -211,13 +221,14 @@ def make_learner(place: Placer, model_path: str) -> LearnerGroup:
 class EvaluationCluster:
     """All actors of `quatro-ray eval`, besides the engines, which the evaluator starts itself."""
 
+    place: Placer
     evaluator: Evaluator
     scoring: ScoringActors
 
     def shutdown(self, grace_s: float = _SHUTDOWN_S) -> None:
         """End all actors in order within `grace_s` seconds."""
         _end(self.scoring.all(), grace_s)
-        remove_placement_group(self.scoring.placement)
+        self.place.release()
 
 
 async def spawn_evaluation(config: Config, model_path: str, say: Callable[[str], None]) -> EvaluationCluster:
@@ -233,7 +244,7 @@ async def spawn_evaluation(config: Config, model_path: str, say: Callable[[str],
     """
     place = await Placer.reserve(config, evaluation_bundles(config), say)
     scoring = ScoringActors.spawn(place, model_path)
-    cluster = EvaluationCluster(_evaluator(place, scoring), scoring)
+    cluster = EvaluationCluster(place, _evaluator(place, scoring), scoring)
     try:
         await start_together({"verifiers": scoring.start(config)}, say)
     except BaseException:
@@ -273,13 +284,14 @@ def _end(actors: Sequence[ActorHandle], grace_s: float, killed: Sequence[ActorHa
 
 
 async def _start(cluster: Cluster, say: Callable[[str], None]) -> None:
-    parts = {
-        "learner": cluster.learner.start(),
-        "engines": _started(cluster.generators(), cluster.config.generator.start_deadline_s, "generator"),
-        "verifiers": cluster.scoring.start(cluster.config),
-    }
+    config = cluster.config
+    engines = {"engines": _started(cluster.generators(), config.generator.start_deadline_s, "generator")}
     try:
-        await start_together(parts, say)
+        if config.cluster.colocate:  # an engine refuses to start if its part of the device's memory is not free
+            await start_together(engines, say)
+            engines = {}
+        learner, verifiers = cluster.learner.start(), cluster.scoring.start(config)
+        await start_together({"learner": learner, "verifiers": verifiers, **engines}, say)
     except LearnerLost as error:
         raise ClusterError(f"{error}; see the logs under {_log_dir()}") from error
 
@@ -295,18 +307,24 @@ def _ranks(place: Placer, model_path: str) -> list[ActorHandle]:
         max_response_tokens=config.generator.max_response_tokens,
         seed=config.run.seed,
         num_steps=config.run.num_steps,
+        device_share=device_memory(config).rank_share if shares_gpu(config) else 1.0,
+        frees_memory=config.alternates,
     )
     return [place(LearnerActor, "learner", i).remote(spec, rank=i) for i in range(config.learner.num_ranks)]
 
 
 def _engine(place: Placer, role: str, model_path: str, index: int) -> ActorHandle:
     config = place.config
+    generator = config.generator
+    if role == "generator" and shares_gpu(config):
+        generator = generator.model_copy(update={"gpu_memory_utilization": device_memory(config).engine_share})
     return place(GeneratorActor, role, index, max_concurrency=1000).remote(
         model_path,
-        config.generator,
+        generator,
         device=config.cluster.device,
         sync_backend=config.sync_backend,
         seed=config.run.seed,
+        sleeps=role == "generator" and config.alternates,
     )
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from contextlib import AbstractAsyncContextManager, nullcontext
 from dataclasses import dataclass
 
 from quatro_ray.actors.fleet import EngineSlot, Fleet
@@ -19,6 +21,7 @@ class Components:
     Attributes:
         evaluator: evaluates on dedicated engines. If None, evaluation runs on the training generators.
         drain_notice: tells which nodes are going away. If None, nobody tells.
+        learner_turn: entered while a batch is trained. By default the learner has its devices for itself.
     """
 
     generators: Fleet
@@ -29,3 +32,4 @@ class Components:
     checkpoints: CheckpointStore
     evaluator: DedicatedEvaluator | None = None
     drain_notice: DrainNotice | None = None
+    learner_turn: Callable[[], AbstractAsyncContextManager[None]] = nullcontext

@@ -163,8 +163,9 @@ class Controller:
                     await self._recovery.restart_learner(str(lost))
 
     async def _step(self, summary: LeaseSummary, leased: LeasedRef) -> None:
-        with self._recorder.phase("learner", "train"):
-            metrics = await self._components.learner.train_step(leased, self.version)
+        async with self._components.learner_turn():
+            with self._recorder.phase("learner", "train"):
+                metrics = await self._components.learner.train_step(leased, self.version)
         self._position.issue(await self._components.replay.commit(self.version))
         with self._recorder.phase("learner", "sync"):
             update = await self._components.weight_sync.update(self._position.issued)

@@ -1,6 +1,6 @@
-"""Finds places for engines: `num_engines` are in the placement group of the run, each further one in its own.
+"""Finds room for engines: for those beyond `num_engines`, and for each one again after its node is lost.
 
-A run does not wait for the further ones. An autoscaler sees what they ask for, and each joins when it finds room.
+A run does not wait for them. An autoscaler sees what they ask for, and each joins when it finds room.
 """
 
 from __future__ import annotations
@@ -17,51 +17,44 @@ _LOOK_EVERY_S = 2.0
 
 
 class EnginePlaces:
-    """Finds room for engines beyond `generator.num_engines`, and room again after a node is lost.
+    """Waits for the room of an engine.
 
     Args:
-        place: has reserved the resources of the run.
+        place: has reserved the resources of the run; the room of further engines is added to it.
     """
 
     def __init__(self, place: Placer) -> None:
         self._place = place
-        self._num_fixed = place.config.generator.num_engines
         self._waiting: list[PlacementGroup] = []
-        self._placers: dict[int, Placer] = {}
-
-    def placer(self, index: int) -> Placer:
-        """Return what places the engine with this index; for further engines only after `room`."""
-        return self._place if index < self._num_fixed else self._placers[index]
 
     async def room(self, index: int) -> None:
-        """Return once there is room for the engine with this index. The first `num_engines` always have it.
+        """Return once there is room for the engine with this index, for which `place` then has a bundle.
 
-        There is no deadline: without further engines the run continues as it is.
+        There is no deadline: the run continues with the engines that it has, and without any the next weight update
+        ends it.
         """
-        if index < self._num_fixed:
-            return
-        if index in self._placers:  # its node may have gone
-            await _first_ready([self._placers[index].placement])
+        if group := self._place.group_of("generator", index):  # its node may have gone
+            await _first_ready([group])
             return
         config = self._place.config
-        if not self._placers and not self._waiting:
-            bundle = engine_bundle(config, index)
-            num = config.generator.max_num_engines - self._num_fixed
+        bundle = engine_bundle(config, index)
+        if not self._waiting and index == config.generator.num_engines:
+            num = config.generator.max_num_engines - index
             self._waiting = [placement_group([bundle.resources]) for _ in range(num)]
         ready = await _first_ready(self._waiting)
         self._waiting.remove(ready)
-        self._placers[index] = Placer(config, [engine_bundle(config, index)], ready)
+        self._place.add([bundle], ready)
 
     def release(self) -> None:
-        """Give the room of all further engines back."""
-        for placement in [*self._waiting, *(placer.placement for placer in self._placers.values())]:
-            remove_placement_group(placement)
+        """Give up the room that engines still wait for."""
+        for group in self._waiting:
+            remove_placement_group(group)
 
 
-async def _first_ready(placements: Sequence[PlacementGroup]) -> PlacementGroup:
+async def _first_ready(groups: Sequence[PlacementGroup]) -> PlacementGroup:
     while True:
-        for placement in placements:
-            table = await asyncio.to_thread(placement_group_table, placement)
+        for group in groups:
+            table = await asyncio.to_thread(placement_group_table, group)
             if table["state"] == "CREATED":
-                return placement
+                return group
         await asyncio.sleep(_LOOK_EVERY_S)

@@ -23,7 +23,7 @@ def check_host(config: Config, plan: Sequence[Bundle] | None = None) -> None:
 
     Args:
         config: its `cluster` section says where the run takes place.
-        plan: one bundle per actor. None: those of a training run.
+        plan: the bundles. None: those of a training run.
 
     Raises:
         ConfigError: the run needs more CPUs or GPUs than there are, more memory for weights, keys and values, more
@@ -71,7 +71,7 @@ def _memory(config: Config, plan: Sequence[Bundle]) -> list[str]:
     """Return a problem if weights, keys and values of all engines on CPU exceed the memory of this machine."""
     if config.cluster.device != "cpu":
         return []
-    engines = sum(b.role in ("generator", "evaluator") for b in plan)
+    engines = sum(role in ("generator", "evaluator") for b in plan for role in b.by_role())
     cache = config.generator.kv_cache_gib or CPU_KV_CACHE_GIB
     each = cache * 2**30 + weight_bytes_per_device(config, num_parameters(config) or 0)
     need, have = engines * config.generator.devices_per_engine * each, get_system_memory()

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import time
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import ray
@@ -13,20 +14,34 @@ from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
 from quatro_ray.config import Config
 from quatro_ray.errors import ClusterError
-from quatro_ray.orchestrator.resources import Bundle
+from quatro_ray.orchestrator.resources import Bundle, placement_groups
 from quatro_ray.orchestrator.startup import SAY_EVERY_S
 
 _LOOK_EVERY_S = 1.0
 _ROUNDING = 1e-6
 
 
+@dataclass(frozen=True)
+class _Place:
+    """The place of an actor.
+
+    Attributes:
+        group: a placement group.
+        position: that of the actor's bundle in the group.
+        resources: what the actor takes of its bundle.
+    """
+
+    group: PlacementGroup
+    position: int
+    resources: Mapping[str, float]
+
+
 class Placer:
     """Puts an actor of a role into its bundle, with the environment variables of that role."""
 
-    def __init__(self, config: Config, plan: Sequence[Bundle], placement: PlacementGroup) -> None:
+    def __init__(self, config: Config) -> None:
         self.config = config
-        self.placement = placement
-        self._plan = plan
+        self._places: dict[tuple[str, int], _Place] = {}
 
     @classmethod
     async def reserve(cls, config: Config, plan: Sequence[Bundle], say: Callable[[str], None]) -> Placer:
@@ -36,7 +51,7 @@ class Placer:
 
         Args:
             config: the whole configuration; `cluster.start_deadline_s` bounds the wait for nodes and free resources.
-            plan: one bundle per actor.
+            plan: the bundles, which orchestrator/resources.py:placement_groups divides into groups.
             say: shows what is missing while it waits.
 
         Raises:
@@ -46,26 +61,43 @@ class Placer:
         need = [bundle.resources for bundle in plan]
         if _is_own_cluster() and (lack := missing(need, ray.cluster_resources(), _nodes())):
             raise ClusterError(f"{lack}: {_REMEDY}")
-        placement = placement_group(need, strategy="PACK")
+        placer = cls(config)
+        for bundles in placement_groups(plan):
+            placer.add(bundles, placement_group([bundle.resources for bundle in bundles], strategy="PACK"))
         try:
-            await _wait(placement, need, config.cluster.start_deadline_s, say)
+            await _wait(placer.groups(), need, config.cluster.start_deadline_s, say)
         except BaseException:
-            remove_placement_group(placement)
+            placer.release()
             raise
-        return cls(config, plan, placement)
+        return placer
+
+    def add(self, bundles: Sequence[Bundle], group: PlacementGroup) -> None:
+        """Put the actors of these bundles into a placement group, whose bundles are in the same order."""
+        for position, bundle in enumerate(bundles):
+            for role, resources in bundle.by_role().items():
+                self._places[role, bundle.index] = _Place(group, position, resources)
+
+    def group_of(self, role: str, index: int) -> PlacementGroup | None:
+        """Return the placement group of an actor, or None if it has none yet."""
+        place = self._places.get((role, index))
+        return None if place is None else place.group
+
+    def groups(self) -> list[PlacementGroup]:
+        """Return all placement groups."""
+        return list({place.group.id: place.group for place in self._places.values()}.values())
 
     def release(self) -> None:
         """Give the resources back; what still runs in them is killed."""
-        remove_placement_group(self.placement)
+        for group in self.groups():
+            remove_placement_group(group)
 
     def __call__(self, actor_class: Any, role: str, index: int, **options: object) -> Any:
         """Return the class, or remote function, with the options of a bundle; call `remote` on it to start it."""
-        position = next(i for i, b in enumerate(self._plan) if (b.role, b.index) == (role, index))
-        resources = self._plan[position].resources
+        place = self._places[role, index]
         return actor_class.options(
-            num_cpus=resources.get("CPU", 0),
-            num_gpus=resources.get("GPU", 0),
-            scheduling_strategy=PlacementGroupSchedulingStrategy(self.placement, position),
+            num_cpus=place.resources.get("CPU", 0),
+            num_gpus=place.resources.get("GPU", 0),
+            scheduling_strategy=PlacementGroupSchedulingStrategy(place.group, place.position),
             runtime_env={"env_vars": self._environment(role)},
             **options,
         )
@@ -78,9 +110,13 @@ class Placer:
             # vLLM compiles a helper for the first request otherwise: 20 s for nothing on a small model
             env["TORCHDYNAMO_DISABLE"] = "1"
             env["CUDA_VISIBLE_DEVICES"] = ""
-        elif role == "learner":
-            # rows of changing widths would leave holes in the GPU's memory that nothing fits into
+        elif role == "learner" and self.config.sync_backend != "ipc":
+            # rows of changing widths would leave holes in the GPU's memory that nothing fits into; but handles of such
+            # segments, which ipc sends, need rights on other processes that containers do not have
             env["PYTORCH_CUDA_ALLOC_CONF"] = "expandable_segments:True"
+        elif role == "generator" and self.config.sync_backend == "ipc":
+            # vLLM pickles the handles on their way from the actor to its own child process
+            env["VLLM_ALLOW_INSECURE_SERIALIZATION"] = "1"
         return env
 
 
@@ -91,10 +127,17 @@ _REMEDY = (
 
 
 async def _wait(
-    placement: PlacementGroup, need: Sequence[Mapping[str, float]], deadline_s: float, say: Callable[[str], None]
+    groups: Sequence[PlacementGroup],
+    need: Sequence[Mapping[str, float]],
+    deadline_s: float,
+    say: Callable[[str], None],
 ) -> None:
     begun = said = time.monotonic()
-    while not await asyncio.to_thread(placement.wait, _LOOK_EVERY_S):
+    waiting = list(groups)
+    while waiting:
+        if await asyncio.to_thread(waiting[0].wait, _LOOK_EVERY_S):
+            del waiting[0]
+            continue
         now = time.monotonic()
         lack = missing(need, ray.cluster_resources(), _nodes()) or f"free are {_show(ray.available_resources())}"
         if now - begun > deadline_s:

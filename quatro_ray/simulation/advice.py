@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from quatro_ray.config import Config
+from quatro_ray.errors import ConfigError
 from quatro_ray.simulation.measured import MeasuredRun, measure
 from quatro_ray.simulation.ring import Simulated, simulate
 from quatro_ray.telemetry.activity import IDLE
@@ -38,8 +39,12 @@ def advise(config: Config, run_dir: Path) -> Iterator[str]:
         run_dir: a run with the same model, data and kind of device, however few of them.
 
     Raises:
-        ConfigError: the run cannot be measured.
+        ConfigError: the run cannot be measured, or engines and ranks share devices.
     """
+    if config.cluster.colocate:
+        raise ConfigError(
+            "cluster.colocate=true: engines and ranks share all devices, and nothing can be split: leave out --simulate"
+        )
     measured = measure(run_dir)
     yield f"from {measured.num_steps} steps of {run_dir}:"
     iteration_s, itself = fit(measured)

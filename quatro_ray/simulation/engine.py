@@ -125,6 +125,14 @@ class SimulatedEngine:
         self._paused = False
         self._go_on()
 
+    async def sleep(self) -> None:
+        """Freeze all requests, as `pause` does; a simulated device has no memory to free."""
+        await self.pause()
+
+    async def wake_up(self) -> None:
+        """Continue all requests. The time to compute their keys and values again is not simulated."""
+        await self.resume()
+
     def receive(self, version: int) -> None:
         """Take the weights of `version`; raise EngineLost if the engine is gone."""
         self._check()

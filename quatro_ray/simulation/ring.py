@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import asyncio
 import io
 import json
 import shutil
 import tempfile
 import time
 from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
@@ -16,6 +18,7 @@ from typing import Any
 
 from rich.console import Console
 
+from quatro_ray.actors.device_turns import DeviceTurns
 from quatro_ray.actors.fleet import Fleet
 from quatro_ray.config import Config
 from quatro_ray.config.data import FilterConfig
@@ -152,12 +155,14 @@ async def _run(
 ) -> tuple[Fleet, ReplayBuffer]:
     first = [make_engine(workload) for _ in range(config.generator.num_engines)]
     spare = iter(first)
+    device_lock = asyncio.Lock()
     fleet = Fleet(
         lambda _: next(spare, None) or make_engine(workload),
         config.generator,
         _DEADLINE_S,
         clock=loop.time,
         look_every_s=_LOOK_EVERY_S,
+        device_lock=device_lock if config.alternates else None,
     )
     buffer = ReplayBuffer(config.replay, ":memory:", num_steps=config.run.num_steps, clock=loop.time)
     learner = SimulatedLearner(workload)
@@ -170,6 +175,7 @@ async def _run(
             fleet, learner, config.weight_sync, _DEADLINE_S, generates_during_transfer=False
         ),
         checkpoints=CheckpointStore(config.run.dir / "checkpoints", config.checkpoint.keep),
+        learner_turn=DeviceTurns(fleet, device_lock, _DEADLINE_S).of_learner if config.alternates else nullcontext,
     )
     queries = [Query(str(i), "simulated", "", source="simulated") for i in range(_NUM_QUERIES)]
     dataset = Dataset({"simulated": queries}, {"simulated": 1.0}, {}, {})

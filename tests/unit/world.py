@@ -9,12 +9,14 @@ import sqlite3
 from collections import Counter
 from collections.abc import Sequence
 from collections.abc import Set as AbstractSet
+from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from ray.exceptions import RayTaskError
 
+from quatro_ray.actors.device_turns import DeviceTurns
 from quatro_ray.actors.fleet import Fleet
 from quatro_ray.config import Config
 from quatro_ray.data.dataset import Dataset, QueryStream
@@ -61,7 +63,13 @@ class FakeGenerator:
         self.tells = False
         """Its actor survives it, and says how far each group came."""
         self.continued: list[int] = []
+        self.hangs_in: str | None = None
+        """"sleep" or "wake_up": the call that it does not answer."""
         self._ended = asyncio.Event()
+        self.awake = asyncio.Event()
+        self.awake.set()
+        self.has_started = True
+        """False for one that takes the place of another and does not run yet."""
 
     async def _alive(self) -> None:
         if self.hung:
@@ -72,6 +80,7 @@ class FakeGenerator:
     async def start(self) -> None:
         await asyncio.sleep(5.0)
         await self._alive()
+        self.has_started = True
 
     async def generate(
         self, group_id: int, query: Query, sampling: SamplingParams, size: int, begun: tuple[Rollout, ...] = ()
@@ -84,6 +93,7 @@ class FakeGenerator:
         self.seeds.append(sampling.seed)
         try:
             await asyncio.sleep(self.rng.random() * 0.4)
+            await self.awake.wait()
             if self.died is not None and self.tells:
                 raise EngineLost(self.died, (_rollout([start]),) * size, core_died=True)
             await self._alive()
@@ -110,8 +120,21 @@ class FakeGenerator:
     async def resume(self) -> None:
         await self._alive()
 
+    async def sleep(self) -> None:
+        await self._alive()
+        if self.hangs_in == "sleep":
+            await self._ended.wait()
+        self.awake.clear()
+
+    async def wake_up(self) -> None:
+        await self._alive()
+        if self.hangs_in == "wake_up":
+            await self._ended.wait()
+        self.awake.set()
+
     async def receive_weights(self) -> None:
         await self._alive()
+        assert self.awake.is_set()
         self.received = None
 
     async def install_weights(self, version: int) -> Installed:
@@ -136,6 +159,7 @@ class FakeGenerator:
     def kill(self) -> None:
         self.died, self.tells = self.died or "it was killed", False
         self._ended.set()
+        self.awake.set()
 
 
 def _rollout(versions: list[int]) -> Any:
@@ -342,6 +366,7 @@ class World:
 
     def _spawn(self, index: int) -> FakeGenerator:
         generator = self.make_generator(index)
+        generator.has_started = len(self.generators) < self.config.generator.num_engines
         self.generators.append(generator)
         return generator
 
@@ -365,7 +390,9 @@ class World:
         held_out = {"set": [Query(f"h{i}", "p", "a") for i in range(4)]}
         dataset = Dataset(queries, {"set": 1.0}, held_out, {})
         generator, liveness_s = self.config.generator, self.config.cluster.liveness_deadline_s
-        self.fleet = Fleet(self._spawn, generator, liveness_s, clock=loop.time, room=self.room)
+        lock = asyncio.Lock() if self.config.alternates else None
+        self.fleet = Fleet(self._spawn, generator, liveness_s, clock=loop.time, room=self.room, device_lock=lock)
+        turns = DeviceTurns(self.fleet, lock, generator.sleep_deadline_s) if lock else None
         replay = Replay(self.buffer)
         replay.repeat_every = self.repeat_every
         parts = Components(
@@ -383,6 +410,7 @@ class World:
             checkpoints=CheckpointStore(self.config.run.dir / "checkpoints", self.config.checkpoint.keep),
             evaluator=self.evaluator,
             drain_notice=self._drain_notice,
+            learner_turn=turns.of_learner if turns else nullcontext,
         )
         stream = QueryStream(dataset, self.config.run.seed)
         self.controller = Controller(self.config, parts, stream, held_out, recorder)

@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 from quatro_ray.config import Config, dump_config
+from quatro_ray.config.run import ClusterConfig
 from quatro_ray.errors import ConfigError
 from quatro_ray.simulation.advice import advise, fit, options
 from quatro_ray.simulation.decoding import EngineSpeed
@@ -66,6 +67,17 @@ def test_a_split_that_is_right_is_kept(run_dir: Path) -> None:
     slow_learner = replace(measure(run_dir), rank_s_per_token=1.0)
     assert slow_learner.workload(0.02, 4).token_s == 0.25
     assert list(advise(config(1, 1), run_dir))[-1] == "advice: keep 1 engines and 1 ranks"
+
+
+def test_devices_that_are_shared_or_taken_in_turn(run_dir: Path) -> None:
+    """Nothing is there to split; and in turn, no token is sampled while the learner trains."""
+    cluster = ClusterConfig(device="cpu", colocate=True, colocate_mode="alternating")
+    both = config(2, 2).model_copy(update={"cluster": cluster})
+    with pytest.raises(ConfigError, match="colocate=true: engines and ranks share all devices"):
+        list(advise(both, run_dir))
+    slow = replace(WORKLOAD, token_s=1e-3)
+    apart, in_turn = (simulate(made, slow, num_warmup_steps=10) for made in (config(2, 2), both))
+    assert in_turn.step_s > 1.2 * apart.step_s and in_turn.time_share["generators"]["paused"] > 0.3
 
 
 def test_options_leave_a_rank_and_are_not_too_many() -> None:
