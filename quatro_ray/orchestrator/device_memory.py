@@ -24,6 +24,8 @@ _ENGINE_BESIDES_GIB = 2.5
 """An engine's CUDA context (0.5), activations and logits of a step, and CUDA graphs."""
 _ASLEEP_GIB = 1.5
 """CUDA context and graphs of an engine that sleeps."""
+_CONTEXT_GIB = 0.5
+"""A rank's CUDA context, which PyTorch does not count as its own."""
 _RANK_BESIDES_GIB = 1.0
 """A rank's CUDA context, buckets of DeepSpeed's collectives, and fragmentation."""
 
@@ -58,8 +60,8 @@ class DeviceMemory:
 
     @property
     def rank_share(self) -> float:
-        """Share of the device that the rank may take while it trains."""
-        return 1 - self.engine_asleep / self.total
+        """Share of the device that PyTorch may take in the rank."""
+        return 1 - (self.engine_asleep + _CONTEXT_GIB) / self.total
 
 
 def shares_gpu(config: Config) -> bool:

@@ -94,7 +94,7 @@ def tiny(**cluster: Any) -> Config:
 def test_the_engine_has_a_fixed_part_and_the_rank_the_rest() -> None:
     plan = device_memory(tiny())
     assert plan.engine == pytest.approx(6.5, abs=0.01) and plan.engine_asleep == plan.engine
-    assert plan.engine_share + plan.rank_share == pytest.approx(1)
+    assert plan.engine_share + plan.rank_share == pytest.approx(1 - 0.5 / 24)  # a rank's CUDA context
     turns = device_memory(tiny(colocate_mode="alternating"))
     assert turns.rank_share > plan.rank_share and turns.engine_share == plan.engine_share
     assert turns.need < plan.need
