@@ -99,12 +99,18 @@ def placement_groups(plan: Sequence[Bundle]) -> list[list[Bundle]]:
     """Divide the bundles of a plan into placement groups: the learner's, that of other actors, and one per engine.
 
     Ray places the lost bundles of a group again only together, and packs each group by itself. So the ranks get one
-    node if one has room for them, and neither a rank nor a verifier waits for the place of a lost engine.
+    node if one has room for them, and neither a rank nor a verifier waits for the place of a lost engine. Ray places
+    groups in the order of their creation, so the largest come first: small ones find room in what is left.
     """
     learner = [bundle for bundle in plan if "learner" in bundle.by_role()]
     engines = [bundle for bundle in plan if bundle.role == "generator"]
     others = [bundle for bundle in plan if bundle not in learner and bundle not in engines]
-    return [group for group in (learner, others, *([engine] for engine in engines)) if group]
+    groups = [group for group in (learner, *([engine] for engine in engines), others) if group]
+    return sorted(groups, key=lambda group: (_sum_of(group, "GPU"), _sum_of(group, "CPU")), reverse=True)
+
+
+def _sum_of(group: Sequence[Bundle], name: str) -> float:
+    return sum(bundle.resources.get(name, 0) for bundle in group)
 
 
 def _bundle(config: Config, role: str, index: int, cpus: float, gpus: int) -> Bundle:

@@ -39,11 +39,17 @@ def test_an_engine_and_a_rank_take_a_gpu_together() -> None:
 
 
 def test_the_learner_has_one_placement_group_and_each_engine_its_own() -> None:
-    groups = placement_groups(bundles(config(generator={"num_engines": 3, "max_prompt_tokens": 1})))
-    roles = [[bundle.role for bundle in group] for group in groups]
-    assert roles == [["learner"] * 2, ["verifier", "replay"], ["generator"], ["generator"], ["generator"]]
-    roles = [[bundle.role for bundle in group] for group in placement_groups(bundles(shared()))]
-    assert roles == [[SHARED_DEVICE] * 2, ["verifier", "replay"]]
+    """The largest comes first."""
+
+    def roles(made: Config) -> list[list[str]]:
+        return [[bundle.role for bundle in group] for group in placement_groups(bundles(made))]
+
+    engines, learner, others = [["generator"]] * 3, ["learner"] * 2, ["verifier", "replay"]
+    generator = {"num_engines": 3, "max_prompt_tokens": 1}
+    assert roles(config(generator=generator)) == [learner, *engines, others]
+    cluster = {"device": "cpu", "cpus_per_engine": 2, "cpus_per_rank": 0.4, "cpus_per_verifier": 0.05}
+    assert roles(config(generator=generator, cluster=cluster)) == [*engines, learner, others]
+    assert roles(shared()) == [[SHARED_DEVICE] * 2, others]
 
 
 @pytest.mark.parametrize(
