@@ -2,12 +2,26 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 
 import torch
 from torch import Tensor, nn
 from vllm.distributed.weight_transfer.base import ParamMeta, WeightSource, layerwise_groups
+
+
+class Streams:
+    """Orders the work on CUDA streams; a sender such as vLLM's reads tensors on streams of its own. No-op on CPU."""
+
+    def finish(self, tensors: Iterable[Tensor]) -> None:
+        """Wait until the current stream has written these tensors, so that any stream may read them."""
+        if any(tensor.is_cuda for tensor in tensors):
+            torch.cuda.current_stream().synchronize()
+
+    def lend(self, tensor: Tensor) -> None:
+        """Keep the memory of a tensor until the current stream has read it, even if the tensor is gone by then."""
+        if tensor.is_cuda:
+            tensor.record_stream(torch.cuda.current_stream())
 
 
 class ZeroWeightSource(WeightSource):
@@ -19,14 +33,19 @@ class ZeroWeightSource(WeightSource):
         parameters: by name in transformers.
         convert: returns the tensors of a layer, all of them or none on the meta device, under their names and in their
             layout on disk, which are those that vLLM loads.
+        streams: orders reads and writes on the device.
     """
 
     def __init__(
-        self, parameters: Mapping[str, nn.Parameter], convert: Callable[[dict[str, Tensor]], dict[str, Tensor]]
+        self,
+        parameters: Mapping[str, nn.Parameter],
+        convert: Callable[[dict[str, Tensor]], dict[str, Tensor]],
+        streams: Streams | None = None,
     ) -> None:
         self._groups = layerwise_groups(list(parameters))
         self._parameters = parameters
         self._convert = convert
+        self._streams = streams or Streams()
         self._pass: Iterator[tuple[str, Tensor]] | None = None
 
     def metadata(self) -> list[ParamMeta]:
@@ -48,6 +67,7 @@ class ZeroWeightSource(WeightSource):
         Otherwise the other ranks, which are in that pass, would wait for ever.
         """
         self._pass = None
+        self._streams.finish(self._parameters.values())  # the optimiser writes on this stream
         try:
             yield
         finally:
@@ -61,7 +81,11 @@ class ZeroWeightSource(WeightSource):
             with torch.no_grad(), zero.GatheredParameters([self._parameters[name] for name in group]):
                 # clones outlive the gather; a sender that overlaps its sends needs that
                 full = {name: self._parameters[name].detach().clone() for name in group}
-            yield from self._convert(full).items()
+            converted = self._convert(full)
+            self._streams.finish(converted.values())
+            for name, tensor in converted.items():
+                self._streams.lend(tensor)
+                yield name, tensor
 
 
 def _whole_on_meta(parameter: nn.Parameter) -> Tensor:
