@@ -23,6 +23,7 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Callable, Sequence
+from concurrent.futures import Future
 from pathlib import Path
 from typing import Any
 
@@ -57,22 +58,6 @@ def difference(left: Sequence[Sequence[float]], right: Sequence[Sequence[float]]
     """Return the mean absolute difference of two lists of log-probs, nats."""
     pairs = [abs(a - b) for x, y in zip(left, right, strict=True) for a, b in zip(x, y, strict=True)]
     return sum(pairs) / len(pairs)
-
-
-class Client:
-    """Calls one engine, whose event loop runs in another thread; as much of vLLM's client as gloo calls."""
-
-    def __init__(self, engine: Any, loop: asyncio.AbstractEventLoop) -> None:
-        self._engine = engine
-        self._loop = loop
-
-    def call(self, method: str, *args: Any) -> Any:
-        """Return what a coroutine of the engine returns."""
-        return asyncio.run_coroutine_threadsafe(getattr(self._engine, method)(*args), self._loop).result(DEADLINE_S)
-
-    def init_weight_transfer_engine(self, init_info: dict[str, Any]) -> None:
-        """Connect the engine's workers."""
-        self.call("init_weight_transfer_engine", init_info)
 
 
 async def with_engine(path: Path, work: Callable[[Any], Any], **settings: object) -> Any:
@@ -121,25 +106,25 @@ def free_port() -> int:
 
 def send(model: Any, engine: Any, loop: asyncio.AbstractEventLoop, num_workers: int = 1) -> None:
     """Send all weights as version 1, under their names and in their layout on disk, as a learner of one rank does."""
+    from quatro_ray.config import WeightSyncConfig
     from quatro_ray.engines.policy import as_on_disk
-    from quatro_ray.weight_sync.sender import open_transfer
+    from quatro_ray.weight_sync.sender import WeightSender
     from quatro_ray.weight_sync.zero_source import ZeroWeightSource
 
+    def submit(engine: Any, method: str, *args: Any) -> Future[Any]:
+        return asyncio.run_coroutine_threadsafe(getattr(engine, method)(*args), loop)
+
+    def wait(futures: list[Future[Any]], seconds: float) -> None:
+        for future in futures:
+            future.result(seconds)
+
     source = ZeroWeightSource(dict(model.named_parameters()), lambda state: as_on_disk(model, state))
-    client = Client(engine, loop)
-    transfer = open_transfer(
-        "gloo",
-        rank=0,
-        master_address="127.0.0.1",
-        master_port=free_port(),
-        num_workers=num_workers,
-        deadline_s=DEADLINE_S,
-        client=client,  # type: ignore[arg-type]
-        source=source,
-    )
-    client.call("receive_weights")
-    transfer.send_weights()
-    client.call("install_weights", 1)
+    sender = WeightSender(0, source, submit, wait)
+    config = WeightSyncConfig(rendezvous_deadline_s=DEADLINE_S)
+    sender.open("gloo", [engine], num_workers, "127.0.0.1", free_port(), config)
+    wait([submit(engine, "receive_weights")], DEADLINE_S)
+    sender.send(1)
+    wait([submit(engine, "install_weights", 1)], DEADLINE_S)
 
 
 def measure(name: str, folder: Path, *, with_export: bool = True) -> dict[str, float | str]:

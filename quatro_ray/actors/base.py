@@ -17,7 +17,7 @@ from quatro_ray.telemetry.logs import log_to_stderr
 
 WATCH = "watch"
 WATCHED = {WATCH: 1}
-"""The `concurrency_groups` of every actor: `beat` and `stacks` have a thread that answers while the actor works."""
+"""The `concurrency_groups` of every actor: its methods have a thread that answers while the actor works."""
 
 
 class HostMixin:
@@ -32,10 +32,12 @@ class HostMixin:
             log_to_stderr()
         return super().__new__(cls)
 
+    @ray.method(concurrency_group=WATCH)
     def address(self) -> str:
         """Return the IP address of the actor's node."""
         return ray.util.get_node_ip_address()
 
+    @ray.method(concurrency_group=WATCH)
     def free_port(self) -> int:
         """Return a TCP port that is free now; it is not reserved."""
         with socket.socket() as s:

@@ -10,7 +10,7 @@ import numpy as np
 import ray
 from numpy.typing import NDArray
 
-from quatro_ray.actors.base import WATCHED, HostMixin, use_interface_of
+from quatro_ray.actors.base import WATCH, WATCHED, HostMixin, use_interface_of
 from quatro_ray.actors.shared_memory import check_shared_memory
 from quatro_ray.config import WeightSyncConfig
 from quatro_ray.engines.checkpoint_store import Digests, digest_files
@@ -20,7 +20,7 @@ from quatro_ray.replay.packing import pack
 from quatro_ray.replay.staleness import Lineage
 from quatro_ray.types import LearnerBatch, RolloutGroup, StepMetrics
 from quatro_ray.weight_sync.agreement import Scored
-from quatro_ray.weight_sync.engine_client import EngineClient
+from quatro_ray.weight_sync.sender import WeightSender
 
 _logger = logging.getLogger(__name__)
 _WIDTH_MULTIPLE_ON_GPUS = 128
@@ -29,7 +29,7 @@ _WIDTH_MULTIPLE_ON_GPUS = 128
 
 @ray.remote(concurrency_groups=WATCHED)
 class LearnerActor(HostMixin):
-    """One ZeRO-3 rank. Every method except those of HostMixin is a collective: call it on all ranks."""
+    """One ZeRO-3 rank. Every method in the default concurrency group is a collective: call it on all ranks."""
 
     def __init__(self, spec: LearnerSpec, rank: int) -> None:
         # imported here, because the process that spawns the actor needs neither torch nor DeepSpeed
@@ -39,6 +39,7 @@ class LearnerActor(HostMixin):
         self._rank = rank
         self._config, self._device = spec.config, spec.device
         self._engine = LearningEngine(spec, rank=rank)
+        self._sender: WeightSender | None = None
 
     def start(self, master_address: str, master_port: int) -> None:
         """Join the process group, whose store rank 0 opens at this address and port, and load the starting policy.
@@ -50,6 +51,12 @@ class LearnerActor(HostMixin):
             check_shared_memory("learner ranks on GPUs")
         _logger.info("rank %d: starting; rank 0 is at %s:%d", self._rank, master_address, master_port)
         self._engine.start(master_address, master_port)
+        self._sender = WeightSender(
+            self._rank,
+            self._engine.weights,
+            submit=lambda actor, method, *args: getattr(actor, method).remote(*args),
+            wait=lambda futures, seconds: ray.get(futures, timeout=seconds),
+        )
         _logger.info("rank %d: started", self._rank)
 
     def train_step(self, leased: LeasedBatch, version: int) -> StepMetrics:
@@ -85,6 +92,11 @@ class LearnerActor(HostMixin):
             width_multiple=_WIDTH_MULTIPLE_ON_GPUS if self._device == "cuda" else 1,
         )
 
+    @property
+    def _started_sender(self) -> WeightSender:
+        assert self._sender is not None, "start() must be called first"
+        return self._sender
+
     def open_weight_transfer(
         self,
         backend: Literal["nccl", "ipc", "gloo"],
@@ -104,26 +116,7 @@ class LearnerActor(HostMixin):
             master_port: a TCP port that is free on that host.
             config: gives the deadlines of the rendezvous and of each call of a transfer, in seconds.
         """
-        from quatro_ray.weight_sync.sender import open_transfer
-
-        self._client = EngineClient(
-            generators,
-            submit=lambda actor, method, *args: getattr(actor, method).remote(*args),
-            wait=lambda futures, seconds: ray.get(futures, timeout=seconds),
-            workers_per_engine=workers_per_engine,
-            rendezvous_deadline_s=config.rendezvous_deadline_s,
-            transfer_deadline_s=config.transfer_deadline_s,
-        )
-        self._transfer = open_transfer(
-            backend,
-            rank=self._rank,
-            master_address=master_address,
-            master_port=master_port,
-            num_workers=len(generators) * workers_per_engine,
-            deadline_s=config.rendezvous_deadline_s,
-            client=self._client,
-            source=self._engine.weights,
-        )
+        self._started_sender.open(backend, generators, workers_per_engine, master_address, master_port, config)
 
     def send_weights(self, version: int) -> None:
         """Send the weights to the connected engines. With gloo they still have to load them.
@@ -135,9 +128,13 @@ class LearnerActor(HostMixin):
         """
         if version != self._engine.version:
             raise RuntimeError(f"rank {self._rank} holds version {self._engine.version}, not {version}")
-        self._client.version = version
-        with self._engine.weights.whole_pass():
-            self._transfer.send_weights()
+        self._started_sender.send(version)
+
+    @ray.method(concurrency_group=WATCH)
+    def close_weight_transfer(self, why: str) -> None:
+        """End the connection to the engines, also while this rank is stuck in it; no collective."""
+        if self._sender is not None:
+            self._sender.close(why)
 
     def save_checkpoint(self, folder: Path) -> Digests:
         """Write this rank's shard, and return the digests of its equal share of all files."""

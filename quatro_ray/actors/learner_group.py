@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable, Sequence
+from collections.abc import Awaitable, Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import ray
 from ray.exceptions import RayError, RayTaskError
@@ -17,6 +17,8 @@ from quatro_ray.errors import QuatroError, last_line
 from quatro_ray.failures import LearnerLost, TransferFailed
 from quatro_ray.timeouts import within
 from quatro_ray.weight_sync.agreement import Scored
+
+T = TypeVar("T")
 
 _LOOK_EVERY_S = 1.0
 
@@ -104,7 +106,7 @@ class LearnerGroup:
         address, port = await self._on_head(deadline, "address", "free_port")
         handles = [engine.actor for engine in engines]
         how = (self._backend, handles, self._workers_per_engine, address, port, self._sync)
-        await self._all("open_weight_transfer", *how, deadline_s=deadline, failure=TransferFailed)
+        await self._transfer("open_weight_transfer", *how, deadline_s=deadline)
 
     async def send_weights(self, version: int) -> None:
         """Send the weights of `version` to the connected engines.
@@ -112,8 +114,25 @@ class LearnerGroup:
         Raises:
             TransferFailed: the transfer failed, and the ranks live.
         """
-        deadline = self._sync.transfer_deadline_s
-        await self._all("send_weights", version, deadline_s=deadline, failure=TransferFailed)
+        await self._transfer("send_weights", version, deadline_s=self._sync.transfer_deadline_s)
+
+    async def _transfer(self, method: str, *args: Any, deadline_s: float) -> None:
+        """Call a method of all ranks. If it fails, end the connection, and wait until all ranks are free again.
+
+        Raises:
+            TransferFailed: the call failed, and every rank is free for the next try.
+            LearnerLost: a rank died, or is still stuck after weight_sync.rendezvous_deadline_s.
+        """
+        refs = [getattr(actor, method).remote(*args) for actor in self.actors]
+        try:
+            await self._answer(method, asyncio.gather(*map(value_of, refs)), deadline_s, TransferFailed)
+        except TransferFailed as failure:
+            free_within_s = self._sync.rendezvous_deadline_s
+            closing = value_of(self.actors[0].close_weight_transfer.remote(str(failure)))
+            await self._answer("close_weight_transfer", closing, free_within_s, LearnerLost)
+            ends = asyncio.gather(*map(value_of, refs), return_exceptions=True)
+            await self._answer(f"{method}, which was aborted ({failure}),", ends, free_within_s, LearnerLost)
+            raise
 
     async def save_checkpoint(self, folder: Path, deadline_s: float) -> Digests:
         """Write a checkpoint, and return the digests of its files by name."""
@@ -154,13 +173,11 @@ class LearnerGroup:
         calls = asyncio.gather(*(value_of(getattr(self.actors[0], m).remote()) for m in methods))
         return await self._answer(methods[0], calls, deadline_s, LearnerLost)
 
-    async def _all(
-        self, method: str, *args: Any, deadline_s: float, failure: type[Exception] = LearnerLost
-    ) -> list[Any]:
+    async def _all(self, method: str, *args: Any, deadline_s: float) -> list[Any]:
         calls = asyncio.gather(*(value_of(getattr(a, method).remote(*args)) for a in self.actors))
-        return await self._answer(method, calls, deadline_s, failure)
+        return await self._answer(method, calls, deadline_s, LearnerLost)
 
-    async def _answer(self, method: str, calls: Any, deadline_s: float, failure: type[Exception]) -> list[Any]:
+    async def _answer(self, method: str, calls: Awaitable[T], deadline_s: float, failure: type[Exception]) -> T:
         """Return the answers; an exception inside a rank becomes `failure`."""
         try:
             return await within(deadline_s, calls)

@@ -8,6 +8,9 @@ from pydantic import Field
 
 from quatro_ray.config.base import Section
 
+NUM_TRANSFER_BUFFERS = 2
+"""One is filled or emptied while the other is under way."""
+
 
 class WeightSyncConfig(Section):
     """The transfer of weights from learner to engines, through vLLM's own weight transfer."""
@@ -16,13 +19,18 @@ class WeightSyncConfig(Section):
     """Transport of the weights. auto: gloo (our back end through host memory) on CPUs; on GPUs nccl, or ipc if engines
     share them with the ranks (cluster.colocate)."""
     rendezvous_deadline_s: float = Field(120, gt=0)
-    """Seconds within which learner and engines must connect to each other."""
+    """Seconds within which learner and engines must connect to each other, and within which the learner must be free
+    again after a transfer that failed; else it counts as lost."""
     pause_deadline_s: float = Field(30, gt=0)
     """Seconds within which an engine must pause generation, or with gloo begin to receive; one that does not is
     restarted."""
     transfer_deadline_s: float = Field(300, gt=0)
     """Seconds within which the weights must arrive, and with gloo be loaded after that. Raise it for large models or
     slow networks."""
+    buffer_mib: int = Field(256, ge=1)
+    """Size of a buffer of the transfer, MiB of GPU memory. With nccl learner rank 0 and each device of an engine have
+    two, which grow by the tensor that crosses their end, so that the largest tensor (the embedding) may come on top.
+    With ipc each rank has one while it sends, at least as large as that tensor."""
     resume_deadline_s: float = Field(30, gt=0)
     """Seconds within which an engine must resume generation and report its version."""
     check_every_updates: int = Field(10, ge=1)

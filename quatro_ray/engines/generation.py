@@ -273,13 +273,15 @@ class GenerationEngine:
             await self.llm.wake_up()
 
     async def init_weight_transfer_engine(self, init_info: dict[str, Any]) -> None:
-        """Connect the engine's workers to the learner.
+        """Connect the engine's workers to the learner; an earlier connection is released first.
 
         Args:
             init_info: fields of the back end's WeightTransferInitInfo, such as address, port and rank offset.
         """
         from vllm.distributed.weight_transfer.base import WeightTransferInitRequest
 
+        if not self._is_receiving:  # during an update, which gloo alone continues over a new connection, vLLM refuses
+            await self.llm.shutdown_weight_transfer_engine()
         await self.llm.init_weight_transfer_engine(WeightTransferInitRequest(init_info=init_info))
 
     async def start_weight_update(self) -> None:

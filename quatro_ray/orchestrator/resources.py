@@ -8,6 +8,7 @@ from pathlib import Path
 
 from quatro_ray.config import Config, ModelRewardConfig, PretrainedModelConfig, TinyModelConfig
 from quatro_ray.config.generator import CPU_KV_CACHE_GIB
+from quatro_ray.config.weight_sync import NUM_TRANSFER_BUFFERS
 from quatro_ray.engines.weight_files import num_weights
 
 BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
@@ -191,6 +192,14 @@ def weight_bytes_per_device(config: Config, parameters: int) -> float:
     return parameters * BYTES[config.generator.dtype] / shares
 
 
+def transfer_buffer_bytes(config: Config) -> int:
+    """Return the bytes of the buffers of a weight update, on learner rank 0 and on each device of an engine.
+
+    With NCCL each buffer may grow by a tensor, up to the largest one; gloo has no buffers on devices.
+    """
+    return NUM_TRANSFER_BUFFERS * (config.weight_sync.buffer_mib << 20) if config.sync_backend == "nccl" else 0
+
+
 def describe(config: Config) -> str:
     """Return the text of `quatro-ray plan`."""
     replay, learner, generator = config.replay, config.learner, config.generator
@@ -252,6 +261,11 @@ def _memory(config: Config) -> list[str]:
     if config.sync_backend == "gloo":
         received = parameters * BYTES[config.learner.dtype] / gib
         lines.append(f"  engine: {received:.3f} GiB of host memory a device while it receives new weights")
+    elif buffers := transfer_buffer_bytes(config):
+        lines.append(
+            f"  learner rank 0, and each device of an engine: {buffers / gib:.3f} GiB of buffers during a weight update"
+            f" ({NUM_TRANSFER_BUFFERS}, each of which may grow by the largest tensor)"
+        )
     cache = config.generator.kv_cache_gib or (CPU_KV_CACHE_GIB if config.cluster.device == "cpu" else None)
     if cache is not None:
         lines.append(f"  engine: {cache:g} GiB of keys and values")

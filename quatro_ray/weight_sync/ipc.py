@@ -6,29 +6,24 @@ connection that could hang: each piece of the weights is a call of the engines, 
 
 from __future__ import annotations
 
-import math
 from typing import Any
 
 from vllm.distributed.weight_transfer.base import VLLMWeightSyncClient, WeightSource
 from vllm.distributed.weight_transfer.factory import WeightTransferTrainerFactory
 from vllm.distributed.weight_transfer.ipc_engine import IPCTrainerInitInfo
 
-_BUFFER_BYTES = 256 << 20
-"""Size of the buffer, unless one tensor alone has more."""
-
 
 class IpcTransfer:
     """The trainer's end on one rank.
 
     Args:
-        rank: that of the learner; rank 0 calls the engines.
+        info: this rank, and the size of its buffer. Rank 0 calls the engines.
         client: calls the engines.
         source: the weights in checkpoint format.
     """
 
-    def __init__(self, rank: int, client: VLLMWeightSyncClient, source: WeightSource) -> None:
+    def __init__(self, info: IPCTrainerInitInfo, client: VLLMWeightSyncClient, source: WeightSource) -> None:
         self._client = PatientClient(client)
-        info = IPCTrainerInitInfo(packed=True, packed_buffer_size_bytes=buffer_bytes(source), rank=rank)
         self._engine = WeightTransferTrainerFactory.trainer_init(info, client=self._client, source=source)
 
     def send_weights(self) -> None:
@@ -39,6 +34,9 @@ class IpcTransfer:
         """
         self._engine.send_weights()
         self._client.raise_failure()
+
+    def shutdown(self) -> None:
+        """Do nothing: there is no connection, and the buffer exists only while weights are sent."""
 
 
 class PatientClient(VLLMWeightSyncClient):
@@ -80,8 +78,3 @@ class PatientClient(VLLMWeightSyncClient):
             getattr(self._client, method)(*args)
         except Exception as error:  # raise_failure raises it
             self._failure = error
-
-
-def buffer_bytes(source: WeightSource) -> int:
-    """Return the size of a buffer that holds each tensor of a source, bytes."""
-    return max(_BUFFER_BYTES, *(math.prod(meta.shape) * meta.dtype.itemsize for meta in source.metadata()))

@@ -161,6 +161,12 @@ def test_plan_counts_weights_by_their_headers(tmp_path: Path, folder: Path, kind
     assert "  engine: 0.001 GiB of host memory a device while it receives new weights" in lines
 
 
+def test_plan_counts_the_buffers_of_a_transfer_on_gpus(tmp_path: Path) -> None:
+    lines = describe(config(tmp_path, cluster={"device": "cuda"}, weight_sync={"buffer_mib": 128}))
+    assert "learner rank 0, and each device of an engine: 0.250 GiB of buffers during a weight update" in lines
+    assert "buffers" not in describe(config(tmp_path))  # gloo's are in host memory
+
+
 def test_devices_and_memory_of_this_machine(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("RAY_ADDRESS", raising=False)
     wanted = config(tmp_path, cluster={"cpus_per_engine": 999}, generator={"kv_cache_gib": 50_000})

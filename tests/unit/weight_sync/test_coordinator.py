@@ -12,7 +12,6 @@ from quatro_ray.failures import LearnerLost, TransferFailed
 from quatro_ray.types import Installed
 from quatro_ray.weight_sync.agreement import AgreementCheck, Scored, fixed_sequences
 from quatro_ray.weight_sync.coordinator import Update, WeightSyncCoordinator
-from quatro_ray.weight_sync.engine_client import EngineClient
 
 
 class Engine:
@@ -243,25 +242,6 @@ def test_a_version_that_did_not_arrive_takes_the_engine_out(generates: bool) -> 
     with pytest.raises(WeightSyncError, match="no engine ran"):
         update(fleet, sender, 5, generates=generates)
     assert fleet.whys == ["reports version 4 after an update to version 5"] and not fleet.holding
-
-
-def test_the_client_gives_each_engine_its_own_ranks_and_stamps_the_version() -> None:
-    calls: list[Any] = []
-    client = EngineClient(
-        ["a", "b"],
-        submit=lambda engine, method, *args: calls.append((engine, method, *args)),
-        wait=lambda futures, seconds: calls.append(seconds) or [],  # type: ignore[func-returns-value]
-        workers_per_engine=2,
-        rendezvous_deadline_s=7,
-        transfer_deadline_s=9,
-    )
-    client.init_weight_transfer_engine({"rank_offset": 1, "world_size": 5})
-    assert [c[2]["rank_offset"] for c in calls[:2]] == [1, 3]
-    assert calls[2] == 7
-    calls.clear()
-    client.version = 12
-    client.finish_weight_update()
-    assert calls == [("a", "finish_weight_update", 12), ("b", "finish_weight_update", 12), 9]
 
 
 class Scorer:
