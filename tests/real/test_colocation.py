@@ -34,14 +34,14 @@ def make_config(path: Path, mode: str, number: int) -> Config:
         path,
         run={"num_steps": 6},
         cluster={"colocate": True, "colocate_mode": mode, "cpus_per_engine": 0.4, "cpus_per_rank": 0.3},
-        generator={"num_engines": number, "max_response_tokens": 24, "max_groups_in_flight": 4},
-        learner={"num_ranks": number, "tokens_per_micro_batch": 128},
+        generator={"num_engines": number, "max_response_tokens": 100, "max_groups_in_flight": 4},
+        learner={"num_ranks": number, "tokens_per_micro_batch": 256},
         replay={"groups_per_step": 4, "group_size": 4, "max_staleness": 3},
     )
 
 
 @pytest.fixture(params=[("overlapping", 1), ("alternating", 2)], ids=lambda param: param[0])
-def ring(request: pytest.FixtureRequest, local_ray: None, warm_model_path: str, tmp_path: Path) -> Any:
+def ring(request: pytest.FixtureRequest, local_ray: None, model_path: str, tmp_path: Path) -> Any:
     made = make_config(tmp_path / "run", *request.param)
     made.run.dir.mkdir()
     said: list[str] = []
@@ -52,7 +52,7 @@ def ring(request: pytest.FixtureRequest, local_ray: None, warm_model_path: str, 
 
     async def placed() -> Ring:
         place = await Placer.reserve(made, bundles(made), say)
-        cluster = await spawn(place, warm_model_path, say)
+        cluster = await spawn(place, model_path, say)
         return Ring(cluster, cluster.components(), made, asyncio.get_running_loop())
 
     loop = asyncio.new_event_loop()
@@ -94,7 +94,7 @@ def places_are_shared(system: Ring) -> None:
 def frozen_requests_continue(system: Ring) -> None:
     """A greedy response with a sleep in it is the response without."""
     engine = system.generator
-    query, greedy = Query("q", "12+34=", "46"), SamplingParams(0.0, 1.0, 24, seed=0)
+    query, greedy = Query("q", "12+34=", "46"), SamplingParams(0.0, 1.0, 100, seed=0)
 
     async def with_a_sleep() -> Any:
         answer = asyncio.ensure_future(engine.generate(1, query, greedy, 1))
