@@ -60,6 +60,11 @@ def test_the_image_for_gpus() -> None:
     """Built, and asked for what needs no GPU."""
     needs("cuda-image", "buildah", "debootstrap", "podman")
     image = build("cuda", deadline_s=6000)
-    assert "Usage: quatro-ray" in run(image)
-    run(image, "bash", "-c", '"$CUDA_HOME/bin/nvcc" --version')
-    assert run(image, "python", "-c", "import torch, vllm, deepspeed; print(torch.version.cuda)").split()[-1] != "None"
+    assert run(image, "id", "-u").strip() == "1000"
+    run(image, "/opt/quatro_ray/docker/health_check.sh")
+    run(image, "bash", "-c", 'command -v ray wget pgrep pkill bwrap c++ && "$CUDA_HOME/bin/nvcc" --version')
+    builds = "import torch, vllm, deepspeed; print(torch.version.cuda)"
+    assert run(image, "python", "-c", builds, deadline_s=600).split()[-1] != "None"
+    assert "together 8 GPU" in run(image, "quatro-ray", "plan", "/opt/quatro_ray/configs/qwen2.5-1.5b-8gpu.yaml")
+    with pytest.raises(AssertionError, match=r"cluster\.device=cpu: vLLM 0\.32\.0 is installed in its build for GPUs"):
+        run(image, "quatro-ray", "validate", "demo", deadline_s=600)
