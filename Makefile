@@ -47,8 +47,8 @@ docs: $(DOCS_STAMP) ## the documentation, into site/; a warning is an error
 setup: $(STAMP)
 
 define NEEDS_PYTHON
-	@command -v $(PYTHON) >/dev/null || { echo "missing: $(PYTHON) (Python 3.11 or 3.12); install it or run: make PYTHON=/path/to/python3.11 $(MAKECMDGOALS)"; exit 1; }
-	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info[:2] not in ((3, 11), (3, 12)))' || { echo "missing: Python 3.11 or 3.12; $(PYTHON) is $$($(PYTHON) -V)"; exit 1; }
+	@command -v $(PYTHON) >/dev/null || { echo "missing: $(PYTHON) (Python 3.11); install it or run: make PYTHON=/path/to/python3.11 $(MAKECMDGOALS)"; exit 1; }
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info[:2] != (3, 11))' || { echo "missing: Python 3.11; $(PYTHON) is $$($(PYTHON) -V)"; exit 1; }
 	@$(PYTHON) -c 'import venv, ensurepip' 2>/dev/null || { echo "missing: the venv module of $(PYTHON) (Debian: apt install python3.11-venv)"; exit 1; }
 endef
 
