@@ -123,7 +123,8 @@ def test_a_deadline_of_the_controller_frees_the_learner_too(nccl: Nccl) -> None:
     rig.connect()
     nccl.fault = Fault(0, dies=False)
     with pytest.raises(TransferFailed, match=r"send_weights missed its deadline of 1 s"):
-        rig.send(1, transfer_deadline_s=1.0)  # that of the rank's own calls is longer
+        # the deadline of the rank's own calls is longer than both
+        rig.send(1, transfer_deadline_s=1.0, rendezvous_deadline_s=PATIENCE_S / 2)
     rig.assert_next_update_works()
 
 
