@@ -101,6 +101,10 @@ class GeneratorActor(HostMixin):
         """Return the mean difference of sampled tokens' log-probs from their scores, nats at temperature 1."""
         return await self._engine.sampling_error(sequences)
 
+    async def parameter_checksums(self) -> list[dict[str, str]]:
+        """Return dtype, shape and checksum of each worker's parameters by name."""
+        return await self._engine.parameter_checksums()
+
     async def init_weight_transfer_engine(self, init_info: dict[str, Any]) -> None:
         """Connect the engine's workers to the learner; the back end defines the fields of `init_info`."""
         await self._engine.init_weight_transfer_engine(init_info)

@@ -92,6 +92,10 @@ class GeneratorClient:
         """Return the mean difference of sampled tokens' log-probs from their scores, nats at temperature 1."""
         return await _alive(value_of(self.actor.sampling_error.remote(sequences)))
 
+    async def parameter_checksums(self) -> list[dict[str, str]]:
+        """Return dtype, shape and checksum of each worker's parameters by name."""
+        return await _alive(value_of(self.actor.parameter_checksums.remote()))
+
     async def stacks(self) -> str:
         """Return the stack of every thread of the actor's process."""
         return await _alive(value_of(self.actor.stacks.remote()))

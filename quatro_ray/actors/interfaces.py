@@ -107,6 +107,10 @@ class Engine(Protocol):
         """Return the mean difference of sampled tokens' log-probs from their scores, nats at temperature 1."""
         ...
 
+    async def parameter_checksums(self) -> list[dict[str, str]]:
+        """Return dtype, shape and checksum of each worker's parameters by name (weight_sync/checksums.py)."""
+        ...
+
     async def stacks(self) -> str:
         """Return the stack of every thread of the actor's process, even while the actor is busy."""
         ...

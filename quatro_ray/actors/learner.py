@@ -79,6 +79,10 @@ class LearnerActor(HostMixin):
         """Return fixed sequences of at most `max_tokens` tokens with this rank's log-probs; a collective."""
         return self._engine.score_fixed(max_tokens)
 
+    def parameter_checksums(self, dtypes: dict[str, str]) -> dict[str, str]:
+        """Return dtype, shape and checksum of the weights, cast to these dtypes, by name; on rank 0 only."""
+        return self._engine.parameter_checksums(dtypes)
+
     def _pack(self, groups: tuple[RolloutGroup, ...], lineage: Lineage) -> LearnerBatch:
         tokens = self._config.tokens_per_micro_batch
         return pack(

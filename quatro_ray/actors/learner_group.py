@@ -93,6 +93,12 @@ class LearnerGroup:
         scores: list[Scored] = (await self._all("score_fixed", max_tokens, deadline_s=self._sync.check_deadline_s))[0]
         return scores
 
+    async def parameter_checksums(self, dtypes: dict[str, str]) -> dict[str, str]:
+        """Return dtype, shape and checksum of the weights, cast to these dtypes, by name."""
+        deadline = self._sync.check_deadline_s
+        found: dict[str, str] = (await self._all("parameter_checksums", dtypes, deadline_s=deadline))[0]
+        return found
+
     async def open_transfer(self, engines: Sequence[Any]) -> None:
         """Connect to exactly these engines; replaces an earlier connection.
 

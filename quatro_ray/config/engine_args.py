@@ -14,6 +14,7 @@ _SET_BY_US = {
     "pipeline_parallel_size", "data_parallel_size",
     "gpu_memory_utilization", "logprobs_mode", "weight_transfer_config", "enable_prefix_caching",
     "kv_cache_memory_bytes", "max_num_batched_tokens", "hf_token",
+    "worker_extension_cls",
 }  # fmt: skip
 _REASONS = {
     "quatro_ray sets these from its own fields, and a token belongs in the environment (HF_TOKEN)": _SET_BY_US,

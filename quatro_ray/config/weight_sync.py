@@ -34,10 +34,11 @@ class WeightSyncConfig(Section):
     resume_deadline_s: float = Field(30, gt=0)
     """Seconds within which an engine must resume generation and report its version."""
     check_every_updates: int = Field(10, ge=1)
-    """Updates from one check to the next that engines and learner give the same log-probs to the same tokens, and that
-    tokens are sampled with these log-probs. The first update is always checked."""
+    """Updates from one check to the next that engines and learner give the same log-probs to the same tokens, that
+    tokens are sampled with these log-probs, and that the parameters that both store alike are equal bit by bit. The
+    first update is always checked."""
     max_logprob_abs_diff: float | None = Field(None, gt=0)
     """Largest mean difference of these log-probs, in nats. An engine beyond it gets the weights again, then is
     restarted, then the run ends. null: 0.01 if learner and engines use float32, else 0.3."""
     check_deadline_s: float = Field(120, gt=0)
-    """Seconds within which an engine must give its log-probs, and the learner too."""
+    """Seconds within which an engine must give its log-probs or checksums, and the learner too."""

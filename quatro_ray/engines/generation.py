@@ -109,6 +109,7 @@ class GenerationEngine:
             # log-probs of the distribution that was sampled from, after temperature and top-p
             "logprobs_mode": "processed_logprobs",
             "weight_transfer_config": {"backend": self._sync_backend},
+            "worker_extension_cls": "quatro_ray.weight_sync.checksums.ChecksumWorker",
             "enable_prefix_caching": not config.deterministic,
             "disable_log_stats": True,
         }
@@ -369,6 +370,12 @@ class GenerationEngine:
             return [x for r, found in pairs for x in np.abs(r.behavior_logprobs - np.asarray(found[half - 1 :]))]
 
         return float(np.mean(np.concatenate(await asyncio.gather(*map(differences, sequences)))))
+
+    async def parameter_checksums(self) -> list[dict[str, str]]:
+        """Return dtype, shape and checksum of each worker's parameters by name (weight_sync/checksums.py)."""
+        with _engine_death():
+            found: list[dict[str, str]] = await self.llm.collective_rpc("parameter_checksums")
+            return found
 
     async def weight_checksums(self) -> dict[str, str]:
         """Return the SHA-256 of every worker's parameters by name."""

@@ -9,6 +9,7 @@ import logging
 import os
 import random
 import socket
+from collections.abc import Mapping
 from dataclasses import dataclass
 from datetime import timedelta
 from functools import cached_property, partial
@@ -288,6 +289,23 @@ class LearningEngine:
                 logprobs, _ = self._loaded.engine(tokens[:-1], positions, tokens[1:])
             scored.append(Scored(ids, logprobs.cpu().numpy()))
         return scored
+
+    def parameter_checksums(self, dtypes: Mapping[str, str]) -> dict[str, str]:
+        """Return dtype, shape and checksum of the present weights (weight_sync/checksums.py); a collective.
+
+        Args:
+            dtypes: what each parameter is cast to, by its name on disk; the others are left out.
+
+        Returns:
+            The same as a worker of an engine returns for these parameters; on other ranks than 0 nothing.
+        """
+        from quatro_ray.weight_sync.checksums import tensor_checksum
+
+        found = {}
+        for name, tensor in self.weights:
+            if self._rank == 0 and name in dtypes:
+                found[name] = tensor_checksum(tensor.to(getattr(torch, dtypes[name])))
+        return found
 
     def save_checkpoint(self, folder: Path) -> None:
         """Write DeepSpeed's own format; each rank writes its shard of weights and optimiser states.

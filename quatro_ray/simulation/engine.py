@@ -159,6 +159,10 @@ class SimulatedEngine:
         """Raise: there are no tokens."""
         raise NotImplementedError("a simulated engine has no tokens to score")
 
+    async def parameter_checksums(self) -> list[dict[str, str]]:
+        """Raise: there are no parameters."""
+        raise NotImplementedError("a simulated engine has no parameters")
+
     async def stacks(self) -> str:
         """Return what it does."""
         return f"decodes {len(self._batch)} sequences; {len(self._waiting)} wait"

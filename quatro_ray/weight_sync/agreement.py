@@ -1,17 +1,19 @@
-"""Measures whether engines and learner hold the same policy: both score the same token sequences.
+"""Measures whether engines and learner hold the same policy: both score the same tokens, and compare their weights.
 
 Shape letters: T tokens of a sequence.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import logging
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
 import numpy as np
 from numpy.typing import NDArray
 
+_logger = logging.getLogger(__name__)
 _LENGTHS = (24, 9, 17)
 """Tokens of each sequence, where the engine's limit allows them."""
 
@@ -34,6 +36,10 @@ class Scorer(Protocol):
 
     async def score_fixed(self, max_tokens: int) -> list[Scored]:
         """Return the fixed sequences, of at most `max_tokens` tokens each, with the learner's log-probs."""
+        ...
+
+    async def parameter_checksums(self, dtypes: dict[str, str]) -> dict[str, str]:
+        """Return dtype, shape and checksum of the weights, cast to these dtypes, by name."""
         ...
 
 
@@ -72,3 +78,43 @@ def mean_difference(expected: Sequence[Scored], logprobs: Sequence[Sequence[floa
     """
     pairs = zip(expected, logprobs, strict=True)
     return float(np.abs(np.concatenate([scored.logprobs - np.asarray(found) for scored, found in pairs])).mean())
+
+
+class WeightComparison:
+    """Compares the parameters that engines store as the learner sends them, bit by bit.
+
+    Many are not: vLLM fuses some, splits them between workers, packs, transposes or quantises them. Those of another
+    name, dtype or shape are left out. So are those that differ in all engines the first time: then the values are
+    stored in another way, because log-probs agree.
+    """
+
+    def __init__(self) -> None:
+        self._names: set[str] | None = None
+
+    def wrong(self, expected: Mapping[str, str], engines: Sequence[Sequence[Mapping[str, str]]]) -> list[list[str]]:
+        """Return the names of the parameters that differ, for each engine.
+
+        Args:
+            expected: the learner's checksums by name, cast to the engines' dtypes (weight_sync/checksums.py).
+            engines: those of the workers of each engine.
+        """
+        differing = [_differing(expected, workers) for workers in engines]
+        if self._names is None:
+            everywhere = set.intersection(
+                *({name for name, differs in engine.items() if differs} for engine in differing)
+            )
+            self._names = set().union(*differing) - everywhere
+            _logger.info("weights: %d parameters are compared bit by bit", len(self._names))
+            if everywhere:
+                _logger.warning("weights: engines store %s in another way; not compared", ", ".join(sorted(everywhere)))
+        return [sorted(self._names & {name for name, differs in engine.items() if differs}) for engine in differing]
+
+
+def _differing(expected: Mapping[str, str], workers: Sequence[Mapping[str, str]]) -> dict[str, bool]:
+    """Say of each parameter that the learner has in the same dtype and shape if it differs in any worker."""
+    found: dict[str, bool] = {}
+    for worker in workers:
+        for name, checksum in worker.items():
+            if name in expected and expected[name].rsplit(" ", 1)[0] == checksum.rsplit(" ", 1)[0]:
+                found[name] = found.get(name, False) or expected[name] != checksum
+    return found

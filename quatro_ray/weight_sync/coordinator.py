@@ -30,7 +30,7 @@ from quatro_ray.errors import WeightSyncError
 from quatro_ray.failures import TransferFailed
 from quatro_ray.timeouts import within
 from quatro_ray.types import Installed
-from quatro_ray.weight_sync.agreement import AgreementCheck, mean_difference
+from quatro_ray.weight_sync.agreement import AgreementCheck, WeightComparison, mean_difference
 
 _logger = logging.getLogger(__name__)
 
@@ -76,6 +76,10 @@ class Engine(Protocol):
 
     async def sampling_error(self, sequences: list[list[int]]) -> float:
         """Return the mean difference of sampled tokens' log-probs from their scores, nats at temperature 1."""
+        ...
+
+    async def parameter_checksums(self) -> list[dict[str, str]]:
+        """Return dtype, shape and checksum of each worker's parameters by name (weight_sync/checksums.py)."""
         ...
 
 
@@ -168,6 +172,7 @@ class WeightSyncCoordinator(Generic[SlotT]):
         self._connected: list[SlotT] = []
         self._last_failure = ""
         self._agreement = agreement
+        self._comparison = WeightComparison()
         self._num_updates = 0
         self._disagreements: dict[int, int] = {}
         """Failed checks in a row by the index of the engine, which its successor shares."""
@@ -276,33 +281,53 @@ class WeightSyncCoordinator(Generic[SlotT]):
         sequences = [scored.token_ids for scored in expected]
         scores = await self._each(slots, "score", check.deadline_s, sequences)
         sampled = await self._each(list(scores), "sampling_error", check.deadline_s, sequences)
-        differences = {}
+        differences: dict[SlotT, float] = {}
+        agreeing = []
         for slot, of_samples in sampled.items():
             of_scores = mean_difference(expected, scores[slot])
             differences[slot] = float(np.maximum(of_scores, of_samples))  # NaN if one of them is
             if differences[slot] <= check.max_nats:
-                self._disagreements.pop(slot.index, None)
+                agreeing.append(slot)
             else:
                 own = f", and what it samples from its own scores by {of_samples:.3g} nats,"
-                self._disagrees(slot, f"differs from the learner by {of_scores:.3g} nats{own} under version {version}")
+                what = f"differs from the learner by {of_scores:.3g} nats{own} under version {version}"
+                self._disagrees(slot, f"{what}; at most {check.max_nats:g} nats are rounding")
+        agreeing = await self._with_right_weights(agreeing, version)
+        for slot in agreeing:
+            self._disagreements.pop(slot.index, None)
         largest = max(differences.values(), default=None)
-        agreeing = [slot for slot, difference in differences.items() if difference <= check.max_nats]
         to_refit = any(self._disagreements.get(slot.index) == 1 for slot in differences)
         return ([] if to_refit else agreeing), largest
 
+    async def _with_right_weights(self, slots: list[SlotT], version: int) -> list[SlotT]:
+        """Return the engines whose parameters are the learner's, bit by bit, as far as both store them alike."""
+        check = self._agreement
+        assert check is not None
+        held = await self._each(slots, "parameter_checksums", check.deadline_s)
+        if not held:
+            return []
+        workers = [worker for engine in held.values() for worker in engine]
+        dtypes = {name: checksum.split()[0] for worker in workers for name, checksum in worker.items()}
+        expected = await check.learner.parameter_checksums(dtypes)
+        wrong = dict(zip(held, self._comparison.wrong(expected, list(held.values())), strict=True))
+        for slot, names in wrong.items():
+            if names:
+                rest = f" and {len(names) - 3} others" if len(names) > 3 else ""
+                what = f"holds other weights than the learner in {', '.join(names[:3])}{rest}"
+                self._disagrees(slot, f"{what} under version {version}")
+        return [slot for slot, names in wrong.items() if not names]
+
     def _disagrees(self, slot: SlotT, what: str) -> None:
         """Let the engine get the weights again; the second time in a row, restart it; the third time, end the run."""
-        assert self._agreement is not None
         times = self._disagreements[slot.index] = self._disagreements.get(slot.index, 0) + 1
-        rule = f"{what}; at most {self._agreement.max_nats:g} nats are rounding"
         if times == 1:
-            self._last_failure = f"generator {slot.index} {rule}"
+            self._last_failure = f"generator {slot.index} {what}"
             _logger.warning("%s; it gets the weights again", self._last_failure)
         elif times == 2:
-            self._lost(slot, f"{rule}, also after it got the weights again")
+            self._lost(slot, f"{what}, also after it got the weights again")
         else:
             raise WeightSyncError(
-                f"generator {slot.index} {rule}, also after a restart. The engine does not load weights right, or an "
+                f"generator {slot.index} {what}, also after a restart. The engine does not load weights right, or an "
                 "argument in generator.engine_args changes what it samples: see docs/models.md, or set "
                 "weight_sync.max_logprob_abs_diff if this is rounding"
             )

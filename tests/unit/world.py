@@ -153,6 +153,9 @@ class FakeGenerator:
     async def sampling_error(self, sequences: list[list[int]]) -> float:
         raise NotImplementedError("the world has no tokens")
 
+    async def parameter_checksums(self) -> list[dict[str, str]]:
+        raise NotImplementedError("the world has no parameters")
+
     async def stacks(self) -> str:
         return "generating"
 
