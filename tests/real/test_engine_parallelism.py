@@ -11,9 +11,11 @@ from quatro_ray.engines.tiny_tokenizer import make_tokenizer
 from quatro_ray.replay.buffer import LeasedBatch
 from quatro_ray.replay.staleness import Lineage
 from quatro_ray.types import Query, RolloutGroup, SamplingParams, Score
+from quatro_ray.weight_sync.agreement import WeightComparison
 from tests.make import config
 from tests.real.conftest import Ring, start_ring
 from tests.real.ring.test_ring import disagreement
+from tests.real.test_weight_checksums import compare_weights
 
 
 def sample(ring: Ring) -> tuple[RolloutGroup, ...]:
@@ -42,6 +44,7 @@ def test_both_workers_follow_the_learner(local_ray: None, tmp_path: Path, kind: 
             assert disagreement(ring, groups) < 1e-3
             ring.run(ring.parts.learner.train_step(LeasedBatch(groups, Lineage.unbroken(version)), version))
             ring.run(ring.parts.weight_sync.update(version + 1))
+            assert compare_weights(ring, WeightComparison()) == []
         assert disagreement(ring, sample(ring)) < 1e-3
         assert disagreement(ring, old) > 1e-2
     finally:

@@ -24,6 +24,8 @@ class Engine:
         self.off_by: list[float] = []
         """By how many nats each of the next scores is wrong."""
         self.sampling_off_by = 0.0
+        self.checksums: list[int] = []
+        """Of the next comparisons; that of the learner is 0."""
 
     async def _maybe_hang(self, name: str) -> None:
         self.calls.append(name)
@@ -61,6 +63,10 @@ class Engine:
     async def sampling_error(self, sequences: list[list[int]]) -> float:
         await self._maybe_hang("sampling_error")
         return self.sampling_off_by
+
+    async def parameter_checksums(self) -> list[dict[str, str]]:
+        await self._maybe_hang("parameter_checksums")
+        return [{"norm": f"float32 3 {self.checksums.pop(0) if self.checksums else 0}"}]
 
 
 class EngineSlot:
@@ -252,6 +258,10 @@ class Scorer:
         self.num_calls += 1
         return [Scored(ids, np.full(len(ids) - 1, -1.0, np.float32)) for ids in fixed_sequences(50, max_tokens)]
 
+    async def parameter_checksums(self, dtypes: dict[str, str]) -> dict[str, str]:
+        assert dtypes == {"norm": "float32"}
+        return {"norm": "float32 3 0", "fused": "float32 3 1"}
+
 
 def checked(fleet: Fleet, *versions: int, every: int = 1, max_tokens: int = 30) -> tuple[list[Update], int]:
     """Return the updates, and how often the learner scored."""
@@ -331,7 +341,18 @@ def test_sampled_log_probs_that_are_not_the_scores_are_a_difference(nats: float)
     assert f"what it samples from its own scores by {nats:.3g} nats" in fleet.whys[0]
 
 
-@pytest.mark.parametrize("method", ["score", "sampling_error"])
+def test_one_with_other_bits_gets_the_weights_again_then_is_restarted() -> None:
+    engine, other = Engine(), Engine()
+    engine.checksums = [0, 7, 0, 7, 7]
+    fleet = Fleet(engine, other)
+    checked(fleet, 1, 2)
+    assert not fleet.whys and other.calls.count("install_weights") == 3  # the second update took two tries
+    checked(fleet, 3)
+    (why,) = fleet.whys
+    assert why == "holds other weights than the learner in norm under version 3, also after it got the weights again"
+
+
+@pytest.mark.parametrize("method", ["score", "sampling_error", "parameter_checksums"])
 def test_an_engine_that_does_not_score_in_time_is_lost(method: str) -> None:
     fleet = Fleet(Engine(stuck_in=method), Engine())
     checked(fleet, 1)
