@@ -49,8 +49,10 @@ class Connection:
         """Close the connection if the body raises, because a part of a transfer cannot be continued.
 
         Raises:
-            ConnectionAbortedError: the body raised, and this is the first reason why the connection was closed.
+            ConnectionAbortedError: the body raised, or the connection is closed already; with the first reason.
         """
+        if self._why_closed is not None:
+            raise ConnectionAbortedError(self._why_closed)
         try:
             yield
         except Exception as error:

@@ -258,8 +258,10 @@ class _Ref:
         return self._value().__await__()
 
     async def _value(self) -> Any:
+        waiting = asyncio.wrap_future(self._future)
+        waiting.add_done_callback(lambda done: done.cancelled() or done.exception())  # nobody else may look at it
         try:
-            return await asyncio.shield(asyncio.wrap_future(self._future))
+            return await asyncio.shield(waiting)
         except Exception as error:
             raise RayTaskError(self._method, str(error), error) from error
 

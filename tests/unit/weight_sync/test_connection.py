@@ -39,6 +39,13 @@ def test_the_first_reason_is_the_one_that_is_raised() -> None:
         raise RuntimeError("the group is gone")
 
 
+def test_a_closed_connection_is_not_used() -> None:
+    connection = Connection()
+    connection.close("an engine died")
+    with pytest.raises(ConnectionAbortedError, match="an engine died"), connection.closed_on_failure():
+        pytest.fail("nothing can be sent")
+
+
 @pytest.mark.parametrize("closes", [True, False], ids=["closed", "late"])
 def test_a_thread_that_is_stuck_in_opening_is_left_behind_and_what_it_opens_is_discarded(closes: bool) -> None:
     connection, goes_on, discarded = Connection(), threading.Event(), threading.Event()
