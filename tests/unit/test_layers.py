@@ -28,7 +28,19 @@ THIRD_PARTY = {
     "algorithms": {"torch"},
     "replay": {"numpy", "safetensors"},
 }
-HEAVY = {"torch", "ray", "vllm", "deepspeed", "transformers", "numpy", "pydantic", "yaml", "safetensors", "psutil"}
+HEAVY = {
+    "peft",
+    "torch",
+    "ray",
+    "vllm",
+    "deepspeed",
+    "transformers",
+    "numpy",
+    "pydantic",
+    "yaml",
+    "safetensors",
+    "psutil",
+}
 
 
 def imports(path: Path) -> set[str]:
