@@ -22,6 +22,7 @@ from quatro_ray.config.environments import EnvironmentConfig
 from quatro_ray.config.generator import GeneratorConfig
 from quatro_ray.config.learner import AggregationMode, LearnerConfig, StepControlConfig
 from quatro_ray.config.load import dump_config, load_config
+from quatro_ray.config.lora import LoraConfig
 from quatro_ray.config.model import (
     ModelConfig,
     PretrainedModelConfig,
@@ -113,6 +114,7 @@ __all__ = [
     "LearnerConfig",
     "LengthRewardConfig",
     "Level",
+    "LoraConfig",
     "M2poConfig",
     "MathRewardConfig",
     "MisGrpoConfig",

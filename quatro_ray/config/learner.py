@@ -8,6 +8,7 @@ from typing import Literal
 from pydantic import Field
 
 from quatro_ray.config.base import Section
+from quatro_ray.config.lora import LoraConfig
 
 AggregationMode = Literal[
     "token_mean", "prompt_mean", "seq_mean_token_sum", "seq_mean_token_mean", "seq_mean_token_sum_norm"
@@ -73,8 +74,11 @@ class LearnerConfig(Section):
     (policy/entropy). null: no bonus."""
     entropy_coef_step: float = Field(0.005, gt=0)
     """Change of the bonus's coefficient after each step: up below the target, down to 0 above it."""
+    lora: LoraConfig | None = None
+    """Adapters to train in place of all weights. null: all weights are trained."""
     reference_kl_coef: float = Field(0.0, ge=0)
-    """Weight of KL(π_θ ‖ π_ref) in the loss, π_ref being the starting policy. 0: no reference model is loaded."""
+    """Weight of KL(π_θ ‖ π_ref) in the loss, π_ref being the starting policy. 0: no reference model is loaded.
+    With lora none is loaded either: the policy computes without its adapters."""
     attn_implementation: Literal["auto", "varlen", "sdpa", "eager", "flash_attention_2", "flex_attention"] = "auto"
     """Attention of the transformers model. varlen: each packed sequence by itself, without a mask, whose memory and
     time would grow with the square of a row. auto: varlen if the log-probs stay the model's own, otherwise sdpa or

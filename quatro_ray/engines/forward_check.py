@@ -159,13 +159,16 @@ class ForwardCheck:
             return embedded[-1]
 
         hook = self._embeddings.register_forward_hook(keep)
+        is_trained = self._head.requires_grad  # not with adapters
+        self._head.requires_grad_()
         try:
             logprobs = logprobs_of()
+            # the targets are the tokens themselves, so that each one has a log-prob
+            total = (logprobs * self._coefficients).sum()
+            *of_tokens, of_head = torch.autograd.grad(total, [*embedded, self._head])
         finally:
             hook.remove()
-        # the targets are the tokens themselves, so that each one has a log-prob
-        total = (logprobs * self._coefficients).sum()
-        *of_tokens, of_head = torch.autograd.grad(total, [*embedded, self._head])
+            self._head.requires_grad_(is_trained)
         return Result(logprobs.detach(), (_without_padding(of_tokens).float(), of_head.float()))
 
     @contextmanager

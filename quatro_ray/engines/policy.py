@@ -18,8 +18,10 @@ from torch.nn import functional
 from transformers import AutoModelForCausalLM, PreTrainedModel
 from transformers.core_model_loading import revert_weight_conversion
 
+from quatro_ray.config.lora import LoraConfig
 from quatro_ray.engines import varlen_attention
 from quatro_ray.engines.logprob_head import LogprobHead, logit_transform
+from quatro_ray.engines.lora import Adapters
 from quatro_ray.engines.model_files import write_model
 from quatro_ray.engines.sequence_parallel import SequenceGroup
 from quatro_ray.engines.varlen_attention import VARLEN
@@ -37,6 +39,7 @@ class PolicyModel(nn.Module):
         causal_lm: a model from transformers; its head is replaced.
         temperature: that of the sampling.
         chunk_tokens: most tokens whose logits exist at a time.
+        adapters: those of `causal_lm`; None if all its weights are trained.
 
     Attributes:
         row_layout: how the sequences of a batch reach the decoder (engines/forward_check.py decides).
@@ -44,9 +47,17 @@ class PolicyModel(nn.Module):
             whole row and get the whole result.
     """
 
-    def __init__(self, causal_lm: PreTrainedModel, *, temperature: float, chunk_tokens: int) -> None:
+    def __init__(
+        self,
+        causal_lm: PreTrainedModel,
+        *,
+        temperature: float,
+        chunk_tokens: int,
+        adapters: Adapters | None = None,
+    ) -> None:
         super().__init__()
         self.causal_lm = causal_lm
+        self.adapters = adapters
         head = causal_lm.get_output_embeddings()
         transform = logit_transform(causal_lm.config.get_text_config())
         causal_lm.set_output_embeddings(LogprobHead(head, transform, temperature, chunk_tokens))
@@ -145,6 +156,10 @@ class PolicyModel(nn.Module):
         """Return parameters by their names in transformers; a tied head appears once, as the embedding."""
         return {name.removeprefix(_PREFIX): p for name, p in self.named_parameters()}
 
+    def as_on_disk(self, state: dict[str, Tensor]) -> dict[str, Tensor]:
+        """Do what the function of this name does; tensors of adapters are merged into the weights that they change."""
+        return as_on_disk(self.causal_lm, self.adapters.merge(state) if self.adapters else state)
+
 
 def _lengths(position_ids: Tensor) -> tuple[int, ...]:
     """Return the tokens of each sequence of a row."""
@@ -152,23 +167,27 @@ def _lengths(position_ids: Tensor) -> tuple[int, ...]:
     return tuple(end - start for start, end in pairwise([*starts, len(position_ids)]))
 
 
-def convert_checkpoint(checkpoints: Path, tag: str, source: str | Path, path: Path) -> None:
+def convert_checkpoint(
+    checkpoints: Path, tag: str, source: str | Path, path: Path, lora: LoraConfig | None = None
+) -> None:
     """Convert the ZeRO shards of a checkpoint to a folder like that of an export.
 
     Args:
         checkpoints: folder of the checkpoints.
         tag: name of the checkpoint in it.
-        source: the starting policy or an export of it, for its other files.
+        source: the starting policy, for its other files and the weights that are not in the checkpoint.
         path: folder to write, which is created if it does not exist.
+        lora: that of the run. The adapters are merged, as in an export.
     """
     from deepspeed.utils.zero_to_fp32 import get_fp32_state_dict_from_zero_checkpoint
 
-    model = AutoModelForCausalLM.from_pretrained(source)
+    model = AutoModelForCausalLM.from_pretrained(source, dtype=torch.float32)
+    adapters = Adapters(model, lora) if lora else None
     with redirect_stdout(io.StringIO()):  # DeepSpeed's converter prints its progress
         saved = get_fp32_state_dict_from_zero_checkpoint(str(checkpoints), tag=tag)
-    state = {name.removeprefix(_PREFIX): tensor for name, tensor in saved.items()}
+    state = model.state_dict() | {name.removeprefix(_PREFIX): tensor for name, tensor in saved.items()}
     kept = {name: state[name] for name in [*dict(model.named_parameters()), *persistent_buffers(model)]}
-    write_model(path, as_on_disk(model, kept), source)
+    write_model(path, as_on_disk(model, adapters.merge(kept) if adapters else kept), source)
 
 
 def as_on_disk(model: PreTrainedModel, state: dict[str, Tensor]) -> dict[str, Tensor]:

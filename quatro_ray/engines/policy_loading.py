@@ -5,12 +5,15 @@ from __future__ import annotations
 import copy
 import logging
 from collections.abc import Mapping, Sequence
+from contextlib import nullcontext
 from typing import Any
 
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 
+from quatro_ray.config.lora import LoraConfig
 from quatro_ray.engines.forward_check import ForwardCheck
+from quatro_ray.engines.lora import Adapters
 from quatro_ray.engines.model_files import check_files
 from quatro_ray.engines.policy import PolicyModel
 from quatro_ray.engines.sharded_loading import build_sharded
@@ -33,6 +36,7 @@ def load_policy(
     temperature: float,
     chunk_tokens: int,
     gradient_checkpointing: bool = False,
+    lora: LoraConfig | None = None,
     device: torch.device | None = None,
     zero_config: Mapping[str, Any] | None = None,
 ) -> tuple[PolicyModel, str]:
@@ -47,6 +51,8 @@ def load_policy(
         temperature: that of the sampling.
         chunk_tokens: most tokens whose logits exist at a time.
         gradient_checkpointing: whether backward passes recompute the activations of each layer.
+        lora: adapters that the policy gets; all its other parameters are frozen then. With random adapters, it is
+            measured against the model whose weights contain them.
         device: where to measure, because some kinds of attention run on GPUs alone. None: the CPU.
         zero_config: DeepSpeed's configuration, to shard the policy over the ranks; a collective. None: the policy is
             whole, and on the CPU.
@@ -55,26 +61,33 @@ def load_policy(
         The policy, and a line that says what was measured.
 
     Raises:
-        ConfigError: the learner's log-probs or gradients would not be those of the model, or exports would fail.
+        ConfigError: the learner's log-probs or gradients would not be those of the model, exports would fail, or the
+            model cannot have these adapters.
     """
     check_files(path)
     config = _config_without_noise(path)
     measured = [config] if zero_config is None else [first_layers(config), config]
     causal_lm = _load_first(path, measured, dtype, attn_implementation).to(device or torch.device("cpu"))
-    check = ForwardCheck(causal_lm, f"model.path={path}", temperature)
-    policy = PolicyModel(causal_lm, temperature=temperature, chunk_tokens=chunk_tokens)
+    adapters = Adapters(causal_lm, lora) if lora else None
+    name = f"model.path={path}{' with learner.lora' if lora else ''}"
+    with adapters.measured() if adapters else nullcontext():
+        check = ForwardCheck(causal_lm, name, temperature)
+    policy = PolicyModel(causal_lm, temperature=temperature, chunk_tokens=chunk_tokens, adapters=adapters)
     if gradient_checkpointing:
         _checkpoint_gradients(causal_lm, path)
     wanted = (VARLEN, policy.attention) if attn_implementation == "auto" else (attn_implementation,)
     line = choose_attention(policy, check, wanted)
     if zero_config is None:
+        if adapters:
+            adapters.reset()
         return policy.cpu(), line
     attention, layout = policy.attention, policy.row_layout
-    del causal_lm, check, policy
+    del causal_lm, check, policy, adapters
     sharded = build_sharded(path, config, dtype=dtype, attn_implementation=attention, zero_config=zero_config)
     if gradient_checkpointing:
         _checkpoint_gradients(sharded, path)
-    policy = PolicyModel(sharded, temperature=temperature, chunk_tokens=chunk_tokens)
+    adapters = Adapters(sharded, lora) if lora else None
+    policy = PolicyModel(sharded, temperature=temperature, chunk_tokens=chunk_tokens, adapters=adapters)
     policy.row_layout = layout
     return policy, line
 

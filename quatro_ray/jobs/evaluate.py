@@ -139,7 +139,7 @@ def _convert(config: Config, tag: str, out: Path) -> str:
     from quatro_ray.engines.policy import convert_checkpoint
 
     path = out / "model"
-    convert_checkpoint(config.checkpoint_dir, tag, _source_of(config, tag), path)
+    convert_checkpoint(config.checkpoint_dir, tag, _source_of(config, tag), path, config.learner.lora)
     return str(path)
 
 

@@ -24,6 +24,17 @@ def test_a_model_that_trains_passes(name: str, tmp_path: Path) -> None:
     measure(name, tmp_path)
 
 
+@pytest.mark.parametrize("kind", ["pretrained", "tiny"])
+def test_adapters_that_do_not_fit_are_refused(kind: str, tmp_path: Path) -> None:
+    """Of a model that is measured, and of one that does not exist yet, whose shape alone is made."""
+    make("Qwen2").save_pretrained(tmp_path)
+    model = {"kind": kind} | ({"path": str(tmp_path)} if kind == "pretrained" else {})
+    learner = {"num_ranks": 1, "learning_rate": 1e-3, "dtype": "float32", "tokens_per_micro_batch": 64}
+    with pytest.raises(ConfigError, match=r"learner\.lora\.target_modules: gate fits no linear layer") as raised:
+        measure_forward(config(model=model, learner=learner | {"lora": {"rank": 4, "target_modules": ["gate"]}}))
+    assert "\n" not in str(raised.value)
+
+
 def test_one_that_does_not_is_one_line(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=r"model\.path=.*choose another") as raised:
         measure("Llama 4 (text)", tmp_path)
