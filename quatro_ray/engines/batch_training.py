@@ -21,6 +21,7 @@ from quatro_ray.config import LearnerConfig
 from quatro_ray.engines.batches import MicroBatchTensors, Prepared, StepBatch, make_step_batch, make_token_batch
 from quatro_ray.engines.kl_probe import Probe
 from quatro_ray.engines.learner_spec import LearnerSpec
+from quatro_ray.engines.lora import Forward
 from quatro_ray.engines.objectives import make_objective
 from quatro_ray.engines.sequence_parallel import Ranks
 from quatro_ray.engines.step_metrics import Collector
@@ -54,7 +55,7 @@ class BatchTrainer:
         ranks: this rank and the others.
         device: where the model lies.
         engine: DeepSpeed's engine around the policy.
-        reference: the reference policy; None if its KL is not part of the loss.
+        reference: the forward pass of the reference policy; None if its KL is not part of the loss.
         row_layout: how the model reads a row.
 
     Attributes:
@@ -69,7 +70,7 @@ class BatchTrainer:
         ranks: Ranks,
         device: torch.device,
         engine: ZeroEngine,
-        reference: ZeroEngine | None,
+        reference: Forward | None,
         row_layout: RowLayout,
     ) -> None:
         self._spec, self._config, self._ranks, self._device = spec, spec.config, ranks, device
@@ -172,12 +173,14 @@ class BatchTrainer:
         """Return a micro-batch's share of the loss of its optimiser step."""
         micro = row.micro
         inputs = (micro.token_ids, micro.position_ids, micro.target_ids, micro.is_response)
+        reference_logprobs = None
+        if self._reference is not None:  # first, because it may be the same engine, whose next pass must be backward
+            with torch.no_grad():
+                reference_logprobs, _ = self._reference(*inputs)
         policy_logprobs, entropy = self._engine(*inputs)
         tokens = make_token_batch(micro, policy_logprobs, shared.prepared, row.start_logprobs)
         per_token, limited = self._objective.token_loss(tokens, shared.prepared.constant)
-        if self._reference is not None:
-            with torch.no_grad():
-                reference_logprobs, _ = self._reference(*inputs)
+        if reference_logprobs is not None:
             reference_kl = losses.reference_kl(policy_logprobs, reference_logprobs)
             per_token = per_token + self._config.reference_kl_coef * reference_kl
             shared.collector.add_reference_kl(reference_kl.detach(), tokens.is_response)

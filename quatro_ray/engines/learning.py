@@ -9,10 +9,10 @@ import logging
 import os
 import random
 import socket
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from datetime import timedelta
-from functools import cached_property, partial
+from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -20,10 +20,12 @@ import numpy as np
 import torch
 import torch.distributed as dist
 from numpy.typing import NDArray
+from torch import Tensor, nn
 
 from quatro_ray.engines import zero_checkpoint
 from quatro_ray.engines.batch_training import BatchTrainer
 from quatro_ray.engines.learner_spec import LearnerSpec
+from quatro_ray.engines.lora import ADAPTER_FOLDER, Forward, is_adapter, peft_names
 from quatro_ray.engines.model_files import write_model
 from quatro_ray.engines.policy import PolicyModel, as_on_disk, persistent_buffers
 from quatro_ray.engines.policy_loading import load_policy
@@ -113,7 +115,7 @@ class LearningEngine:
         self._sequence_group = self._ranks.make_group(self._config.step_deadline_s)
         policy = self._load_policy(self._deepspeed_config())
         optimizer = torch.optim.AdamW(
-            policy.parameters(),
+            [parameter for parameter in policy.parameters() if parameter.requires_grad],
             lr=self._config.learning_rate,
             betas=(self._config.adam_beta1, self._config.adam_beta2),
             weight_decay=self._config.weight_decay,
@@ -126,7 +128,7 @@ class LearningEngine:
             config=self._deepspeed_config(),
             dist_init_required=False,
         )
-        reference = self._load_reference() if self._config.reference_kl_coef > 0 else None
+        reference = self._reference(policy, engine) if self._config.reference_kl_coef > 0 else None
         trainer = BatchTrainer(
             self._spec,
             ranks=self._ranks,
@@ -141,10 +143,21 @@ class LearningEngine:
     def weights(self) -> ZeroWeightSource:
         """The policy's parameters as a vLLM weight source; iterating over it is a collective."""
         policy = self._loaded.policy
+        return self._source(policy.parameters_by_name(), policy.as_on_disk)
+
+    @cached_property
+    def adapter_weights(self) -> ZeroWeightSource:
+        """The adapters alone, under their names in peft's files; empty without adapters."""
+        named = self._loaded.policy.parameters_by_name()
+        return self._source({name: p for name, p in named.items() if is_adapter(name)}, peft_names)
+
+    def _source(
+        self, parameters: dict[str, nn.Parameter], convert: Callable[[dict[str, Tensor]], dict[str, Tensor]]
+    ) -> ZeroWeightSource:
         # imported here, because training alone, as benchmarks.gpu.learner does it, does not need vLLM
         from quatro_ray.weight_sync.zero_source import ZeroWeightSource
 
-        return ZeroWeightSource(policy.parameters_by_name(), partial(as_on_disk, policy.causal_lm))
+        return ZeroWeightSource(parameters, convert)
 
     @property
     def row_rank(self) -> int:
@@ -165,6 +178,7 @@ class LearningEngine:
             temperature=self._spec.temperature,
             chunk_tokens=self._config.logprob_chunk_tokens,
             gradient_checkpointing=self._config.gradient_checkpointing,
+            lora=self._config.lora,
             device=self._device,
             zero_config=zero_config,
         )
@@ -191,15 +205,18 @@ class LearningEngine:
                 "set it to 1"
             )
 
-    def _load_reference(self) -> ZeroEngine:
+    def _reference(self, policy: PolicyModel, engine: ZeroEngine) -> Forward:
+        """Return the forward pass of the starting policy; without adapters it has weights of its own."""
         import deepspeed
 
+        if policy.adapters:
+            return policy.adapters.without(engine)
         config = self._deepspeed_config()
         config["zero_optimization"].pop("zero_hpz_partition_size", None)  # copies are for backward passes
         reference = self._load_policy(config).requires_grad_(False)
-        engine: ZeroEngine
-        engine, *_ = deepspeed.initialize(model=reference, config=config, dist_init_required=False)
-        return engine
+        own: ZeroEngine
+        own, *_ = deepspeed.initialize(model=reference, config=config, dist_init_required=False)
+        return own
 
     def _schedule(self, optimizer: torch.optim.Optimizer) -> torch.optim.lr_scheduler.LRScheduler:
         from transformers import get_scheduler
@@ -310,7 +327,7 @@ class LearningEngine:
     def save_checkpoint(self, folder: Path) -> None:
         """Write DeepSpeed's own format; each rank writes its shard of weights and optimiser states.
 
-        A checkpoint takes 12 bytes per parameter, over all ranks.
+        A checkpoint takes 12 bytes per trained parameter, over all ranks; frozen ones are not in it.
 
         Args:
             folder: new or empty; shards left there by a larger number of ranks would be read as part of this one.
@@ -323,7 +340,9 @@ class LearningEngine:
             random_states=zero_checkpoint.random_states(self._device),
         )
         engine = self._loaded.engine
-        engine.save_checkpoint(str(folder.parent), tag=folder.name, client_state=state, save_latest=False)
+        engine.save_checkpoint(
+            str(folder.parent), tag=folder.name, client_state=state, save_latest=False, exclude_frozen_parameters=True
+        )
 
     def load_checkpoint(self, folder: Path, version: int | None = None) -> None:
         """Restore weights, optimiser, schedule, step control, random states and version.
@@ -351,23 +370,29 @@ class LearningEngine:
     def export(self, path: Path) -> None:
         """Gather the weights, a collective, and let rank 0 write them in Hugging Face format.
 
+        Adapters are merged, and are in the folder `adapter` in peft's format too.
+
         Raises:
             CheckpointError: the folder cannot be written. The learner lives on.
         """
-        state = {}
-        for name, tensor in self.weights:
-            if self._rank == 0:
-                state[name] = tensor.cpu()
+        state, of_adapters = self._on_rank_0(self.weights), self._on_rank_0(self.adapter_weights)
         failure: Exception | None = None
         if self._rank == 0:
-            model = self._loaded.policy.causal_lm
+            policy = self._loaded.policy
+            model = policy.causal_lm
             try:
                 write_model(path, state | as_on_disk(model, persistent_buffers(model)), self._spec.model_path)
+                if policy.adapters:
+                    policy.adapters.write(path / ADAPTER_FOLDER, of_adapters, self._spec.model_path)
             except (OSError, ValueError) as error:  # the other ranks wait at the barrier
                 failure = error
         dist.barrier()
         if failure is not None:
             raise CheckpointError(f"export {path}: cannot be written ({failure}); correct it, then resume") from failure
+
+    def _on_rank_0(self, source: ZeroWeightSource) -> dict[str, Tensor]:
+        """Return all tensors of a source in host memory on rank 0, and nothing on the others; a collective."""
+        return {name: tensor.cpu() for name, tensor in source if self._rank == 0}
 
     def shutdown(self) -> None:
         """Leave the process group, if this rank has joined one."""

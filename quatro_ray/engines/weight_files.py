@@ -49,8 +49,15 @@ def weight_files(folder: Path) -> list[Path]:
 
 def num_weights(folder: Path) -> int | None:
     """Return the number of weights by the headers of the safetensors files, or None if the folder has no such files."""
+    shapes = weight_shapes(folder)
+    return None if shapes is None else sum(map(math.prod, shapes.values()))
+
+
+def weight_shapes(folder: Path) -> dict[str, list[int]] | None:
+    """Return the shape of each weight by its name in the safetensors files, or None if the folder has no such files."""
     files = [file for file in weight_files(folder) if file.suffix == ".safetensors" and file.is_file()]
-    return sum(math.prod(shape) for file in files for shape in _shapes(_header(file))) if files else None
+    named = (item for file in files for item in _header(file).items())
+    return {name: entry["shape"] for name, entry in named if name != "__metadata__"} if files else None
 
 
 def _index(path: Path) -> Iterator[str]:
@@ -71,10 +78,6 @@ def _check_length(file: Path) -> None:
         raise ConfigError(
             f"model.path={file.parent}: {file.name} has {have:,} bytes, and its header says {wanted:,}; copy it again"
         )
-
-
-def _shapes(header: dict[str, dict[str, list[int]]]) -> Iterator[list[int]]:
-    return (entry["shape"] for name, entry in header.items() if name != "__metadata__")
 
 
 def _header_bytes(file: Path) -> int:

@@ -15,7 +15,7 @@ from typing import Any, NotRequired, TypedDict
 import numpy as np
 import torch
 import torch.distributed as dist
-from torch import Tensor
+from torch import Tensor, nn
 
 from quatro_ray.engines.zero_engine import ZeroEngine
 from quatro_ray.errors import CheckpointError, last_line
@@ -71,13 +71,25 @@ def load(engine: ZeroEngine, folder: Path) -> ClientState:
 def _load(engine: ZeroEngine, source: Path, folder: Path) -> ClientState:
     """Read the checkpoint in `source`; errors name `folder`, the one that the user knows."""
     try:
-        path, loaded = engine.load_checkpoint(str(source.parent), tag=source.name)
+        path, loaded = engine.load_checkpoint(str(source.parent), tag=source.name, custom_load_fn=_load_trained)
     except Exception as error:
         raise CheckpointError(f"checkpoint {folder}: DeepSpeed refuses it: {last_line(error)}") from error
     if path is None or "random_states" not in loaded:
         raise CheckpointError(f"checkpoint {folder}: it holds no state of a quatro_ray learner")
     state: ClientState = loaded
     return state
+
+
+def _load_trained(src: dict[str, Tensor], dst: nn.Module) -> None:
+    """Load a module's state, in which only frozen parameters may be missing.
+
+    Raises:
+        RuntimeError: the state is of another module.
+    """
+    missing, unexpected = dst.load_state_dict(src, strict=False)
+    frozen = {name for name, parameter in dst.named_parameters(remove_duplicate=False) if not parameter.requires_grad}
+    if strangers := [*unexpected, *(set(missing) - frozen)]:
+        raise RuntimeError(f"it is of another model: {', '.join(sorted(strangers)[:3])}")
 
 
 def _defect(folder: Path, num_saved: int, bfloat16: bool) -> str | None:

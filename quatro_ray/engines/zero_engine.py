@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any, Protocol
 
 import torch
@@ -63,12 +63,27 @@ class ZeroEngine(Protocol):
         """Return whether the model computes in bfloat16."""
         ...
 
-    def save_checkpoint(self, save_dir: str, *, tag: str, client_state: Mapping[str, Any], save_latest: bool) -> object:
+    def save_checkpoint(
+        self,
+        save_dir: str,
+        *,
+        tag: str,
+        client_state: Mapping[str, Any],
+        save_latest: bool,
+        exclude_frozen_parameters: bool,
+    ) -> object:
         """Write this rank's shards and `client_state` to the folder `tag` in `save_dir`; a collective."""
         ...
 
-    def load_checkpoint(self, load_dir: str, *, tag: str) -> tuple[str | None, Any]:
+    def load_checkpoint(
+        self, load_dir: str, *, tag: str, custom_load_fn: Callable[..., None]
+    ) -> tuple[str | None, Any]:
         """Load the folder `tag` in `load_dir`; a collective.
+
+        Args:
+            load_dir: folder of the checkpoints.
+            tag: name of the checkpoint in it.
+            custom_load_fn: called with a module's state (`src`) and the module (`dst`) in place of strict loading.
 
         Returns:
             Path of the file that was loaded, None if there is none, and the client state.
