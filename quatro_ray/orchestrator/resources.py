@@ -9,7 +9,7 @@ from pathlib import Path
 from quatro_ray.config import Config, ModelRewardConfig, PretrainedModelConfig, TinyModelConfig
 from quatro_ray.config.generator import CPU_KV_CACHE_GIB
 from quatro_ray.config.weight_sync import NUM_TRANSFER_BUFFERS
-from quatro_ray.engines.weight_files import num_weights
+from quatro_ray.engines.weight_files import num_weights, weight_shapes
 
 BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
 """Bytes of a number, by the name of its format."""
@@ -151,8 +151,9 @@ def num_parameters(config: Config) -> int | None:
 def learner_bytes_per_rank(config: Config, parameters: int) -> int:
     """Return the bytes of a rank's ZeRO-3 model states.
 
-    These are weights, float32 gradients, AdamW's float32 master copy and two moments; for step control, the float32
-    weights before the step; for a reference policy, one more copy of the weights; and the rank's part of hpZ's copy.
+    These are weights; for those that are trained float32 gradients, AdamW's float32 master copy and two moments, and
+    for step control the float32 weights before the step; for a reference policy without adapters, one more copy of the
+    weights; and the rank's part of hpZ's copy.
 
     Args:
         config: its `learner` section gives the dtype, the number of ranks and which of these copies exist.
@@ -160,11 +161,46 @@ def learner_bytes_per_rank(config: Config, parameters: int) -> int:
     """
     width = BYTES[config.learner.dtype]
     master = 0 if config.learner.dtype == "float32" else 4
-    reference = width if config.learner.reference_kl_coef > 0 else 0
+    adapters = num_adapter_parameters(config)
+    trained = parameters if adapters is None else adapters
+    held = parameters + (adapters or 0)
+    reference = width if config.learner.reference_kl_coef > 0 and adapters is None else 0
     before_step = 0 if config.learner.step_control.window_kl_nats_per_token is None else 4
-    sharded = parameters * (width + 4 + master + 8 + before_step + reference) // config.learner.num_ranks
+    states = held * width + trained * (4 + master + 8 + before_step) + parameters * reference
     group = config.learner.hpz_partition_size
-    return sharded + (parameters * width // group if group > 1 else 0)
+    return states // config.learner.num_ranks + (held * width // group if group > 1 else 0)
+
+
+def num_adapter_parameters(config: Config) -> int | None:
+    """Return the number of weights of the adapters; None if all weights are trained.
+
+    It is an estimate from the shapes in the model's files, and 0 if there are none here, as for a model on the hub.
+
+    Raises:
+        ConfigError: a file of weights is damaged.
+    """
+    lora, model = config.learner.lora, config.model
+    if lora is None:
+        return None
+    shapes = _tiny_layer(model) if isinstance(model, TinyModelConfig) else weight_shapes(Path(model.path)) or {}
+    widths = sum(sum(shape) for name, shape in shapes.items() if _is_adapted(name, shape, lora.target_modules))
+    return lora.rank * widths * (model.num_layers if isinstance(model, TinyModelConfig) else 1)
+
+
+def _is_adapted(name: str, shape: Sequence[int], targets: str | Sequence[str]) -> bool:
+    """Return whether a weight on disk gets an adapter: experts are one tensor for all in memory, and get none."""
+    layer = name.removesuffix(".weight")
+    if len(shape) != 2 or ".experts." in layer or not any(part.isdigit() for part in layer.split(".")):
+        return False
+    return targets == "all-linear" or any(f".{layer}".endswith(f".{target}") for target in targets)
+
+
+def _tiny_layer(model: TinyModelConfig) -> dict[str, list[int]]:
+    """Return the shapes of the linear weights of one layer of a tiny model."""
+    d, kv = model.hidden_size, model.hidden_size * max(1, model.num_heads // 2) // model.num_heads
+    attention = {"q_proj": [d, d], "k_proj": [kv, d], "v_proj": [kv, d], "o_proj": [d, d]}
+    mlp = {"gate_proj": [4 * d, d], "up_proj": [4 * d, d], "down_proj": [d, 4 * d]}
+    return {f"model.layers.0.{name}.weight": shape for name, shape in (attention | mlp).items()}
 
 
 def learner_bytes_on_device(config: Config, parameters: int) -> int:
@@ -177,7 +213,7 @@ def learner_bytes_on_device(config: Config, parameters: int) -> int:
     learner = config.learner
     if learner.offload == "none":
         return learner_bytes_per_rank(config, parameters)
-    copies = (not learner.offload_parameters) + (learner.reference_kl_coef > 0)
+    copies = (not learner.offload_parameters) + (learner.reference_kl_coef > 0 and learner.lora is None)
     return copies * parameters * BYTES[learner.dtype] // learner.num_ranks
 
 
@@ -253,7 +289,8 @@ def _memory(config: Config) -> list[str]:
     states = learner_bytes_per_rank(config, parameters) / gib
     weights = weight_bytes_per_device(config, parameters) / gib
     lines = [
-        f"  {parameters:,} parameters",
+        f"  {parameters:,} parameters"
+        + ("" if (adapters := num_adapter_parameters(config)) is None else f", frozen; {adapters:,} in adapters"),
         f"  learner: {states:.3f} GiB of model states a rank"
         + (" (optimiser part on the CPU)" if config.learner.offload == "cpu" else ""),
         f"  engine: {weights:.3f} GiB of weights a device",

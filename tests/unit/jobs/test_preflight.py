@@ -22,7 +22,13 @@ from quatro_ray.errors import ConfigError
 from quatro_ray.jobs.preflight import check
 from quatro_ray.orchestrator import host
 from quatro_ray.orchestrator.host import check_host
-from quatro_ray.orchestrator.resources import bundles, describe, weight_bytes_per_device
+from quatro_ray.orchestrator.resources import (
+    bundles,
+    describe,
+    learner_bytes_per_rank,
+    num_adapter_parameters,
+    weight_bytes_per_device,
+)
 from tests.make import config
 
 
@@ -166,6 +172,24 @@ def test_plan_counts_the_buffers_of_a_transfer_on_gpus(tmp_path: Path) -> None:
     lines = describe(config(tmp_path, cluster={"device": "cuda"}, weight_sync={"buffer_mib": 128}))
     assert "learner rank 0, and each device of an engine: 0.250 GiB of buffers during a weight update" in lines
     assert "buffers" not in describe(config(tmp_path))  # gloo's are in host memory
+
+
+def test_plan_counts_the_states_of_adapters_alone(tmp_path: Path, folder: Path) -> None:
+    learner: dict[str, Any] = {"num_ranks": 2, "learning_rate": 1e-3, "tokens_per_micro_batch": 64, "dtype": "bfloat16"}
+    adapted = learner | {"lora": {"rank": 8}, "reference_kl_coef": 0.1}
+    for model in ({"kind": "pretrained", "path": str(folder)}, {"kind": "tiny", "hidden_size": 128, "num_heads": 4}):
+        made = config(tmp_path, model=model, learner=adapted)
+        # two layers of width 128, key-value heads of 64 together, and an MLP of 512
+        num_adapter = 8 * 2 * (2 * 256 + 2 * 192 + 3 * 640)
+        assert num_adapter_parameters(made) == num_adapter
+        # weights in bfloat16; of adapters float32 gradients, master copies, moments and the weights before the step
+        assert learner_bytes_per_rank(made, 1_000_000) == (2 * (1_000_000 + num_adapter) + 20 * num_adapter) // 2
+        assert f"frozen; {num_adapter:,} in adapters" in describe(made)
+    some = config(tmp_path, model=model, learner=learner | {"lora": {"rank": 8, "target_modules": ["v_proj"]}})
+    assert num_adapter_parameters(some) == 8 * 2 * 192
+    whole = config(tmp_path, model=model, learner=learner)
+    assert num_adapter_parameters(whole) is None
+    assert learner_bytes_per_rank(whole, 1_000_000) == 22 * 1_000_000 // 2
 
 
 def test_devices_and_memory_of_this_machine(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
