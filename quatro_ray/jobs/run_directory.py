@@ -273,6 +273,7 @@ def check_same_run(
         ConfigError: a field differs; the message has both values.
     """
     same = ["run.seed", "model", "data", "replay.group_size", "replay.groups_per_step", "checkpoint.dir"]
+    same += ["learner.lora"]  # the adapters in a checkpoint mean another policy with another factor
     # these are restored from the checkpoint, so that another value would have no effect
     same += [f"learner.{name}" for name in ("dtype", "learning_rate", "weight_decay", "adam_beta1", "adam_beta2")]
     by_content = {name for name in inputs_before or {} if name in (inputs or {})}

@@ -67,6 +67,7 @@ def test_a_run_keeps_its_ids_in_trackers_until_it_is_replaced(begun: Path) -> No
         ({"run": {"seed": 1}}, "run.seed: differs from that of the run in"),
         ({"replay": {"group_size": 8}}, "replay.group_size: differs"),
         ({"learner": {"learning_rate": 2e-3}}, "learner.learning_rate: differs"),
+        ({"learner": {"lora": {"rank": 8}}}, "learner.lora.alpha: differs from that"),
         ({"run": {"resume": "never"}}, "is not empty; choose another, or set run.overwrite=true"),
     ],
 )
