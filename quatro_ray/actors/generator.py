@@ -8,7 +8,7 @@ import ray
 
 from quatro_ray.actors.base import WATCHED, HostMixin, use_interface_of
 from quatro_ray.actors.shared_memory import check_shared_memory, detach_resource_tracker
-from quatro_ray.config import GeneratorConfig
+from quatro_ray.config import GeneratorConfig, LoraConfig
 from quatro_ray.engines.generation import GenerationEngine
 from quatro_ray.types import EngineLoad, GenerationSummary, Installed, Query, Rollout, RolloutGroup, SamplingParams
 
@@ -23,6 +23,7 @@ class GeneratorActor(HostMixin):
         sync_backend: name of vLLM's weight transfer back end, "nccl", "ipc" or "gloo".
         seed: seed of the engine.
         sleeps: whether `sleep` will be called.
+        adapter: the adapters that the engine loads; None if it gets whole weights.
     """
 
     def __init__(
@@ -34,12 +35,19 @@ class GeneratorActor(HostMixin):
         sync_backend: str,
         seed: int,
         sleeps: bool = False,
+        adapter: LoraConfig | None = None,
     ) -> None:
         detach_resource_tracker()
         self._num_devices = config.devices_per_engine
         use_interface_of(self.address())
         self._engine = GenerationEngine(
-            model_path, config, device=device, sync_backend=sync_backend, seed=seed, sleeps=sleeps
+            model_path,
+            config,
+            device=device,
+            sync_backend=sync_backend,
+            seed=seed,
+            sleeps=sleeps,
+            adapter=adapter,
         )
 
     async def start(self) -> None:
@@ -124,6 +132,10 @@ class GeneratorActor(HostMixin):
     async def receive_weights(self) -> None:
         """Begin to receive a whole set of weights while generation continues; only with gloo."""
         await self._engine.receive_weights()
+
+    async def receive_adapter(self, tensors: dict[str, Any]) -> None:
+        """Keep the tensors of a new version of the adapter until `install_weights`."""
+        self._engine.receive_adapter(tensors)
 
     async def install_weights(self, version: int) -> Installed:
         """Load the received weights; running requests are paused and continue under `version`."""

@@ -53,7 +53,7 @@ class LearnerActor(HostMixin):
         self._engine.start(master_address, master_port)
         self._sender = WeightSender(
             self._rank,
-            self._engine.weights,
+            self._engine.sent_weights,
             submit=lambda actor, method, *args: getattr(actor, method).remote(*args),
             wait=lambda futures, seconds: ray.get(futures, timeout=seconds),
         )
@@ -103,7 +103,7 @@ class LearnerActor(HostMixin):
 
     def open_weight_transfer(
         self,
-        backend: Literal["nccl", "ipc", "gloo"],
+        backend: Literal["nccl", "ipc", "gloo", "adapter"],
         generators: list[Any],
         workers_per_engine: int,
         master_address: str,
@@ -113,7 +113,7 @@ class LearnerActor(HostMixin):
         """Connect to the workers of all engines; replaces an earlier connection.
 
         Args:
-            backend: vLLM's weight transfer back end, the same as that of the engines.
+            backend: vLLM's weight transfer back end, the same as that of the engines; or adapter.
             generators: actor handles, in the order of their workers' ranks.
             workers_per_engine: devices of an engine.
             master_address: host of rank 0, at which the workers meet it.

@@ -32,7 +32,7 @@ class LearnerGroup:
 
     Args:
         spawn: makes the actors of all ranks, in the order of their ranks.
-        backend: "nccl", "ipc" or "gloo", for weight transfer.
+        backend: "nccl", "ipc", "gloo" or "adapter", for weight transfer.
         workers_per_engine: devices of an engine.
     """
 

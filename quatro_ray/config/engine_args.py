@@ -29,7 +29,8 @@ _REASONS = {
     "they change what is sampled without a trace in the log-probs of tokens, so importance ratios would be wrong": {
         "logits_processors", "watermark_config", "override_generation_config", "diffusion_config",
     },
-    "engines of quatro_ray generate text with the policy's own weights, load no adapters and never sleep": {
+    "engines of quatro_ray generate text with the policy's own weights, load adapters for learner.lora only and never "
+    "sleep": {
         "runner", "convert", "enable_lora", "enable_sleep_mode", "skip_tokenizer_init", "kv_transfer_config",
         "ec_transfer_config", "load_format", "tokens_only",
     },

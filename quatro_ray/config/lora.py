@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Annotated, Literal
 
 from pydantic import AfterValidator, Field
 
 from quatro_ray.config.base import Accepts, Section
+
+MAX_RANKS_OF_VLLM = (1, 8, 16, 32, 64, 128, 256, 320, 512)
+"""Ranks for which vLLM makes room; an adapter may have a lower one."""
 
 
 def _targets(value: str | tuple[str, ...]) -> str | tuple[str, ...]:
@@ -29,8 +33,14 @@ class LoraConfig(Section):
     head."""
     use_rslora: bool = False
     """Divide alpha by the root of the rank, so that the size of the change does not fall with the rank."""
-    sync: Literal["merged"] = "merged"
-    """Form in which engines get a policy. merged: all weights, with the adapters added to them."""
+    sync: Literal["merged", "adapter"] = "merged"
+    """Form in which engines get a policy. merged: all weights, with the adapters added to them. adapter: the adapters
+    alone, which vLLM adds in each layer; less is sent, nothing is rounded, and engines are slower."""
+
+    def broken_rules(self) -> Iterator[str]:
+        """Yield a line if vLLM has no room for the rank."""
+        if self.sync == "adapter" and self.rank > MAX_RANKS_OF_VLLM[-1]:
+            yield f"rank={self.rank} must be at most {MAX_RANKS_OF_VLLM[-1]} with sync=adapter: lower it, or use merged"
 
     @property
     def scale(self) -> float:

@@ -13,6 +13,7 @@ from quatro_ray.config.data import DataConfig, EvalSourceConfig, FilterConfig
 from quatro_ray.config.environments import EnvironmentConfig
 from quatro_ray.config.generator import GeneratorConfig
 from quatro_ray.config.learner import LearnerConfig
+from quatro_ray.config.lora import LoraConfig
 from quatro_ray.config.model import ModelConfig, TinyModelConfig
 from quatro_ray.config.objectives import ObjectiveConfig
 from quatro_ray.config.replay import ReplayConfig
@@ -71,6 +72,12 @@ class Config(Section):
     def alternates(self) -> bool:
         """Whether engines and learner use the memory of their devices in turn."""
         return self.cluster.colocate and self.cluster.colocate_mode == "alternating"
+
+    @property
+    def engine_adapter(self) -> LoraConfig | None:
+        """The adapters that engines load; None if they get whole weights."""
+        lora = self.learner.lora
+        return lora if lora is not None and lora.sync == "adapter" else None
 
     @property
     def checkpoint_dir(self) -> Path:

@@ -91,20 +91,15 @@ def _load(path: str, attn_implementation: str, lora: LoraConfig | None) -> str:
 
 def _adapt(model: ModelConfig, lora: LoraConfig) -> str:
     """Return why a model cannot have these adapters, or an empty text; no weights are loaded."""
-    import torch
-    from transformers import AutoConfig, AutoModelForCausalLM
-
-    from quatro_ray.engines.lora import Adapters
+    from quatro_ray.engines.lora import Adapters, untrained
     from quatro_ray.engines.tiny_model import make_model
     from quatro_ray.engines.tiny_tokenizer import make_tokenizer
 
-    with torch.device("meta"):
-        if isinstance(model, TinyModelConfig):
-            made = make_model(model, make_tokenizer(), 0)
-        else:
-            made = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(model.path))
     try:
-        Adapters(made, lora)
+        if isinstance(model, TinyModelConfig):
+            Adapters(make_model(model, make_tokenizer(), 0), lora)
+        else:
+            untrained(model.path, lora)
     except ConfigError as error:
         return str(error)
     return ""

@@ -5,15 +5,16 @@ from __future__ import annotations
 import asyncio
 import time
 import uuid
-from collections.abc import AsyncIterator, Callable, Iterator, Sequence
+from collections.abc import AsyncIterator, Callable, Iterator, Mapping, Sequence
 from contextlib import asynccontextmanager, contextmanager
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 
-from quatro_ray.config import GeneratorConfig
+from quatro_ray.config import GeneratorConfig, LoraConfig
 from quatro_ray.data.chat_template import encode_prompt, prompt_tail
+from quatro_ray.engines.engine_adapter import EngineAdapter
 from quatro_ray.engines.engine_args import cpu_args, gpu_args
 from quatro_ray.engines.token_counter import TokenCounter
 from quatro_ray.engines.vllm_outputs import joined, request_params, sampled_so_far, shown_text, to_rollout
@@ -23,6 +24,8 @@ from quatro_ray.seeding import seed_of
 from quatro_ray.types import EngineLoad, Installed, Query, Rollout, RolloutGroup, SamplingParams
 
 if TYPE_CHECKING:
+    from torch import Tensor
+    from vllm.lora.request import LoRARequest
     from vllm.v1.engine.async_llm import AsyncLLM
 
 _CHECKED_SAMPLES = 4
@@ -36,6 +39,7 @@ class GenerationEngine:
         model_path: folder or hub name of the starting policy.
         sync_backend: name of vLLM's weight transfer back end, "nccl", "ipc" or "gloo".
         sleeps: whether `sleep` will be called.
+        adapter: the adapters that the engine loads; None if it gets whole weights.
     """
 
     def __init__(
@@ -47,6 +51,7 @@ class GenerationEngine:
         sync_backend: str,
         seed: int,
         sleeps: bool = False,
+        adapter: LoraConfig | None = None,
     ) -> None:
         self._model_path = model_path
         self._config = config
@@ -56,6 +61,7 @@ class GenerationEngine:
         self._sleeps = sleeps
         self._version = -1
         self._is_receiving = False
+        self._adapter = EngineAdapter(adapter) if adapter else None
         self._num_running = 0
         self._num_generated_tokens = 0
         self._counter = TokenCounter()
@@ -83,6 +89,8 @@ class GenerationEngine:
         if self._device == "cpu" and self._config.pipeline_parallel_size > 1:
             # vLLM 0.32 makes the buffers between the stages in a first pass, which it leaves out on CPU
             await self.llm.collective_rpc("execute_dummy_batch")
+        if self._adapter:
+            await self._adapter.start(self.llm, self._model_path)
         await self.llm.update_weight_version("0")
         self._version = 0
 
@@ -124,7 +132,7 @@ class GenerationEngine:
         else:
             # on CPU vLLM has no such mode: `sleep` freezes requests and discards keys and values, and frees no memory
             args |= gpu_args(config) | {"enable_sleep_mode": self._sleeps}
-        return args | config.engine_args
+        return args | config.engine_args | (self._adapter.engine_args() if self._adapter else {})
 
     async def generate(
         self,
@@ -222,7 +230,7 @@ class GenerationEngine:
         prompt = {"prompt_token_ids": prompt_ids, "cache_salt": f"v{self._version}"}
         request_id = uuid.uuid4().hex
         with _engine_death(lambda: sampled_so_far(self.llm, request_id, n)):
-            async for output in self.llm.generate(prompt, params, request_id):
+            async for output in self.llm.generate(prompt, params, request_id, lora_request=self._lora_request()):
                 if output.finished:
                     outputs = sorted(output.outputs, key=lambda completion: completion.index)
                     return tuple(to_rollout(completion, self.llm.get_tokenizer()) for completion in outputs)
@@ -305,7 +313,12 @@ class GenerationEngine:
         self._version = version
 
     async def receive_weights(self) -> None:
-        """Begin to receive a new version in the background; only with gloo. Repeat it after a new connection."""
+        """Begin to receive a new version in the background; only with gloo. Repeat it after a new connection.
+
+        An adapter comes by `receive_adapter` instead, so that nothing has to begin.
+        """
+        if self._adapter:
+            return
         from vllm.distributed.weight_transfer.base import WeightTransferUpdateRequest
 
         # both calls are queued together, so that they wait for one step of the engine's process and not for two
@@ -314,6 +327,14 @@ class GenerationEngine:
         with _engine_death():
             await asyncio.gather(*calls, self.llm.update_weights(WeightTransferUpdateRequest(update_info={})))
 
+    def receive_adapter(self, tensors: Mapping[str, Tensor]) -> None:
+        """Keep the tensors of a new version of the adapter, by their names in peft's files, until `install_weights`."""
+        assert self._adapter is not None
+        self._adapter.receive(tensors)
+
+    def _lora_request(self) -> LoRARequest | None:
+        return self._adapter.request() if self._adapter else None
+
     async def install_weights(self, version: int) -> Installed:
         """Load the weights that `receive_weights` received; requests are paused and continue under `version`."""
         start = time.monotonic()
@@ -321,7 +342,12 @@ class GenerationEngine:
             num_in_flight = self._num_running
             # pause_generation would also wait 20 ms for outputs on their way here, which carry their version already
             await self.llm.engine_core.pause_scheduler_async(mode="keep", clear_cache=False)
-            await self.finish_weight_update(version)
+            if self._adapter:
+                await self._adapter.install(self.llm)
+                await self.llm.update_weight_version(str(version))
+                self._version = version
+            else:
+                await self.finish_weight_update(version)
             self._is_receiving = False
             reported = await self.policy_version()
             await self.resume()
@@ -343,7 +369,8 @@ class GenerationEngine:
 
         params = VllmSamplingParams(max_tokens=1, temperature=0, prompt_logprobs=0, detokenize=False)
         prompt = TokensPrompt(prompt_token_ids=token_ids)
-        async for output in self.llm.generate(prompt, params, f"score-{uuid.uuid4().hex}"):
+        request_id = f"score-{uuid.uuid4().hex}"
+        async for output in self.llm.generate(prompt, params, request_id, lora_request=self._lora_request()):
             found = output.prompt_logprobs
         assert found is not None
         return [position[token].logprob for position, token in zip(found[1:], token_ids[1:], strict=True)]
@@ -389,6 +416,8 @@ class GenerationEngine:
         if self._llm is not None:
             await asyncio.to_thread(self._llm.shutdown)
             self._llm = None
+        if self._adapter:
+            self._adapter.close()
 
 
 @contextmanager

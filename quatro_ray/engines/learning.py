@@ -151,6 +151,12 @@ class LearningEngine:
         named = self._loaded.policy.parameters_by_name()
         return self._source({name: p for name, p in named.items() if is_adapter(name)}, peft_names)
 
+    @property
+    def sent_weights(self) -> ZeroWeightSource:
+        """The part of the policy that engines get."""
+        lora = self._config.lora
+        return self.adapter_weights if lora is not None and lora.sync == "adapter" else self.weights
+
     def _source(
         self, parameters: dict[str, nn.Parameter], convert: Callable[[dict[str, Tensor]], dict[str, Tensor]]
     ) -> ZeroWeightSource:

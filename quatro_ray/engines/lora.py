@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
-from transformers import PreTrainedModel
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from quatro_ray.config.lora import LoraConfig
@@ -164,6 +164,7 @@ class Adapters:
 
         path.mkdir(parents=True, exist_ok=True)
         self._config.base_model_name_or_path = base_model
+        self._config.target_modules = sorted(self._config.target_modules)
         self._config.save_pretrained(path, auto_mapping_dict=None)
         save_file(dict(state), path / "adapter_model.safetensors", metadata={"format": "pt"})
 
@@ -180,6 +181,22 @@ def peft_names(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
         for name, tensor in state.items()
         if is_adapter(name)
     }
+
+
+def untrained(path: str, lora: LoraConfig) -> dict[str, Tensor]:
+    """Return adapters that change nothing, under their names in peft's files. No weights of the model are loaded.
+
+    Args:
+        path: folder or hub name of the model.
+        lora: rank and target layers.
+
+    Raises:
+        ConfigError: the model cannot have these adapters.
+    """
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(path))
+    Adapters(model, lora)
+    return {name: torch.zeros(tensor.shape) for name, tensor in peft_names(model.state_dict()).items()}
 
 
 def _targets(model: PreTrainedModel, lora: LoraConfig) -> list[str]:

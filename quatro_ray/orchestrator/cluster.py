@@ -136,7 +136,7 @@ class Cluster:
                 self.learner,
                 config.weight_sync,
                 _STARTS_WAITED_FOR * config.generator.start_deadline_s,
-                generates_during_transfer=config.sync_backend == "gloo",
+                generates_during_transfer=config.sync_backend == "gloo" or config.engine_adapter is not None,
                 agreement=_agreement(config, self.learner),
             ),
             checkpoints=checkpoint_store(config),
@@ -212,7 +212,7 @@ def make_learner(place: Placer, model_path: str) -> LearnerGroup:
         partial(_ranks, place, model_path),
         config.learner,
         config.weight_sync,
-        config.sync_backend,
+        "adapter" if config.engine_adapter else config.sync_backend,
         config.generator.devices_per_engine,
     )
 
@@ -325,6 +325,7 @@ def _engine(place: Placer, role: str, model_path: str, index: int) -> ActorHandl
         sync_backend=config.sync_backend,
         seed=config.run.seed,
         sleeps=role == "generator" and config.alternates,
+        adapter=config.engine_adapter if role == "generator" else None,  # evaluators load merged exports
     )
 
 

@@ -231,9 +231,10 @@ def weight_bytes_per_device(config: Config, parameters: int) -> float:
 def transfer_buffer_bytes(config: Config) -> int:
     """Return the bytes of the buffers of a weight update, on learner rank 0 and on each device of an engine.
 
-    With NCCL each buffer may grow by a tensor, up to the largest one; gloo has no buffers on devices.
+    With NCCL each buffer may grow by a tensor, up to the largest one; gloo and adapters need none on devices.
     """
-    return NUM_TRANSFER_BUFFERS * (config.weight_sync.buffer_mib << 20) if config.sync_backend == "nccl" else 0
+    uses_nccl = config.sync_backend == "nccl" and config.engine_adapter is None
+    return NUM_TRANSFER_BUFFERS * (config.weight_sync.buffer_mib << 20) if uses_nccl else 0
 
 
 def describe(config: Config) -> str:
@@ -289,13 +290,12 @@ def _memory(config: Config) -> list[str]:
     states = learner_bytes_per_rank(config, parameters) / gib
     weights = weight_bytes_per_device(config, parameters) / gib
     lines = [
-        f"  {parameters:,} parameters"
-        + ("" if (adapters := num_adapter_parameters(config)) is None else f", frozen; {adapters:,} in adapters"),
+        f"  {parameters:,} parameters{_frozen(num_adapter_parameters(config))}",
         f"  learner: {states:.3f} GiB of model states a rank"
         + (" (optimiser part on the CPU)" if config.learner.offload == "cpu" else ""),
         f"  engine: {weights:.3f} GiB of weights a device",
     ]
-    if config.sync_backend == "gloo":
+    if config.sync_backend == "gloo" and config.engine_adapter is None:
         received = parameters * BYTES[config.learner.dtype] / gib
         lines.append(f"  engine: {received:.3f} GiB of host memory a device while it receives new weights")
     elif buffers := transfer_buffer_bytes(config):
@@ -309,3 +309,11 @@ def _memory(config: Config) -> list[str]:
     else:
         lines.append(f"  engine: {config.generator.gpu_memory_utilization:.0%} of a GPU, weights included")
     return lines
+
+
+def _frozen(num_adapter: int | None) -> str:
+    if num_adapter is None:
+        return ""
+    return (
+        f", frozen; {num_adapter:,} in adapters" if num_adapter else ", frozen; adapters unknown without its files here"
+    )

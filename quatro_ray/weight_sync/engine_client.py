@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Protocol
 
 
@@ -77,6 +77,10 @@ class EngineClient:
     def update_weights(self, update_info: Any) -> None:
         """Let all engines receive the tensors whose names, dtypes and shapes `update_info` lists."""
         self._update("update_weights", update_info)
+
+    def receive_adapter(self, tensors: Mapping[str, Any]) -> None:
+        """Give all engines the tensors of an adapter."""
+        self._update("receive_adapter", tensors)
 
     def finish_weight_update(self, weight_version: str | None = None) -> None:
         """Stamp the engines with the version of `begin_update`; vLLM's trainer side passes no version."""

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any, Literal, Protocol
 
 from quatro_ray.config import WeightSyncConfig
 from quatro_ray.config.weight_sync import NUM_TRANSFER_BUFFERS
+from quatro_ray.weight_sync.adapter_transfer import AdapterTransfer
 from quatro_ray.weight_sync.connection import Connection
 from quatro_ray.weight_sync.engine_client import EngineClient, Submit
 from quatro_ray.weight_sync.nccl import AbortableGroup
@@ -36,7 +37,7 @@ class WeightSender:
 
     Args:
         rank: that of the learner.
-        source: the weights in checkpoint format.
+        source: the weights in checkpoint format, or the adapters in peft's.
         submit: starts a call of an engine's method and returns its future.
         wait: collects futures within a number of seconds, or raises. If one fails, it raises at once.
     """
@@ -54,7 +55,7 @@ class WeightSender:
 
     def open(
         self,
-        backend: Literal["nccl", "ipc", "gloo"],
+        backend: Literal["nccl", "ipc", "gloo", "adapter"],
         engines: Sequence[Any],
         workers_per_engine: int,
         master_address: str,
@@ -64,7 +65,7 @@ class WeightSender:
         """Connect to the workers of all engines; call it on every rank. An earlier connection is closed first.
 
         Args:
-            backend: vLLM's weight transfer back end, the same as that of the engines; gloo is ours.
+            backend: vLLM's weight transfer back end, the same as that of the engines; gloo is ours. adapter: none of them.
             engines: handles for `submit`, in the order of their workers' ranks.
             workers_per_engine: devices of an engine.
             master_address: host of rank 0, as the workers reach it.
@@ -86,11 +87,14 @@ class WeightSender:
             on_failure=connection.close,
         )
         world_size = 1 + len(engines) * workers_per_engine
-        info = self._init_info(backend, master_address, master_port, world_size, config)
+
+        def meet() -> Transfer:
+            if backend == "adapter":
+                return AdapterTransfer(self._client, self._source, is_sender=self._rank == 0)
+            return self._meet(self._init_info(backend, master_address, master_port, world_size, config))
+
         with connection.closed_on_failure():
-            self._transfer = connection.open(
-                lambda: self._meet(info), lambda late: late.shutdown(), config.rendezvous_deadline_s
-            )
+            self._transfer = connection.open(meet, lambda late: late.shutdown(), config.rendezvous_deadline_s)
         connection.on_close(self._transfer.shutdown)
 
     def _meet(self, info: Any) -> Transfer:

@@ -68,7 +68,10 @@ def test_overrides(tmp_path: Path) -> None:
         ("generator.engine_args={data_parallel_rank: 1}", "pipeline_parallel_size and data_parallel_size of generator"),
         ("generator.engine_args={speculative_config: {method: ngram}}", "speculative_config needs cluster.device=cuda"),
         ("generator.engine_args={logits_processors: [x]}", "so importance ratios would be wrong; remove them"),
-        ("generator.engine_args={enable_lora: true}", "load no adapters and never sleep; remove them"),
+        (
+            "generator.engine_args={enable_lora: true}",
+            "load adapters for learner.lora only and never sleep; remove them",
+        ),
         (
             "generator={deterministic: true, num_engines: 2, max_prompt_tokens: 4, max_response_tokens: 4}",
             "num_engines=1",

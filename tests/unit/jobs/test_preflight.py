@@ -187,6 +187,8 @@ def test_plan_counts_the_states_of_adapters_alone(tmp_path: Path, folder: Path) 
         assert f"frozen; {num_adapter:,} in adapters" in describe(made)
     some = config(tmp_path, model=model, learner=learner | {"lora": {"rank": 8, "target_modules": ["v_proj"]}})
     assert num_adapter_parameters(some) == 8 * 2 * 192
+    hub = {"kind": "pretrained", "path": "someone/a-model", "num_parameters": 1000}
+    assert "  1,000 parameters, frozen; adapters unknown" in describe(config(tmp_path, model=hub, learner=adapted))
     whole = config(tmp_path, model=model, learner=learner)
     assert num_adapter_parameters(whole) is None
     assert learner_bytes_per_rank(whole, 1_000_000) == 22 * 1_000_000 // 2
