@@ -93,7 +93,7 @@ def _batch(engine: LearningEngine, step: int) -> Any:
     return pack(
         groups,
         Lineage.unbroken(step),
-        num_ranks=config.num_ranks,
+        num_ranks=config.num_ranks // config.sequence_parallel_size,
         rank=engine.row_rank,
         tokens_per_micro_batch=config.tokens_per_micro_batch,
     )
