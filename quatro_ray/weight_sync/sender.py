@@ -65,7 +65,7 @@ class WeightSender:
         """Connect to the workers of all engines; call it on every rank. An earlier connection is closed first.
 
         Args:
-            backend: vLLM's weight transfer back end, the same as that of the engines; gloo is ours. adapter: none of them.
+            backend: vLLM's weight transfer back end, that of the engines; gloo is ours. adapter: none of them.
             engines: handles for `submit`, in the order of their workers' ranks.
             workers_per_engine: devices of an engine.
             master_address: host of rank 0, as the workers reach it.

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import pytest
 import torch
 
-from quatro_ray.weight_sync.engine_client import EngineClient
-from quatro_ray.weight_sync.sender import open_transfer
+from quatro_ray.config import WeightSyncConfig
+from quatro_ray.weight_sync.sender import WeightSender
 
 ADAPTER = {"base_model.model.layers.0.q_proj.lora_A.weight": torch.ones(2, 3)}
 
@@ -24,29 +25,22 @@ class Source:
         yield from ADAPTER.items()
         self.num_passes += 1
 
+    def whole_pass(self) -> AbstractContextManager[None]:
+        return nullcontext()
+
 
 @pytest.mark.parametrize("rank", [0, 1])
 def test_every_rank_gathers_and_the_first_one_sends(rank: int) -> None:
     calls: list[tuple[str, str, Any]] = []
-    client = EngineClient(
-        ["one", "two"],
+    source: Any = Source()
+    sender = WeightSender(
+        rank,
+        source,
         submit=lambda engine, method, *args: calls.append((engine, method, *args)),
         wait=lambda futures, seconds: None,
-        workers_per_engine=1,
-        rendezvous_deadline_s=1,
-        transfer_deadline_s=1,
     )
-    source: Any = Source()
-    transfer = open_transfer(
-        "adapter",
-        rank=rank,
-        master_address="nowhere",
-        master_port=0,
-        num_workers=2,
-        deadline_s=1,
-        client=client,
-        source=source,
-    )
-    transfer.send_weights()
+    config = WeightSyncConfig(rendezvous_deadline_s=60, transfer_deadline_s=60)
+    sender.open("adapter", ["one", "two"], 1, "nowhere", 0, config)
+    sender.send(3)
     assert source.num_passes == 1
     assert calls == ([(engine, "receive_adapter", ADAPTER) for engine in ("one", "two")] if rank == 0 else [])
