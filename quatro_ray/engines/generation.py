@@ -401,8 +401,10 @@ class GenerationEngine:
     async def parameter_checksums(self) -> list[dict[str, str]]:
         """Return dtype, shape and checksum of each worker's parameters by name (weight_sync/checksums.py)."""
         with _engine_death():
-            found: list[dict[str, str]] = await self.llm.collective_rpc("parameter_checksums")
-            return found
+            # AsyncLLM.collective_rpc would return the answers of the first data-parallel copy only
+            core = self.llm.engine_core
+            copies = await core.call_utility_all_async("collective_rpc", "parameter_checksums", None, (), {})
+        return [worker for workers in copies for worker in workers]
 
     async def weight_checksums(self) -> dict[str, str]:
         """Return the SHA-256 of every worker's parameters by name."""
