@@ -13,7 +13,15 @@ REAL = Path(__file__).parent / "real"
 FOLDERS = {REAL: "real", REAL.with_name("deploy"): "deploy"}
 """The marker of tests that have none, by folder."""
 RING = "tests/real/ring"
-LONGEST = ("test_command_line.py", "test_learner.py", "test_examples.py", "test_resume.py", "test_chaos.py", "ring")
+LONGEST = (
+    "test_command_line.py",
+    "test_learner.py",
+    "test_examples.py",
+    "test_resume.py",
+    "test_chaos.py",
+    "test_lora_run.py",
+    "ring",
+)
 """Files and folders of tests/real that start first, so that neither worker has a long one left at the end."""
 APART = "tests/unit/rewards/test_hostile_texts.py"
 """A file whose tests share nothing and wait for deadlines; its tests go to whichever worker is free."""
