@@ -5,7 +5,6 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from quatro_ray.config import Config, TinyModelConfig
-from quatro_ray.engines.pretrained import load_model_config
 
 
 @dataclass(frozen=True)
@@ -27,6 +26,9 @@ def model_shape(config: Config) -> ModelShape:
     model = config.model
     if isinstance(model, TinyModelConfig):
         return ModelShape(model.num_layers, model.hidden_size, 4 * model.hidden_size, 258)
+    # imported here, because the controller needs transformers only if engines and ranks share GPUs
+    from quatro_ray.engines.pretrained import load_model_config
+
     found = load_model_config(model.path, from_hub=False)
     hidden: int = found.hidden_size
     intermediate = getattr(found, "intermediate_size", None) or 4 * hidden
