@@ -15,6 +15,7 @@ from quatro_ray.errors import ConfigError
 from quatro_ray.orchestrator.resources import (
     BYTES,
     learner_bytes_on_device,
+    num_adapter_parameters,
     num_parameters,
     weight_bytes_per_device,
 )
@@ -28,6 +29,9 @@ _CONTEXT_GIB = 0.5
 """A rank's CUDA context, which PyTorch does not count as its own."""
 _RANK_BESIDES_GIB = 1.0
 """A rank's CUDA context, buckets of DeepSpeed's collectives, and fragmentation."""
+
+_BYTES_OF_A_TRAINED_WEIGHT = 22
+"""In bfloat16 with its gradient, master copy, moments and the copy of step control."""
 
 
 @dataclass(frozen=True)
@@ -84,13 +88,15 @@ def device_memory(config: Config) -> DeviceMemory:
             "model.num_parameters=null: the memory of a shared GPU cannot be planned, because the model's files are "
             "not there; set it"
         )
+    shape = model_shape(config)
     engine = weight_bytes_per_device(config, parameters) / _GIB + cache + _ENGINE_BESIDES_GIB
+    states = learner_bytes_on_device(config, parameters) + _unknown_adapter_bytes(config, shape)
     return DeviceMemory(
         total=total,
         engine=engine,
         engine_asleep=_ASLEEP_GIB if config.alternates else engine,
-        states=learner_bytes_on_device(config, parameters) / _GIB,
-        training=training_bytes(config, model_shape(config)) / _GIB + _RANK_BESIDES_GIB,
+        states=states / _GIB,
+        training=training_bytes(config, shape) / _GIB + _RANK_BESIDES_GIB,
     )
 
 
@@ -106,6 +112,16 @@ def training_bytes(config: Config, shape: ModelShape) -> float:
     inputs = tokens * width * shape.hidden_size * shape.num_layers
     layers = inputs + layer if learner.gradient_checkpointing else layer * shape.num_layers
     return layers / learner.sequence_parallel_size + 3 * 4 * learner.logprob_chunk_tokens * shape.vocab_size
+
+
+def _unknown_adapter_bytes(config: Config, shape: ModelShape) -> float:
+    """Return the bytes of a rank's states of adapters whose sizes no file here tells, as of all linear layers."""
+    lora = config.learner.lora
+    if lora is None or num_adapter_parameters(config):
+        return 0.0
+    attention, mlp = 4 * 2 * shape.hidden_size, 3 * (shape.hidden_size + shape.intermediate_size)
+    weights = lora.rank * shape.num_layers * (attention + mlp)
+    return weights * _BYTES_OF_A_TRAINED_WEIGHT / config.learner.num_ranks
 
 
 def check_device_memory(config: Config) -> None:

@@ -19,6 +19,7 @@ from tests.make import config
 
 QWEN_05B = ModelShape(24, 896, 4864, 151_936), 494_032_768
 QWEN_15B = ModelShape(28, 1536, 8960, 151_936), 1_543_714_304
+QWEN_7B = ModelShape(28, 3584, 18_944, 152_064), 7_615_616_512
 GPU: dict[str, dict[str, Any]] = {
     "cluster": {"device": "cuda", "colocate": True, "gpu_memory_gib": 24, "cpus_per_engine": 2, "cpus_per_rank": 1},
     "generator": {"num_engines": 2, "kv_cache_gib": 4, "max_prompt_tokens": 16, "max_response_tokens": 8},
@@ -110,6 +111,25 @@ def test_what_does_not_fit_is_refused_before_anything_starts() -> None:
     check_device_memory(tiny())
     with pytest.raises(ConfigError, match=r"cluster.gpu_memory_gib=6: engine and rank need 7\.\d GiB .* lower "):
         check_device_memory(tiny(gpu_memory_gib=6))
+
+
+@pytest.mark.parametrize(
+    ("model", "changes", "need_gib"),
+    [
+        (QWEN_15B, {"gpu_memory_gib": 22, "kv_cache_gib": 4, "tokens_per_micro_batch": 8192}, 17),
+        (QWEN_7B, {"num_parameters": 7_615_616_512}, 61),
+    ],
+)
+def test_larger_models_fit_with_adapters(
+    model: tuple[ModelShape, int], changes: dict[str, int], need_gib: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The commands of docs/deployment.md."""
+    monkeypatch.setattr("quatro_ray.orchestrator.device_memory.model_shape", lambda config: model[0])
+    sections = {"gpu_memory_gib": "cluster", "kv_cache_gib": "generator", "num_parameters": "model"}
+    overrides = [f"{sections.get(name, 'learner')}.{name}={value}" for name, value in changes.items()]
+    made = load_config(Path("configs/qwen2.5-1.5b-1gpu.yaml"), ["learner.lora.rank=16", *overrides])
+    assert round(device_memory(made).need) == need_gib
+    check_device_memory(made)
 
 
 @pytest.mark.parametrize("path", sorted(Path("configs").glob("*-1gpu.yaml")), ids=lambda path: path.name)
