@@ -110,15 +110,9 @@ class LearnerActor(HostMixin):
         master_port: int,
         config: WeightSyncConfig,
     ) -> None:
-        """Connect to the workers of all engines; replaces an earlier connection.
+        """Connect to the workers of all engines, given by their actor handles; replaces an earlier connection.
 
-        Args:
-            backend: vLLM's weight transfer back end, the same as that of the engines; or adapter.
-            generators: actor handles, in the order of their workers' ranks.
-            workers_per_engine: devices of an engine.
-            master_address: host of rank 0, at which the workers meet it.
-            master_port: a TCP port that is free on that host.
-            config: gives the deadlines of the rendezvous and of each call of a transfer, in seconds.
+        The arguments are those of WeightSender.open.
         """
         self._started_sender.open(backend, generators, workers_per_engine, master_address, master_port, config)
 

@@ -7,7 +7,8 @@ from pathlib import Path
 from typing import Any
 
 from quatro_ray.errors import Preempted
-from tests.unit.world import FakeGenerator, World
+from tests.unit.fake_generator import FakeGenerator
+from tests.unit.world import World
 
 FAULTS = ("engine dies", "engine hangs", "engine's core dies", "learner dies", "bit flips", "controller dies", "stop")
 

@@ -13,7 +13,8 @@ from ray.exceptions import RayTaskError
 from quatro_ray.errors import ClusterError, StallError, WeightSyncError
 from quatro_ray.failures import TransferFailed
 from quatro_ray.telemetry.evaluation_result import EvaluationResult
-from tests.unit.world import FakeEvaluator, FakeGenerator, World, lose_an_engine
+from tests.unit.fake_generator import FakeGenerator
+from tests.unit.world import FakeEvaluator, World, lose_an_engine
 
 
 @pytest.mark.parametrize("eta", [0, 1, 4])

@@ -16,8 +16,9 @@ from quatro_ray.config import dump_config
 from quatro_ray.errors import ClusterError, Preempted
 from quatro_ray.jobs.audit import audit_run
 from quatro_ray.types import DropReason
+from tests.unit.fake_generator import FakeGenerator
 from tests.unit.faults import FAULTS, between_steps, inflict, make_world, run_to_the_end, schedule
-from tests.unit.world import FakeEvaluator, FakeGenerator, World, audit, read
+from tests.unit.world import FakeEvaluator, World, audit, read
 
 NUM_SCHEDULES = int(os.environ.get("QUATRO_NUM_SCHEDULES", "150"))
 

@@ -11,8 +11,9 @@ from quatro_ray.engines.checkpoint_store import LEDGER, check_room
 from quatro_ray.errors import CheckpointError, ClusterError, Preempted
 from quatro_ray.orchestrator import checkpoint_writer
 from quatro_ray.types import GroupState
+from tests.unit.fake_generator import FakeGenerator
 from tests.unit.faults import make_world, schedule
-from tests.unit.world import FakeGenerator, World, audit
+from tests.unit.world import World, audit
 
 
 class Doomed(FakeGenerator):
