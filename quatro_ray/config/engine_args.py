@@ -14,7 +14,7 @@ _SET_BY_US = {
     "pipeline_parallel_size", "data_parallel_size",
     "gpu_memory_utilization", "logprobs_mode", "weight_transfer_config", "enable_prefix_caching",
     "kv_cache_memory_bytes", "max_num_batched_tokens", "hf_token",
-    "worker_extension_cls",
+    "worker_extension_cls", "enable_lora", "enable_sleep_mode",
 }  # fmt: skip
 _REASONS = {
     "quatro_ray sets these from its own fields, and a token belongs in the environment (HF_TOKEN)": _SET_BY_US,
@@ -29,10 +29,9 @@ _REASONS = {
     "they change what is sampled without a trace in the log-probs of tokens, so importance ratios would be wrong": {
         "logits_processors", "watermark_config", "override_generation_config", "diffusion_config",
     },
-    "engines of quatro_ray generate text with the policy's own weights, load adapters for learner.lora only and never "
-    "sleep": {
-        "runner", "convert", "enable_lora", "enable_sleep_mode", "skip_tokenizer_init", "kv_transfer_config",
-        "ec_transfer_config", "load_format", "tokens_only",
+    "engines of quatro_ray generate text with the policy's own weights": {
+        "runner", "convert", "skip_tokenizer_init", "kv_transfer_config", "ec_transfer_config", "load_format",
+        "tokens_only",
     },
 }  # fmt: skip
 

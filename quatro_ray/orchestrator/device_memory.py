@@ -155,9 +155,21 @@ def _refuse_if_too_large(config: Config, plan: DeviceMemory) -> None:
     if plan.need > plan.total:
         raise ConfigError(
             f"cluster.gpu_memory_gib={plan.total:g}: engine and rank need {plan.need:.1f} GiB ({_sum(config, plan)}); "
-            "lower generator.kv_cache_gib or learner.tokens_per_micro_batch, set learner.gradient_checkpointing=true, "
-            "learner.offload=cpu or cluster.colocate_mode=alternating, or take a smaller model"
+            f"lower generator.kv_cache_gib or learner.tokens_per_micro_batch, {_settings(config)}or take a smaller model"
         )
+
+
+def _settings(config: Config) -> str:
+    """Return the settings that save memory and are not made yet, as part of a sentence."""
+    learner = config.learner
+    made = {
+        "learner.gradient_checkpointing=true": learner.gradient_checkpointing,
+        "learner.offload=cpu": learner.offload == "cpu",
+        "learner.lora": learner.lora is not None,
+        "cluster.colocate_mode=alternating": config.alternates,
+    }
+    missing = [setting for setting, is_made in made.items() if not is_made]
+    return f"set {' or '.join(missing)}, " if missing else ""
 
 
 def _sum(config: Config, plan: DeviceMemory) -> str:

@@ -68,10 +68,9 @@ def test_overrides(tmp_path: Path) -> None:
         ("generator.engine_args={data_parallel_rank: 1}", "pipeline_parallel_size and data_parallel_size of generator"),
         ("generator.engine_args={speculative_config: {method: ngram}}", "speculative_config needs cluster.device=cuda"),
         ("generator.engine_args={logits_processors: [x]}", "so importance ratios would be wrong; remove them"),
-        (
-            "generator.engine_args={enable_lora: true}",
-            "load adapters for learner.lora only and never sleep; remove them",
-        ),
+        ("generator.engine_args={enable_lora: true}", "not contain enable_lora: quatro_ray sets these from its own"),
+        ("generator.engine_args={enable_sleep_mode: true}", "not contain enable_sleep_mode: quatro_ray sets these"),
+        ("generator.engine_args={tokens_only: true}", "with the policy's own weights; remove them"),
         (
             "generator={deterministic: true, num_engines: 2, max_prompt_tokens: 4, max_response_tokens: 4}",
             "num_engines=1",

@@ -113,6 +113,14 @@ def test_what_does_not_fit_is_refused_before_anything_starts() -> None:
         check_device_memory(tiny(gpu_memory_gib=6))
 
 
+def test_the_remedies_are_those_that_the_configuration_lacks() -> None:
+    with pytest.raises(ConfigError, match=r"set learner\.\S+ or .*colocate_mode=alternating, or take a smaller model"):
+        check_device_memory(tiny(gpu_memory_gib=6))
+    with pytest.raises(ConfigError) as refused:
+        check_device_memory(tiny(gpu_memory_gib=3, colocate_mode="alternating"))
+    assert "colocate_mode=alternating" not in str(refused.value)
+
+
 @pytest.mark.parametrize(
     ("model", "changes", "need_gib"),
     [
