@@ -5,12 +5,11 @@ from __future__ import annotations
 import asyncio
 import json
 import os
-import tempfile
 from collections.abc import Mapping
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from quatro_ray.config.lora import MAX_RANKS_OF_VLLM, LoraConfig
+from quatro_ray.engines.temporary_folder import TemporaryFolder
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -33,9 +32,9 @@ class EngineAdapter:
 
     def __init__(self, lora: LoraConfig) -> None:
         self._lora = lora
-        self._folder = tempfile.TemporaryDirectory(prefix="quatro_ray-adapter-")
+        self._folder = TemporaryFolder("quatro_ray-adapter-")
         config = {"peft_type": "LORA", "r": lora.rank, "lora_alpha": lora.alpha, "use_rslora": lora.use_rslora}
-        path = Path(self._folder.name) / "adapter_config.json"
+        path = self._folder.path / "adapter_config.json"
         path.write_text(json.dumps(config | {"target_modules": []}))
 
     def engine_args(self) -> dict[str, Any]:
@@ -47,7 +46,7 @@ class EngineAdapter:
         """Return what names the adapter in a call of vLLM; with `load_inplace` its files are read again."""
         from vllm.lora.request import LoRARequest
 
-        return LoRARequest("policy", _ID, self._folder.name, load_inplace=load_inplace)
+        return LoRARequest("policy", _ID, str(self._folder.path), load_inplace=load_inplace)
 
     async def start(self, llm: AsyncLLM, model_path: str) -> None:
         """Load an adapter that changes nothing; vLLM refuses one without tensors.
@@ -68,7 +67,7 @@ class EngineAdapter:
         """
         from safetensors.torch import save_file
 
-        save_file(dict(tensors), Path(self._folder.name) / f"{_FILE}.received")
+        save_file(dict(tensors), self._folder.path / f"{_FILE}.received")
 
     async def install(self, llm: AsyncLLM) -> None:
         """Let the engine, which is paused or idle, load what was received.
@@ -76,10 +75,10 @@ class EngineAdapter:
         Raises:
             FileNotFoundError: nothing was received since the last call.
         """
-        path = Path(self._folder.name) / _FILE
+        path = self._folder.path / _FILE
         os.replace(f"{path}.received", path)
         await llm.add_lora(self.request(load_inplace=True))
 
     def close(self) -> None:
         """Delete the files."""
-        self._folder.cleanup()
+        self._folder.close()

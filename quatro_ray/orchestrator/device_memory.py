@@ -155,7 +155,8 @@ def _refuse_if_too_large(config: Config, plan: DeviceMemory) -> None:
     if plan.need > plan.total:
         raise ConfigError(
             f"cluster.gpu_memory_gib={plan.total:g}: engine and rank need {plan.need:.1f} GiB ({_sum(config, plan)}); "
-            f"lower generator.kv_cache_gib or learner.tokens_per_micro_batch, {_settings(config)}or take a smaller model"
+            f"lower generator.kv_cache_gib or learner.tokens_per_micro_batch, {_settings(config)}"
+            "or take a smaller model"
         )
 
 
