@@ -162,6 +162,8 @@ def _digest_rows(db: sqlite3.Connection) -> None:
 def damage_of(path: Path) -> str | None:
     """Return what is damaged in the file of a ledger, or None. This reads all of it: some seconds for a million groups.
 
+    A process that writes to the ledger meanwhile is not noticed: the whole check sees one moment.
+
     Args:
         path: the file.
 
@@ -172,6 +174,7 @@ def damage_of(path: Path) -> str | None:
     try:
         with read_only(path) as db:
             _add_functions(db)
+            db.execute("BEGIN")
             version = tables_version(db)
             if version is None:
                 return "it is empty"

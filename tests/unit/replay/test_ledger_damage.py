@@ -6,7 +6,8 @@ import random
 import sqlite3
 import threading
 import time
-from contextlib import closing
+from collections.abc import Iterator
+from contextlib import closing, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -49,6 +50,27 @@ def test_a_ledger_that_is_whole_has_no_damage(path: Path) -> None:
     ledger = Ledger(path)  # in use, with changes that are in its log only
     ledger.admit(ledger.next_id(), [Query("new", "1+1=", "2")], 4)
     assert damage_of(path) is None
+    ledger.close()
+
+
+def test_a_change_during_the_check_is_no_damage(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    ledger, read_only = Ledger(path), schema.read_only
+    added: list[int] = []
+
+    def add(statement: str) -> None:
+        if statement == schema._TALLIES["state"] and not added:  # the totals have just been read
+            added.append(ledger.next_id())
+            ledger.admit(added[0], [Query("new", "1+1=", "2")], 4)
+
+    @contextmanager
+    def watched(path: Path) -> Iterator[sqlite3.Connection]:
+        with read_only(path) as db:
+            db.set_trace_callback(add)
+            yield db
+
+    monkeypatch.setattr(schema, "read_only", watched)
+    assert damage_of(path) is None
+    assert added
     ledger.close()
 
 
