@@ -22,13 +22,17 @@ from quatro_ray.errors import ConfigError
 from quatro_ray.files import replace_file
 from quatro_ray.jobs.ledger_file import check_ledger, restore_ledger
 from quatro_ray.jobs.writer_token import FILE as WRITER
-from quatro_ray.jobs.writer_token import WriterToken
+from quatro_ray.jobs.writer_token import WriterToken, other_host
 from quatro_ray.telemetry.now_file import read_now
 
 _INPUTS = "inputs.json"
 _LOCK = ".writer"
 _LOCK_TRIES, _LOCK_AGAIN_S = 5, 0.01
 """`is_in_use` holds the lock too, for an instant, which must not keep a run from starting."""
+_LOOK_EVERY_S, _SAY_EVERY_S = 1.0, 10.0
+"""Seconds between two tries, and between two messages, if an older attempt holds the lock."""
+_AFTER_CHECKPOINT_S = 60.0
+"""Seconds beyond `checkpoint.grace_s` that an older attempt may take to end."""
 _RESOLVED_CONFIG = "config.yaml"
 """Marks a directory as a run: `run.overwrite` replaces only a directory that holds this file."""
 
@@ -105,7 +109,7 @@ def claim_run_dir(
     with ExitStack() as held:
         with _usable(config):
             _check_content(config, inputs or {})  # so that a refused start leaves no trace
-            held.enter_context(only_writer(config))
+            held.enter_context(only_writer(config, say))
             token = held.enter_context(WriterToken.take(config.run.dir, say))
             claim = _prepare(config, inputs or {}, token)
         yield claim
@@ -310,17 +314,44 @@ def check_steps(config: Config) -> None:
 
 
 @contextmanager
-def only_writer(config: Config) -> Iterator[None]:
-    """Hold an exclusive lock on `run.dir` and `checkpoint.dir`. Raises ConfigError if another process holds one."""
+def only_writer(config: Config, say: Callable[[str], None] = _logger.warning) -> Iterator[None]:
+    """Hold an exclusive lock on `run.dir` and `checkpoint.dir`.
+
+    With `run.resume=auto`, an attempt on another machine or in another pod, such as the pod that this one replaces, may
+    still write its last checkpoint. It is waited for.
+
+    Args:
+        config: names the directories.
+        say: called with a message while an older attempt is waited for.
+
+    Raises:
+        ConfigError: another process holds a lock.
+    """
     with ExitStack() as locks:
         for name, folder in (("checkpoint.dir", config.checkpoint.dir), ("run.dir", config.run.dir)):
             # a folder within run.dir has the lock of run.dir
             if folder is not None and (folder == config.run.dir or not folder.is_relative_to(config.run.dir)):
                 folder.mkdir(mode=0o700, parents=True, exist_ok=True)
                 lock = locks.enter_context((folder / _LOCK).open("w"))
-                if not _lock(lock, fcntl.LOCK_EX, tries=_LOCK_TRIES):
+                if not (_lock(lock, fcntl.LOCK_EX, tries=_LOCK_TRIES) or _lock_after_older(lock, config, say)):
                     raise ConfigError(f"{name}={folder}: another run writes here; end it first, or choose another")
         yield
+
+
+def _lock_after_older(file: IO[str], config: Config, say: Callable[[str], None]) -> bool:
+    """Wait for the lock while an attempt elsewhere may be ending; return whether it was taken."""
+    host = other_host(config.run.dir) if config.run.resume == "auto" else None
+    begun, said = time.monotonic(), -_SAY_EVERY_S
+    deadline_s = config.checkpoint.grace_s + _AFTER_CHECKPOINT_S
+    while host is not None and (waited_s := time.monotonic() - begun) < deadline_s:
+        if waited_s - said >= _SAY_EVERY_S:
+            left = f"it has {deadline_s - waited_s:.0f} s to write its checkpoint and end"
+            say(f"run.dir={config.run.dir}: an earlier attempt on {host} still writes here; {left}")
+            said = waited_s
+        if _lock(file, fcntl.LOCK_EX, tries=1):
+            return True
+        time.sleep(_LOOK_EVERY_S)
+    return False
 
 
 def is_in_use(run_dir: Path) -> bool:

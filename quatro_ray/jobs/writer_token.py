@@ -114,6 +114,16 @@ class WriterToken:
             _logger.warning("%s cannot be written (%s): an attempt on another machine will wait", self._path, error)
 
 
+def other_host(run_dir: Path) -> str | None:
+    """Return the name of the machine or pod of an attempt that has not recorded its end; None if that is this one.
+
+    Raises:
+        ConfigError: the file of the attempt cannot be understood.
+    """
+    writer = _read(run_dir / FILE)
+    return None if writer is None or writer.has_ended or writer.host == socket.gethostname() else writer.host
+
+
 def _read(path: Path) -> _Writer | None:
     try:
         return _Writer(**json.loads(path.read_text()))

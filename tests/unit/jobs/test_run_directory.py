@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import errno
+import json
 import os
+import socket
 import sqlite3
 import stat
 from concurrent.futures import ThreadPoolExecutor
@@ -16,6 +18,7 @@ import pytest
 
 from quatro_ray.config import load_config
 from quatro_ray.errors import ConfigError
+from quatro_ray.jobs import run_directory
 from quatro_ray.jobs.run_directory import check_run_dir, claim_run_dir, only_writer, prepare_run_dir
 from quatro_ray.replay.ledger import Ledger
 from tests.make import config, group
@@ -85,6 +88,48 @@ def test_one_that_is_under_way_is_left_alone(begun: Path) -> None:
         with only_writer(run(begun)), pytest.raises(ConfigError, match="another run writes here; end it first"):
             prepare_run_dir(run(begun, run=over))
     assert (begun / "config.yaml").read_text() == before
+
+
+def test_an_attempt_in_another_pod_is_left_time_to_end(begun: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The pod that a new one replaces still writes its checkpoint; a RayJob that is refused would not run again."""
+    monkeypatch.setattr(run_directory, "_LOOK_EVERY_S", 0.01)
+    said: list[str] = []
+    tell_that_older_runs(begun, "pod-1")
+    older = only_writer(run(begun))
+    older.__enter__()
+
+    def say(what: str) -> None:
+        said.append(what)
+        older.__exit__(None, None, None)  # its process ends meanwhile
+
+    with claim_run_dir(run(begun), say=say) as claim:
+        assert claim.resumes
+    assert "an earlier attempt on pod-1 still writes here; it has 85 s to write its checkpoint and end" in said[0]
+
+
+@pytest.mark.parametrize(
+    ("host", "over"),
+    [
+        ("pod-1", {"checkpoint": {"grace_s": 0.1}}),  # it never ends
+        ("pod-1", {"run": {"resume": "never", "overwrite": True}}),
+        (socket.gethostname(), {}),  # a second run on one machine is a mistake, not a successor
+    ],
+)
+def test_an_attempt_that_is_not_ending_is_not_waited_for(
+    begun: Path, host: str, over: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(run_directory, "_LOOK_EVERY_S", 0.01)
+    monkeypatch.setattr(run_directory, "_AFTER_CHECKPOINT_S", 0.0)
+    said: list[str] = []
+    tell_that_older_runs(begun, host)
+    with only_writer(run(begun)), pytest.raises(ConfigError, match="another run writes here; end it first"):
+        claim_run_dir(run(begun, **over), say=said.append).__enter__()
+    assert len(said) == ("checkpoint" in over)
+
+
+def tell_that_older_runs(path: Path, host: str) -> None:
+    file = path / "writer.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | {"host": host, "has_ended": False}))
 
 
 def test_only_an_earlier_run_is_replaced(begun: Path, tmp_path: Path) -> None:
