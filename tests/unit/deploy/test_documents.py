@@ -6,6 +6,7 @@ import os
 import re
 import subprocess
 from pathlib import Path
+from typing import Any
 
 import pytest
 import yaml
@@ -31,6 +32,39 @@ def test_the_example_of_an_own_overlay(tmp_path: Path) -> None:
     assert own.head.labels["app.kubernetes.io/instance"] == own.ray["metadata"]["name"]
     assert own.head.container["image"] == "registry.example.com/quatro-ray:0.1.0"
     assert own.command[3:] == ["run.dir=/runs/mine", "run.resume=auto", "checkpoint.grace_s=300"]
+
+
+def own_overlay(over: str, folder: Path) -> Overlay:
+    """An overlay with another suffix and a volume of its own."""
+    volume = (KUBERAY / "storage/persistentvolumeclaim.yaml").read_text()
+    (folder / "volume.yaml").write_text(volume)
+    resources = [os.path.relpath(KUBERAY / "overlays" / over, folder)]
+    if over != "cpu-demo":  # brings its own
+        resources.append("volume.yaml")
+    own: dict[str, Any] = {"resources": resources, "nameSuffix": "-mine"}
+    if over == "fault-tolerant-gcs":
+        found = re.search(r"```yaml\n(replacements:.*?)```", (ROOT / "docs/kuberay.md").read_text(), re.DOTALL)
+        assert found
+        own |= yaml.safe_load(found[1])
+    (folder / "kustomization.yaml").write_text(yaml.safe_dump(own))
+    rendered = subprocess.run(["kubectl", "kustomize", folder], capture_output=True, text=True, timeout=60)
+    assert rendered.returncode == 0, rendered.stderr
+    return Overlay("own", tuple(yaml.safe_load_all(rendered.stdout)))
+
+
+def test_names_that_refer_to_others_change_with_them(overlay: Overlay, tmp_path: Path) -> None:
+    own = own_overlay(overlay.name, tmp_path)
+    assert problems(own.ray) == []
+    assert own.ray["metadata"]["name"].endswith(f"{overlay.name}-mine")
+    (claim,) = (each["metadata"]["name"] for each in own.all_of("PersistentVolumeClaim"))
+    assert claim.endswith("-mine")
+    for group in own.groups:
+        claims = [v["persistentVolumeClaim"]["claimName"] for v in group.pod["volumes"] if "persistentVolumeClaim" in v]
+        assert claims == [claim]
+        assert group.pod["serviceAccountName"] == own.one("ServiceAccount")["metadata"]["name"]
+    if redis := own.cluster.get("gcsFaultToleranceOptions"):
+        (service,) = own.all_of("Service")
+        assert redis["redisAddress"] == f"{service['metadata']['name']}:6379"
 
 
 def test_the_alert_rules_for_the_prometheus_operator(tmp_path: Path) -> None:

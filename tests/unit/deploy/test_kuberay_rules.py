@@ -14,6 +14,7 @@ pytestmark = pytest.mark.process
 
 ALPHA = {"networkPolicy", "tlsOptions", "historyServerOptions"}
 """Fields that the operator ignores unless a feature gate, off by default, is on."""
+_NO_RIGHTS = {"allowPrivilegeEscalation": False, "capabilities": {"drop": ["ALL"]}}
 
 
 def test_names(overlay: Overlay) -> None:
@@ -31,7 +32,7 @@ def test_fields_that_exclude_or_need_each_other(overlay: Overlay) -> None:
         assert "suspend" not in overlay.ray["spec"]
         return
     assert overlay.job["shutdownAfterJobFinishes"] or "ttlSecondsAfterFinished" not in overlay.job
-    assert not overlay.job.get("suspend") or overlay.job["shutdownAfterJobFinishes"]
+    assert overlay.job["preRunningDeadlineSeconds"] == 3600  # pods that find no node do not wait for ever
     assert "deletionStrategy" not in overlay.job and "clusterSelector" not in overlay.job
     assert overlay.job["submissionMode"] == "K8sJobMode"
 
@@ -58,7 +59,7 @@ def test_containers_have_their_names_and_run_as_a_user(overlay: Overlay) -> None
     assert {group.container["name"] for group in overlay.workers} == {"ray-worker"}
     for group in overlay.groups:
         assert group.pod["securityContext"]["runAsUser"] == 1000  # the user of the image
-        assert group.container["securityContext"] == {"allowPrivilegeEscalation": False}
+        assert group.container["securityContext"] == _NO_RIGHTS
 
 
 def test_the_head_runs_no_actors(overlay: Overlay) -> None:
@@ -82,14 +83,14 @@ def test_the_autoscaler_is_the_one_of_ray_and_has_no_rights_in_its_container(ove
     if overlay.is_autoscaled:
         options = overlay.cluster["autoscalerOptions"]
         assert options["version"] == "v2"
-        assert options["securityContext"] == {"allowPrivilegeEscalation": False}
+        assert options["securityContext"] == _NO_RIGHTS
         assert options["resources"]["requests"] == options["resources"]["limits"]
 
 
-def test_only_kueue_suspends(overlay: Overlay) -> None:
+def test_only_kueue_has_a_queue(overlay: Overlay) -> None:
     queue = overlay.ray["metadata"]["labels"].get("kueue.x-k8s.io/queue-name")
     assert (queue is not None) == (overlay.name == "kueue")
-    assert overlay.ray["spec"].get("suspend", False) == (overlay.name == "kueue")
+    assert "suspend" not in overlay.ray["spec"]  # applied again, it would suspend a job that runs
     assert len(overlay.workers) <= 6  # of Kueue's eight sets of pods, head and submitter are two
 
 
