@@ -28,4 +28,4 @@ def test_commands_exist(page: Path) -> None:
 
 def test_the_page_of_operations_shows_them() -> None:
     shown = {name for name, _ in SHOWN.findall((ROOT / "docs/operations.md").read_text())}
-    assert {"validate", "plan", "train", "submit", "report", "eval", "replay"} <= shown
+    assert {"validate", "plan", "submit", "report", "eval", "replay"} <= shown
