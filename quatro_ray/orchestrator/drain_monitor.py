@@ -5,11 +5,13 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Awaitable, Callable, Mapping, Sequence
 from contextlib import suppress
+from typing import NoReturn
 
 from quatro_ray.actors.fleet import Fleet
 from quatro_ray.failures import LearnerLost
 from quatro_ray.orchestrator.checkpoint_writer import CheckpointWriter
 from quatro_ray.telemetry.recorder import Recorder
+from quatro_ray.timeouts import unless_raises
 
 LOOK_EVERY_S = 2.0
 
@@ -25,9 +27,13 @@ class DrainMonitor:
         self._generators = generators
         self._writer = writer
         self._recorder = recorder
+        self._is_checkpoint_due = asyncio.Event()
 
     async def loop(self) -> None:
-        """Look for notices every two seconds."""
+        """Look for notices every two seconds, also while a checkpoint is written. An error of either ends both."""
+        await unless_raises(self._write_when_due(), self._look())
+
+    async def _look(self) -> None:
         known: set[str] = set()
         while True:
             nodes = await self._notice()
@@ -36,7 +42,18 @@ class DrainMonitor:
             for node in sorted(new):
                 self._recorder.event("draining", f"node {node}", engines=list(nodes[node]))
             if new:
-                with suppress(LearnerLost):  # the learner's monitor reports it
-                    await self._writer.write(is_early=True)
+                self._is_checkpoint_due.set()
             known = set(nodes)
             await asyncio.sleep(LOOK_EVERY_S)
+
+    async def _write_when_due(self) -> NoReturn:
+        """Write one checkpoint at a time.
+
+        Notices that arrive during a write are followed by one more: the learner may have made steps since. If it has
+        not, the writer has nothing to do.
+        """
+        while True:
+            await self._is_checkpoint_due.wait()
+            self._is_checkpoint_due.clear()
+            with suppress(LearnerLost):  # the learner's monitor reports it
+                await self._writer.write(is_early=True)
