@@ -115,6 +115,7 @@ class Fleet:
         clock: returns seconds that only increase.
         look_every_s: seconds between two looks at an engine's load.
         room: waits until there is room for the engine with an index. Without it, `generator.max_engines` has no effect.
+        give_back: gives back the room of the engine with an index, which is given up.
         device_lock: held while an engine starts (actors/device_turns.py). Without it, any number start side by side.
     """
 
@@ -127,6 +128,7 @@ class Fleet:
         clock: Callable[[], float] = time.monotonic,
         look_every_s: float = 0.5,
         room: Callable[[int], Awaitable[None]] | None = None,
+        give_back: Callable[[int], Awaitable[None]] | None = None,
         device_lock: asyncio.Lock | None = None,
     ) -> None:
         self._spawn = spawn
@@ -135,6 +137,7 @@ class Fleet:
         self._clock = clock
         self._look_every_s = look_every_s
         self._wait_for_room = room
+        self._give_back = give_back
         self._device_lock = device_lock or nullcontext()
         self._policy = RestartPolicy(config.max_restarts)
         self._tasks: asyncio.TaskGroup | None = None
@@ -342,7 +345,7 @@ class Fleet:
     async def _revive(self, dead: EngineSlot, why: str) -> None:
         """Start a successor after the restart delay; raise ClusterError if too few engines are left."""
         if dead.record.is_given_up(self._policy):
-            return self._give_up(dead, why)
+            return await self._give_up(dead, why)
         await asyncio.sleep(self._policy.delay_s(dead.record.failures))
         if self._wait_for_room is not None:
             await self._wait_for_room(dead.index)
@@ -366,7 +369,7 @@ class Fleet:
         async with self._syncable:
             self._syncable.notify_all()
 
-    def _give_up(self, dead: EngineSlot, why: str) -> None:
+    async def _give_up(self, dead: EngineSlot, why: str) -> None:
         self._tell("given_up", dead, why=why)
         left = sum(not m.record.is_given_up(self._policy) for m in self.slots)
         if left < self._config.min_engines:
@@ -374,6 +377,8 @@ class Fleet:
                 f"generator {dead.index} was lost {dead.record.failures} times in a row, the last time: {why}. "
                 f"{left} engines are left, and generator.min_engines={self._config.min_engines}"
             )
+        if self._give_back is not None:
+            await self._give_back(dead.index)
 
     async def _watch(self, slot: EngineSlot) -> None:
         """Query the load of an engine until it is lost."""

@@ -192,6 +192,7 @@ async def spawn(place: Placer, model_path: str, say: Callable[[str], None]) -> C
         config.generator,
         config.cluster.liveness_deadline_s,
         room=places.room,
+        give_back=places.give_back,
         device_lock=device_lock,
     )
     turns = DeviceTurns(fleet, device_lock, config.generator.sleep_deadline_s) if device_lock else None

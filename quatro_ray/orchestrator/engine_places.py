@@ -6,14 +6,21 @@ A run does not wait for them. An autoscaler sees what they ask for, and each joi
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Sequence
+import logging
+from collections.abc import Callable, Sequence
+from functools import partial
+from typing import TypeVar
 
+from ray.exceptions import RpcError
 from ray.util.placement_group import PlacementGroup, placement_group, placement_group_table, remove_placement_group
 
+from quatro_ray.errors import last_line
 from quatro_ray.orchestrator.placement import Placer
 from quatro_ray.orchestrator.resources import engine_bundle
 
+T = TypeVar("T")
 _LOOK_EVERY_S = 2.0
+_logger = logging.getLogger(__name__)
 
 
 class EnginePlaces:
@@ -45,6 +52,14 @@ class EnginePlaces:
         self._waiting.remove(ready)
         self._place.add([bundle], ready)
 
+    async def give_back(self, index: int) -> None:
+        """Give back the room of an engine that is given up, unless a learner rank shares it.
+
+        An autoscaler may then remove the engine's node, or no longer looks for one.
+        """
+        if group := self._place.forget("generator", index):
+            await _answered(partial(remove_placement_group, group))
+
     def release(self) -> None:
         """Give up the room that engines still wait for."""
         for group in self._waiting:
@@ -54,7 +69,20 @@ class EnginePlaces:
 async def _first_ready(groups: Sequence[PlacementGroup]) -> PlacementGroup:
     while True:
         for group in groups:
-            table = await asyncio.to_thread(placement_group_table, group)
-            if table["state"] == "CREATED":
+            table = await _answered(partial(placement_group_table, group))
+            if table.get("state") == "CREATED":  # an unknown group has no state
                 return group
+        await asyncio.sleep(_LOOK_EVERY_S)
+
+
+async def _answered(ask: Callable[[], T]) -> T:
+    """Return what the head node answers. If it does not answer for a moment, ask again: the run needs no answer."""
+    is_noted = False
+    while True:
+        try:
+            return await asyncio.to_thread(ask)
+        except RpcError as error:
+            if not is_noted:
+                _logger.warning("the head node does not answer about the room of engines: %s", last_line(error))
+            is_noted = True
         await asyncio.sleep(_LOOK_EVERY_S)

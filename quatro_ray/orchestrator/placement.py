@@ -82,6 +82,15 @@ class Placer:
         place = self._places.get((role, index))
         return None if place is None else place.group
 
+    def forget(self, role: str, index: int) -> PlacementGroup | None:
+        """Forget the place of an actor that will not start again.
+
+        Returns:
+            its placement group if no other actor has a place in it; the caller removes it.
+        """
+        place = self._places.pop((role, index))
+        return None if place.group.id in {other.group.id for other in self._places.values()} else place.group
+
     def groups(self) -> list[PlacementGroup]:
         """Return all placement groups."""
         return list({place.group.id: place.group for place in self._places.values()}.values())

@@ -229,6 +229,7 @@ class World:
         self.evaluator: Any = None
         self.draining: dict[str, list[int]] = {}
         self.room: Any = None
+        self.given_back: list[int] = []
         self.repeat_every = 0
         self.faults: Any = None
         self.fleet: Fleet
@@ -265,7 +266,15 @@ class World:
         dataset = Dataset(queries, {"set": 1.0}, held_out, {})
         generator, liveness_s = self.config.generator, self.config.cluster.liveness_deadline_s
         lock = asyncio.Lock() if self.config.alternates else None
-        self.fleet = Fleet(self._spawn, generator, liveness_s, clock=loop.time, room=self.room, device_lock=lock)
+        self.fleet = Fleet(
+            self._spawn,
+            generator,
+            liveness_s,
+            clock=loop.time,
+            room=self.room,
+            give_back=self._give_back,
+            device_lock=lock,
+        )
         turns = DeviceTurns(self.fleet, lock, generator.sleep_deadline_s) if lock else None
         replay = Replay(self.buffer)
         replay.repeat_every = self.repeat_every
@@ -296,6 +305,9 @@ class World:
             if faults is not None:
                 faults.cancel()
                 await asyncio.gather(faults, return_exceptions=True)
+
+    async def _give_back(self, index: int) -> None:
+        self.given_back.append(index)
 
     async def _drain_notice(self) -> dict[str, list[int]]:
         return self.draining

@@ -41,6 +41,7 @@ def test_the_run_goes_on_while_enough_engines_are_left(tmp_path: Path) -> None:
     audit(world)
     (given_up,) = world.events("given_up")
     assert given_up["part"] == "generator 0"
+    assert world.given_back == [0]
 
 
 def test_the_run_ends_when_fewer_engines_are_left(tmp_path: Path) -> None:
