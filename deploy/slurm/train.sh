@@ -17,7 +17,7 @@
 #SBATCH --time=24:00:00
 # B: to this script alone, which passes it on to the driver alone; SIGTERM to all processes of the job would end Ray.
 # USR1: queue the job again. SIGTERM, which `scancel` sends, ends it for good.
-#SBATCH --signal=B:USR1@360
+#SBATCH --signal=B:USR1@420
 #SBATCH --requeue
 #SBATCH --open-mode=append
 #SBATCH --output=%x-%j.log
@@ -30,6 +30,8 @@ if (( $# == 0 )); then
 fi
 
 start_deadline_s=300
+status_deadline_s=30
+end_deadline_s=60
 address=${HEAD_ADDRESS:-$(hostname -I | cut -d' ' -f1)}
 port=${HEAD_PORT:-6379}
 num_cpus=$((SLURM_JOB_NUM_NODES * SLURM_CPUS_PER_TASK))
@@ -54,7 +56,12 @@ trap 'requeue=true; tell_driver' USR1
 end_ray() {
   if (( ${#nodes[@]} )); then
     kill -TERM "${nodes[@]}" 2>/dev/null || true
-    wait "${nodes[@]}" || true
+    local give_up=$((SECONDS + end_deadline_s))
+    while [[ -n $(jobs -rp) ]] && (( SECONDS < give_up )); do sleep 0.2; done
+    if [[ -n $(jobs -rp) ]]; then
+      echo "Ray did not end within $end_deadline_s s; it is killed" >&2
+      kill -KILL "${nodes[@]}" 2>/dev/null || true
+    fi
   fi
   nodes=()
 }
@@ -74,7 +81,8 @@ fi
 
 # all nodes join before the driver starts, so that a missing one is reported here
 export RAY_ADDRESS=$address:$port
-until (( num_signals )) || ray status 2>/dev/null | grep -q "/$num_cpus.0 CPU"; do
+until (( num_signals )) ||
+  timeout --kill-after=5 "$status_deadline_s" ray status 2>/dev/null | grep -q "/$num_cpus.0 CPU"; do
   if (( SECONDS > start_deadline_s || $(jobs -rp | wc -l) < ${#nodes[@]} )); then
     echo "Ray did not start on $SLURM_JOB_NUM_NODES nodes with $num_cpus CPUs (in $SECONDS s); the reason is above" >&2
     exit 1

@@ -6,6 +6,7 @@ starts, are short stand-ins that write down how they are called.
 
 from __future__ import annotations
 
+import os
 import re
 import signal
 import subprocess
@@ -13,6 +14,7 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 
+import psutil
 import pytest
 
 from quatro_ray.config import load_config
@@ -27,11 +29,14 @@ SLURM = {"SLURM_JOB_ID": "17", "SLURM_CPUS_PER_TASK": "4", "SLURM_GPUS_ON_NODE":
 STAND_INS = {
     "ray": """
         if [ "$1" = status ]; then
+            if mv "$FOLDER/status_hangs" "$FOLDER/status_hung" 2>/dev/null; then exec sleep 1000; fi
             [ "$(cat "$FOLDER/ray_started" | wc -l)" = "$NUM_STARTS" ] && cat "$FOLDER/status"
             exit
         fi
         say "ray $* $RAY_AUTH_MODE ${#RAY_AUTH_TOKEN}"
         trap 'say ray ended; exit 1' TERM
+        if [ -e "$FOLDER/ray_hangs" ]; then trap 'say ray told to end' TERM; fi
+        echo $$ >>"$FOLDER/ray_pids"
         echo >>"$FOLDER/ray_started"
         while :; do sleep 0.05; done""",
     "quatro-ray": """
@@ -59,6 +64,17 @@ class Job:
             path.write_text(f'#!/bin/sh\nsay() {{ echo "$*" >>"$FOLDER/calls"; }}\n{body}\n')
             path.chmod(0o755)
         self.process: subprocess.Popen[str] | None = None
+        self.script = SCRIPT
+
+    def shorten(self, **seconds: int) -> None:
+        """Run a copy of the script that has these deadlines."""
+        text = SCRIPT.read_text()
+        for name, value in seconds.items():
+            text, num_found = re.subn(rf"^{name}=\d+$", f"{name}={value}", text, flags=re.MULTILINE)
+            assert num_found == 1, name
+        self.script = self.folder / "train.sh"
+        self.script.write_text(text)
+        self.script.chmod(0o755)
 
     def start(self, *arguments: str, num_nodes: int = 1, num_cpus_joined: int | None = None) -> None:
         if num_cpus_joined is not None:
@@ -71,7 +87,12 @@ class Job:
             "HEAD_ADDRESS": "10.0.0.1",
         }
         self.process = subprocess.Popen(
-            [SCRIPT, *arguments], env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+            [self.script, *arguments],
+            env=environment,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+            start_new_session=True,
         )
 
     def wait_for(self, name: str) -> None:
@@ -99,7 +120,7 @@ def job(tmp_path: Path) -> Iterator[Job]:
     job = Job(tmp_path)
     yield job
     if job.process is not None and job.process.poll() is None:
-        job.process.kill()
+        os.killpg(job.process.pid, signal.SIGKILL)  # the stand-ins too
 
 
 def test_before_the_time_limit_the_driver_is_told_first_and_the_job_is_queued_again(job: Job) -> None:
@@ -174,6 +195,41 @@ def test_ray_that_does_not_start_ends_the_job(job: Job) -> None:
     assert job.calls() == []
 
 
+def test_a_question_about_ray_that_hangs_is_asked_again(job: Job) -> None:
+    job.shorten(status_deadline_s=1)
+    (job.folder / "status_hangs").touch()
+    (job.folder / "status_of_driver").write_text("0")
+    job.start(CONFIG, num_cpus_joined=4)
+    job.wait_for("started")
+    assert (job.folder / "status_hung").exists()
+    assert job.end() == 0
+
+
+def test_ray_that_does_not_end_is_killed_and_the_job_is_queued_again(job: Job) -> None:
+    job.shorten(end_deadline_s=1)
+    (job.folder / "ray_hangs").touch()
+    job.start(CONFIG, num_nodes=2, num_cpus_joined=8)
+    job.wait_for("started")
+    job.signal()
+    assert job.end() == 143
+    assert job.calls()[-3:] == ["ray told to end", "ray told to end", "scontrol requeue 17"]
+    pids = [int(pid) for pid in (job.folder / "ray_pids").read_text().split()]
+    assert len(pids) == 2
+    deadline = time.monotonic() + 60
+    while any(is_running(pid) for pid in pids):
+        assert time.monotonic() < deadline, pids
+        time.sleep(0.02)
+    assert job.process is not None and job.process.stdout is not None
+    assert "Ray did not end within 1 s; it is killed" in job.process.stdout.read()
+
+
+def is_running(pid: int) -> bool:
+    try:
+        return psutil.Process(pid).status() != psutil.STATUS_ZOMBIE
+    except psutil.NoSuchProcess:
+        return False
+
+
 def test_without_a_config_there_is_a_hint(job: Job) -> None:
     job.start()
     assert job.end() == 2
@@ -190,9 +246,10 @@ def test_slurm_signals_the_script_alone_and_early_enough() -> None:
     lead = re.fullmatch(r"B:USR1@(\d+)", options()["signal"])
     assert lead and {"requeue", "exclusive"} <= set(options())
     grace = re.search(r"checkpoint\.grace_s=\d+", SCRIPT.read_text())
-    assert grace
+    ray = re.search(r"^end_deadline_s=(\d+)$", SCRIPT.read_text(), re.MULTILINE)
+    assert grace and ray
     config = load_config(ROOT / CONFIG, [grace[0], "run.overwrite=false", "run.resume=auto"])
-    assert int(lead[1]) >= config.checkpoint.grace_s + cluster._SHUTDOWN_S + 30  # Ray ends too
+    assert int(lead[1]) >= config.checkpoint.grace_s + cluster._SHUTDOWN_S + int(ray[1])
 
 
 def test_the_script_is_correct_bash() -> None:
