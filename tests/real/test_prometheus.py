@@ -2,82 +2,34 @@
 
 from __future__ import annotations
 
-import json
 import os
 import re
 import signal
-import subprocess
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
-from urllib.error import URLError
-from urllib.parse import urlencode
-from urllib.request import urlopen
 
 import yaml
 
 from tests.make import config_tree
-from tests.prometheus import DASHBOARD, dashboard_queries, needs_prometheus
-from tests.real.nodes import free_port
+from tests.prometheus import DEPLOY, Prometheus, dashboard_queries, example, needs_prometheus, prometheus
 from tests.real.training import Training
 
 pytestmark = needs_prometheus
 
-DEPLOY = DASHBOARD.parents[1] / "prometheus"
 ADDRESS = re.compile(r"metrics for Prometheus: http://(\S+)/metrics")
 MAY_BE_EMPTY = {"Engine and learner disagree by, nats"}
 """Panels of what few steps measure: this one needs tokens of the learner's own version, or a check of the engines."""
 
 
-@dataclass
-class Prometheus:
-    url: str
-    process: subprocess.Popen[bytes]
-    log: Path
-
-    def get(self, path: str, **parameters: object) -> Any:
-        with urlopen(f"{self.url}/api/v1/{path}?{urlencode(parameters)}", timeout=30) as answer:
-            body = json.load(answer)
-        assert body["status"] == "success", body
-        return body["data"]
-
-    def series(self, query: str) -> list[Any]:
-        """Over the last five minutes, as Grafana asks."""
-        now = time.time()
-        return self.get("query_range", query=query, start=now - 300, end=now, step=1)["result"]
-
-    def is_ready(self) -> bool:
-        assert self.process.poll() is None, self.log.read_text()
-        try:
-            return urlopen(f"{self.url}/-/ready", timeout=5).status == 200
-        except URLError:
-            return False
-
-
-@contextmanager
-def prometheus(folder: Path, target: str) -> Iterator[Prometheus]:
-    """The example's Prometheus, with a scrape each second of one address."""
-    config = yaml.safe_load((DEPLOY / "prometheus.yaml").read_text())
+def scraping(target: str) -> dict[str, Any]:
+    """The example's configuration, with a scrape each second of one address."""
+    config = example()
     config["global"] = {"scrape_interval": "1s", "evaluation_interval": "1s"}
-    config["rule_files"] = [str(DEPLOY / name) for name in config["rule_files"]]
     (job,) = config["scrape_configs"]
     del job["file_sd_configs"]
     job["static_configs"] = [{"targets": [target]}]
-    (folder / "prometheus.yaml").write_text(yaml.safe_dump(config))
-    address, log = f"127.0.0.1:{free_port()}", folder / "prometheus.log"
-    command = ["prometheus", f"--config.file={folder / 'prometheus.yaml'}", f"--web.listen-address={address}"]
-    with log.open("w") as out:
-        process = subprocess.Popen(
-            [*command, f"--storage.tsdb.path={folder / 'tsdb'}"], stdout=out, stderr=subprocess.STDOUT
-        )
-    try:
-        yield Prometheus(f"http://{address}", process, log)
-    finally:
-        process.kill()
-        process.wait(timeout=30)
+    return config
 
 
 def training(model: str, folder: Path) -> Training:
@@ -130,7 +82,7 @@ def check_alerts(server: Prometheus) -> None:
 
 
 def test_every_query_of_dashboard_and_alerts_is_answered(warm_model_path: str, tmp_path: Path) -> None:
-    with training(warm_model_path, tmp_path) as run, prometheus(tmp_path, address_of(run)) as server:
+    with training(warm_model_path, tmp_path) as run, prometheus(tmp_path, scraping(address_of(run))) as server:
         run.wait_until(server.is_ready)
         run.wait_for_steps(3)
         run.wait_until(lambda: bool(server.series("ray_quatro_step >= 3")))

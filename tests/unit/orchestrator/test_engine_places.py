@@ -21,7 +21,7 @@ from tests.make import config
 
 T = TypeVar("T")
 NO_ANSWER = RpcError("failed to connect to all addresses")
-COLOCATED = {"cluster": {"colocate": True}, "learner": {"num_ranks": 2}}
+COLOCATED: dict[str, Any] = {"cluster": {"colocate": True}, "learner": {"num_ranks": 2}}
 
 
 @dataclass(frozen=True)
@@ -61,7 +61,7 @@ def placer(config: Config) -> Placer:
     """Return it with the groups of a run, whose ids are their positions in the plan."""
     placer = Placer(config)
     for number, group in enumerate(placement_groups(bundles(config))):
-        placer.add(group, Group(number))  # type: ignore[arg-type]
+        placer.add(group, Group(number))
     return placer
 
 
