@@ -152,12 +152,16 @@ class CheckpointStore:
             shutil.rmtree(aside, ignore_errors=True)
             path.rename(aside)
             damaged(f"{path}: {damage}; it is now {aside.name}, and is not used")
-        if left := sorted(path.name for path in self._folder.glob(f"step_*{_DAMAGED}")):
+        if left := self.damaged():
             raise CheckpointError(
                 f"{self._folder}: no checkpoint is left but damaged ones ({', '.join(left)}); restore one from a "
-                "backup, or delete them to train from step 0 again"
+                "backup, or begin again from step 0 with run.resume=never and run.overwrite=true"
             )
         return None
+
+    def damaged(self) -> list[str]:
+        """Return the names of the checkpoints that were found to be damaged."""
+        return sorted(path.name for path in self._folder.glob(f"step_*{_DAMAGED}"))
 
     def ledger_of(self, step: int) -> Path | None:
         """Return the copy of the ledger in a checkpoint, or None if it has none that is intact."""

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import shutil
-import sqlite3
-from contextlib import closing
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
@@ -13,7 +11,7 @@ from quatro_ray.config import Config
 from quatro_ray.engines.checkpoint_store import LEDGER, checkpoint_store
 from quatro_ray.errors import ConfigError, LedgerError, LedgerUnreadable
 from quatro_ray.files import sync
-from quatro_ray.replay.schema import damage_of
+from quatro_ray.replay.schema import damage_of, read_only
 
 _ASIDE = f"{LEDGER}.damaged"
 
@@ -129,5 +127,5 @@ def _has_content(path: Path) -> bool:
 
 
 def _newest_version(path: Path) -> int:
-    with closing(sqlite3.connect(f"file:{path}?mode=ro", uri=True)) as ledger:
+    with read_only(path) as ledger:
         return int(ledger.execute("SELECT MAX(version) FROM versions").fetchone()[0])

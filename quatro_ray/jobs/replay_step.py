@@ -17,6 +17,7 @@ from quatro_ray.config import Config, TinyModelConfig, load_config
 from quatro_ray.engines.checkpoint_store import LEDGER, checkpoint_store
 from quatro_ray.errors import ClusterError, ConfigError, LedgerError, last_line
 from quatro_ray.files import replace_file
+from quatro_ray.jobs.run_directory import is_in_use
 from quatro_ray.orchestrator.cluster import make_learner
 from quatro_ray.orchestrator.connection import connect
 from quatro_ray.orchestrator.placement import Placer
@@ -24,6 +25,8 @@ from quatro_ray.orchestrator.resources import learner_bundles
 from quatro_ray.replay import serialization
 from quatro_ray.replay.buffer import LeasedBatch
 from quatro_ray.replay.ledger import Ledger
+from quatro_ray.replay.ledger_reader import check_host
+from quatro_ray.replay.schema import read_only
 from quatro_ray.replay.staleness import Lineage
 from quatro_ray.telemetry.run_files import records_of
 from quatro_ray.types import GroupState, StepMetrics
@@ -62,6 +65,10 @@ def replay_step(
     """
     config = _config_of(run_dir, overrides)
     recorded = _recorded(run_dir, step)
+    if is_in_use(run_dir):
+        check_host(run_dir / LEDGER)
+    if out is not None:
+        _make_folder(out)
     with _private_ledger(run_dir / LEDGER) as ledger:
         plan = _Plan.make(config, ledger, step)
         say(plan.text())
@@ -77,6 +84,14 @@ def replay_step(
             replace_file(out / "metrics.json", json.dumps(metrics, indent=2) + "\n")
             replace_file(out / "rollouts.json", json.dumps(readable, indent=2, ensure_ascii=False) + "\n")
     return differences(recorded, metrics)
+
+
+def _make_folder(out: Path) -> None:
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+        tempfile.TemporaryFile(dir=out).close()
+    except OSError as error:
+        raise ConfigError(f"--out={out}: cannot be written ({error}); choose another folder") from error
 
 
 def differences(recorded: Mapping[str, object], metrics: StepMetrics) -> dict[str, tuple[object, object]]:
@@ -129,10 +144,16 @@ class _Plan:
         return plan
 
     def batch(self, step: int) -> LeasedBatch:
-        """Return the batch of a step, in the order in which it was leased."""
+        """Return the batch of a step, in the order in which it was leased; raise ConfigError if it cannot be read."""
         version = self.versions[step]
         entries = self._ledger.of_learner(GroupState.TRAINED, version)
-        groups = tuple(serialization.from_bytes(self._ledger.payload(entry.group_id)) for entry in entries)
+        try:
+            groups = tuple(serialization.from_bytes(self._ledger.payload(entry.group_id)) for entry in entries)
+        except LedgerError as error:
+            raise ConfigError(
+                f"STEP={self.step}: needs the rollouts of step {step}, and files in ledger.rollouts of the run are "
+                "missing or damaged; restore them, or choose another step"
+            ) from error
         return LeasedBatch(groups, self._ledger.versions.lineage(version))
 
     def text(self) -> str:
@@ -164,7 +185,6 @@ async def _replay(config: Config, plan: _Plan, say: Callable[[str], None], out: 
             metrics = await learner.train_step(ray.put(plan.batch(step)), version)
             say(f"step {step}: replayed")
         if out is not None:
-            out.mkdir(parents=True, exist_ok=True)
             await learner.export(out / "export", config.checkpoint.deadline_s)
     finally:
         learner.kill()
@@ -182,7 +202,7 @@ def _config_of(run_dir: Path, overrides: Sequence[str]) -> Config:
     path = run_dir / "config.yaml"
     if not path.is_file() or not (run_dir / LEDGER).is_file():
         raise ConfigError(f"{run_dir}: has no config.yaml and {LEDGER}, so it is not a run; give a run's directory")
-    return load_config(path, [f"run.dir={run_dir.absolute()}", *overrides])
+    return load_config(path, [f"run.dir={json.dumps(str(run_dir.absolute()))}", *overrides])
 
 
 def _recorded(run_dir: Path, step: int) -> Mapping[str, object]:
@@ -198,10 +218,7 @@ def _private_ledger(path: Path) -> Iterator[Ledger]:
     with tempfile.TemporaryDirectory(prefix="quatro_ray_replay_") as folder:
         copy = Path(folder) / path.name
         try:
-            with (
-                closing(sqlite3.connect(f"file:{path}?mode=ro", uri=True)) as source,
-                closing(sqlite3.connect(copy)) as target,
-            ):
+            with read_only(path) as source, closing(sqlite3.connect(copy)) as target:
                 source.backup(target)
         except sqlite3.Error as error:
             raise LedgerError(f"{path}: cannot be read ({error})") from error

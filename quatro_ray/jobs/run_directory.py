@@ -10,7 +10,7 @@ import sqlite3
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import ExitStack, closing, contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from operator import attrgetter
 from pathlib import Path
@@ -18,12 +18,14 @@ from typing import IO
 
 from quatro_ray.config import Config, Section, dump_config, load_config
 from quatro_ray.engines.checkpoint_store import LEDGER, checkpoint_store
-from quatro_ray.errors import ConfigError
+from quatro_ray.errors import ConfigError, LedgerUnreadable
 from quatro_ray.files import replace_file
 from quatro_ray.jobs.ledger_file import check_ledger, restore_ledger
 from quatro_ray.jobs.writer_token import FILE as WRITER
 from quatro_ray.jobs.writer_token import WriterToken, other_host
+from quatro_ray.replay.schema import read_only
 from quatro_ray.telemetry.now_file import read_now
+from quatro_ray.telemetry.run_files import records_of
 
 _INPUTS = "inputs.json"
 _LOCK = ".writer"
@@ -221,9 +223,9 @@ def _failed_to_start(path: Path) -> bool:
     if not (path / LEDGER).is_file():
         return True
     try:
-        with closing(sqlite3.connect(f"file:{path / LEDGER}?mode=ro", uri=True)) as ledger:
+        with read_only(path / LEDGER) as ledger:
             return bool(ledger.execute("SELECT COUNT(*) FROM groups").fetchone() == (0,))
-    except sqlite3.Error:  # it cannot be read, so nothing says that it is empty
+    except (sqlite3.Error, LedgerUnreadable):  # it cannot be read, so nothing says that it is empty
         return False
 
 
@@ -304,13 +306,28 @@ def _leaves(path: str, value: object) -> Iterator[tuple[str, object]]:
 
 
 def check_steps(config: Config) -> None:
-    """Raise ConfigError if the run to resume has a checkpoint beyond `run.num_steps`."""
-    done, wanted = checkpoint_store(config).newest_step(), config.run.num_steps
+    """Raise ConfigError if the run to resume has lost its checkpoints, or has one beyond `run.num_steps`."""
+    store, wanted = checkpoint_store(config), config.run.num_steps
+    done = store.newest_step()
+    if done is None and not store.damaged() and (lost := _last_written(config.run.dir)) is not None:
+        raise ConfigError(
+            f"checkpoint.dir={config.checkpoint_dir}: has no checkpoint, but the run in {config.run.dir} has written "
+            f"that of step {lost}; mount or restore the folder, or begin again from step 0 with run.resume=never and "
+            "run.overwrite=true"
+        )
     if done is not None and done > wanted:
         raise ConfigError(
             f"run.num_steps={wanted}: the run in {config.run.dir} has a checkpoint of step {done}; set at least that, "
             "or choose another run.dir"
         )
+
+
+def _last_written(run_dir: Path) -> object:
+    """Return the step of the checkpoint that was written last, or None if none was."""
+    written = [
+        e for e in records_of(run_dir, "events.jsonl") if (e.get("event"), e.get("part")) == ("written", "checkpoint")
+    ]
+    return written[-1].get("step") if written else None
 
 
 @contextmanager

@@ -7,9 +7,17 @@ from typing import Any
 
 import pytest
 
-from quatro_ray.config import Config
+from quatro_ray.config import Config, dump_config
 from quatro_ray.errors import ConfigError
-from quatro_ray.jobs.replay_step import _Plan, _private_ledger, _version_at, differences, replay_step
+from quatro_ray.jobs.replay_step import (
+    _config_of,
+    _make_folder,
+    _Plan,
+    _private_ledger,
+    _version_at,
+    differences,
+    replay_step,
+)
 from quatro_ray.replay.buffer import ReplayBuffer
 from quatro_ray.replay.staleness import Lineage, Stretch
 from tests.make import config, group, rollout
@@ -67,6 +75,33 @@ def test_rollouts_that_are_freed(tmp_path: Path) -> None:
             _Plan.make(settings, ledger, 4)
         with pytest.raises(ConfigError, match=r"STEP=7: the run has steps 1 to 6; choose one of them"):
             _Plan.make(settings, ledger, 7)
+
+
+def test_rollouts_that_are_lost(tmp_path: Path) -> None:
+    settings, _ = made(tmp_path / "run", 3)
+    for file in (tmp_path / "run/ledger.rollouts").iterdir():
+        file.unlink()
+    with _private_ledger(tmp_path / "run/ledger.sqlite") as ledger:
+        plan = _Plan.make(settings, ledger, 3)
+        with pytest.raises(ConfigError, match=r"^STEP=3: needs the rollouts of step 2, and files in ledger.rollouts"):
+            plan.batch(2)
+
+
+@pytest.mark.parametrize("name", ["a#b", "a?b", "a%41", "a: b", "a b", "[a]"])
+def test_odd_names_of_the_directory(name: str, tmp_path: Path) -> None:
+    settings, buffer = made(tmp_path / name, 2)
+    (tmp_path / name / "config.yaml").write_text(dump_config(settings))
+    before = sorted(path.name for path in tmp_path.iterdir())
+    with _private_ledger(tmp_path / name / "ledger.sqlite") as ledger:
+        assert ledger.versions.newest() == buffer.ledger.versions.newest()
+    assert _config_of(tmp_path / name, []).run.dir == tmp_path / name
+    assert sorted(path.name for path in tmp_path.iterdir()) == before
+
+
+def test_a_place_for_the_results_is_asked_for_first(tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    with pytest.raises(ConfigError, match=r"^--out=.*/file: cannot be written"):
+        _make_folder(tmp_path / "file")
 
 
 def test_versions_after_a_fall_back() -> None:

@@ -90,6 +90,34 @@ def test_one_that_is_under_way_is_left_alone(begun: Path) -> None:
     assert (begun / "config.yaml").read_text() == before
 
 
+def test_a_run_whose_checkpoints_are_gone_does_not_begin_again(begun: Path) -> None:
+    """Their folder may not be mounted; step 0 would discard all steps."""
+    lines = [
+        {"event": "written", "part": "checkpoint", "step": 10},
+        {"event": "written", "part": "checkpoint", "step": 20},
+        {"event": "lost", "part": "learner"},
+    ]
+    (begun / "events.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    assert prepare_run_dir(run(begun))
+    for folder in (begun / "checkpoints").iterdir():
+        folder.rmdir()
+    for check in (prepare_run_dir, check_run_dir):
+        with pytest.raises(ConfigError, match=r"checkpoints: has no checkpoint, but .* written that of step 20; mount"):
+            check(run(begun))
+    (begun / "checkpoints/step_20.damaged").mkdir()
+    assert prepare_run_dir(run(begun))  # the start says that it is damaged
+    assert not prepare_run_dir(run(begun, run={"resume": "never", "overwrite": True}))
+
+
+@pytest.mark.parametrize("name", ["a#b", "a?b", "a%41"])
+def test_odd_names_of_the_directory(name: str, tmp_path: Path) -> None:
+    assert not prepare_run_dir(run(tmp_path / name))
+    ledger_of(tmp_path / name, num_groups=1)
+    (tmp_path / name / "metrics.jsonl").write_text("{}\n")
+    assert prepare_run_dir(run(tmp_path / name))
+    assert [path.name for path in tmp_path.iterdir()] == [name]
+
+
 def test_an_attempt_in_another_pod_is_left_time_to_end(begun: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The pod that a new one replaces still writes its checkpoint; a RayJob that is refused would not run again."""
     monkeypatch.setattr(run_directory, "_LOOK_EVERY_S", 0.01)

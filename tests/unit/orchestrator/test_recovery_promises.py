@@ -84,7 +84,9 @@ def test_when_all_checkpoints_are_damaged_the_run_does_not_begin_anew_unasked(tm
     for _ in range(2):
         for weights in folder.glob("step_*/weights"):
             weights.write_text(weights.read_text() + "1")
-        with pytest.raises(CheckpointError, match=r"no checkpoint is left but damaged ones .* or delete them to train"):
+        with pytest.raises(
+            CheckpointError, match=r"no checkpoint is left but damaged ones .* or begin again from step 0"
+        ):
             world.run(resume=True)
     for path in folder.iterdir():
         shutil.rmtree(path)
