@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import sys
-from contextlib import suppress
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from functools import partial
 from importlib.metadata import version
 from pathlib import Path
@@ -168,6 +170,20 @@ def tasks() -> None:
     print("\n".join(sorted(DATASETS)))
 
 
+@contextmanager
+def _usable(run_dir: Path) -> Iterator[None]:
+    """Raise ConfigError for a file of a run that this user may not read or write."""
+    try:
+        yield
+    except PermissionError as error:
+        what = f"{error.filename or run_dir}: permission denied"
+        raise ConfigError(f"{what}; the files of a run are for its owner: use that account, or allow yours") from error
+    except OSError as error:
+        if error.errno not in (errno.EROFS, errno.ENOSPC, errno.ESTALE, errno.EIO):
+            raise
+        raise ConfigError(f"{error.filename or run_dir}: {error.strerror}; check the disk or the mount") from error
+
+
 @app.command()
 def status(
     run_dir: RunDir,
@@ -178,7 +194,7 @@ def status(
     """Show what a run does now, how fast it is and when it will end, from its files alone."""
     from quatro_ray.jobs.status_view import show_status
 
-    with suppress(KeyboardInterrupt):
+    with suppress(KeyboardInterrupt), _usable(run_dir):
         show_status(run_dir, as_json=as_json, every_s=every if watch else None)
 
 
@@ -192,7 +208,8 @@ def audit(
     from quatro_ray.jobs.audit import audit_run
     from quatro_ray.jobs.audit_view import view
 
-    found = audit_run(run_dir, thorough=deep)
+    with _usable(run_dir):
+        found = audit_run(run_dir, thorough=deep)
     print(json.dumps(found.record()) if as_json else view(found))
     raise typer.Exit(1 if found.findings else 0)
 
@@ -208,11 +225,12 @@ def report(
     """Write report.html from the files of a run, whether it is finished or not."""
     from quatro_ray.telemetry.report import watch_report, write_report
 
-    path = write_report(run_dir, refresh_s=every if watch else None)
-    print(f"report: {path}", flush=True)
-    if watch:
-        with suppress(KeyboardInterrupt):
-            watch_report(run_dir, every)
+    with _usable(run_dir):
+        path = write_report(run_dir, refresh_s=every if watch else None)
+        print(f"report: {path}", flush=True)
+        if watch:
+            with suppress(KeyboardInterrupt):
+                watch_report(run_dir, every)
 
 
 @app.command()
@@ -223,7 +241,8 @@ def trace(
     """Write what each part of a run did and when as a Chrome trace, for ui.perfetto.dev."""
     from quatro_ray.telemetry.chrome_trace import write_trace
 
-    print(f"trace: {write_trace(run_dir, out)}")
+    with _usable(run_dir):
+        print(f"trace: {write_trace(run_dir, out)}")
 
 
 @app.command()

@@ -63,7 +63,12 @@ def pack(
     for file in files:
         copy = folder / file
         copy.parent.mkdir(parents=True, exist_ok=True)
-        shutil.copyfile(file, copy)
+        try:
+            shutil.copyfile(file, copy)
+        except PermissionError as error:
+            raise ConfigError(
+                f"{file}: cannot be read ({error.strerror}), and travels with the job; allow it"
+            ) from error
     (folder / CONFIG).write_text(dump_config(loaded))
     return JobPackage(loaded, tuple(files), _environment(loaded, variables))
 
@@ -82,10 +87,28 @@ def _files(path: str) -> Iterator[Path]:
         if match == Path(CONFIG):
             raise ConfigError(f"{path}: the job's configuration gets this name; rename the file")
         if match.is_dir():
-            # links are followed: a model of the hub's cache is a folder of links
-            yield from (Path(at) / name for at, _, names in os.walk(match, followlinks=True) for name in names)
+            yield from _inside(match)
         else:
-            yield match
+            yield _regular(match)
+
+
+def _inside(folder: Path, above: frozenset[Path] = frozenset()) -> Iterator[Path]:
+    """Yield all files in a folder. Links are followed: a model of the hub's cache is a folder of links."""
+    real = folder.resolve()
+    if real in above:
+        raise ConfigError(f"{folder}: is a link to a folder that it is in, so it has no end; remove the link")
+    for child in sorted(folder.iterdir()):
+        if child.is_dir():
+            yield from _inside(child, above | {real})
+        else:
+            yield _regular(child)
+
+
+def _regular(file: Path) -> Path:
+    if not file.is_file():
+        kind = "a link to nothing" if file.is_symlink() else "neither a file nor a folder"
+        raise ConfigError(f"{file}: is {kind}, and cannot travel with a job; remove it, or name single files")
+    return file
 
 
 def _check_size(files: Sequence[Path]) -> None:

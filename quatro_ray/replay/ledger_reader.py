@@ -142,17 +142,21 @@ def read_rows(path: Path) -> LedgerRows:
         version = tables_version(db)
         if version is None:
             return LedgerRows()
-        if version != VERSION:
-            raise LedgerError(
-                f"{path} is a ledger of version {version}, and this quatro_ray audits version {VERSION}; use the "
-                "quatro_ray that wrote it"
-            )
+        _check_version(path, version)
         intern = sys.intern  # a row would have a text of its own for its state
         groups = tuple(GroupRow(i, intern(state), *rest) for i, state, *rest in db.execute(_GROUPS))
         versions = tuple(VersionRow(v, parent, step, bool(f)) for v, parent, step, f in db.execute(_VERSIONS))
         without_rollouts = [*_without(db, "rollouts", GroupState.READY), *_without(db, "rollouts", GroupState.LEASED)]
         return LedgerRows(
             groups, versions, tuple(_without(db, "queries", GroupState.PENDING)), tuple(sorted(without_rollouts))
+        )
+
+
+def _check_version(path: Path, version: int) -> None:
+    if version != VERSION:
+        raise LedgerError(
+            f"{path} is a ledger of version {version}, and this quatro_ray reads version {VERSION}; use the "
+            "quatro_ray that wrote it"
         )
 
 
@@ -173,6 +177,7 @@ def read_totals(path: Path, timeout_s: float) -> LedgerTotals | None:
         timeout_s: seconds for which another program may lock it.
 
     Raises:
+        LedgerError: it is of another version.
         LedgerUnreadable: it cannot be read, for example because another program has locked it.
         sqlite3.DatabaseError: it is damaged.
     """
@@ -180,11 +185,15 @@ def read_totals(path: Path, timeout_s: float) -> LedgerTotals | None:
         return None
     with read_only(path, timeout_s) as db:
         db.execute("BEGIN")
-        if tables_version(db) is None:
+        version = tables_version(db)
+        if version is None:
             return None
+        _check_version(path, version)
         totals: dict[str, dict[str, int]] = {"state": {}, "reason": {}}
         kept = db.execute("SELECT kind, name, total FROM tally WHERE kind IN ('state', 'reason') AND total <> 0")
         for kind, name, total in kept:
             totals[kind][name] = total
-        version, step = db.execute("SELECT version, step FROM versions ORDER BY version DESC LIMIT 1").fetchone()
-        return LedgerTotals(totals["state"], totals["reason"], version, step)
+        newest = db.execute("SELECT version, step FROM versions ORDER BY version DESC LIMIT 1").fetchone()
+        if newest is None:
+            raise sqlite3.DatabaseError("its table versions is empty")
+        return LedgerTotals(totals["state"], totals["reason"], *newest)

@@ -69,6 +69,7 @@ def _load_callback(path: str) -> Callable[[], Any]:
     if not inspect.isclass(found):
         _check_arguments(path, found, ["step", "metrics"])
         return lambda: _EachStep(found)
+    _check_arguments(path, found, [])
     hooks = [name for name in dir(found) if name.startswith("on_")]
     if not hooks or set(hooks) - set(HOOKS):
         raise ConfigError(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import re
 import subprocess
@@ -200,3 +201,27 @@ def test_being_told_to_end_has_a_status_of_its_own(call, own_data: str, monkeypa
     monkeypatch.setattr(cli, "load_config", end)
     code, out, err = call("train", own_data)
     assert (code, out, err) == (143, "", "ended: a checkpoint of step 3 is written\n")
+
+
+@pytest.mark.parametrize(
+    ("command", "function"),
+    [
+        ("status", "jobs.status_view.show_status"),
+        ("audit", "jobs.audit.audit_run"),
+        ("report", "telemetry.report.write_report"),
+        ("trace", "telemetry.chrome_trace.write_trace"),
+    ],
+)
+def test_files_of_another_user_are_one_line(call, monkeypatch, command: str, function: str) -> None:  # type: ignore[no-untyped-def]
+    """Root, which may run the tests, can read everything, so the error is raised here."""
+
+    def refuse(*_: object, **__: object) -> None:
+        raise PermissionError(errno.EACCES, "Permission denied", "/run/events.jsonl")
+
+    monkeypatch.setattr(f"quatro_ray.{function}", refuse)
+    status, _, shown = call(command, "/run")
+    assert status == 2
+    assert shown == (
+        "error: /run/events.jsonl: permission denied; the files of a run are for its owner: use that account, or "
+        "allow yours\n"
+    )

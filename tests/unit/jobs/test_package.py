@@ -1,5 +1,6 @@
 """What travels with a job, and what is refused before anything is sent."""
 
+import os
 from pathlib import Path
 
 import pytest
@@ -110,6 +111,28 @@ def test_what_lies_elsewhere_or_nowhere_is_refused(here: Path, folder: Path) -> 
     (here / "config.yaml").write_text("")
     with pytest.raises(ConfigError, match="gets this name"):
         pack(Path("job.yaml"), [], folder, include=[Path("config.yaml")])
+
+
+def test_what_is_no_file_is_refused_by_its_name(here: Path, folder: Path) -> None:
+    for name, make, message in (
+        ("lock", lambda path: path.symlink_to("nobody@nowhere"), "lock: is a link to nothing, and cannot travel"),
+        ("pipe", os.mkfifo, "pipe: is neither a file nor a folder, and cannot travel"),
+        ("loop", lambda path: path.symlink_to(path.parent), "loop: is a link to a folder that it is in"),
+    ):
+        (here / name).mkdir()
+        make(here / name / name)
+        with pytest.raises(ConfigError, match=message):
+            pack(Path("job.yaml"), [], folder, include=[Path(name)])
+
+
+def test_folders_may_be_links(here: Path, folder: Path) -> None:
+    (here / "real").mkdir()
+    (here / "real/file.py").write_text("x = 1")
+    (here / "lib").mkdir()
+    for name in ("one", "two"):
+        (here / "lib" / name).symlink_to(here / "real")
+    pack(Path("job.yaml"), [], folder, include=[Path("lib")])
+    assert sorted(path.parent.name for path in (folder / "lib").rglob("file.py")) == ["one", "two"]
 
 
 def test_absolute_paths_are_the_clusters(here: Path, folder: Path) -> None:

@@ -144,6 +144,11 @@ def test_a_ledger_that_cannot_be_read_is_told_and_the_rest_is_shown(tmp_path: Pa
     (run / "ledger.sqlite").unlink()
     Ledger(run / "ledger.sqlite").close()
     assert read_status(run).version == 0
+    with closing(sqlite3.connect(run / "ledger.sqlite")) as other:
+        (version,) = other.execute("PRAGMA user_version").fetchone()
+        other.execute("PRAGMA user_version=99")
+        assert "is a ledger of version 99" in line_of(view(read_status(run)), "ledger")
+        other.execute(f"PRAGMA user_version={version}")
     with closing(sqlite3.connect(run / "ledger.sqlite", isolation_level=None)) as other:
         other.execute("BEGIN IMMEDIATE")  # as the run itself does all the time
         assert read_status(run).version == 0

@@ -38,6 +38,11 @@ def refused(tmp_path: Path, code: str, name: str = "Mine") -> str:
             "Other",
             "on_step': cannot be called with (self, step, me",
         ),
+        (
+            "class Other:\n    def __init__(self, x): pass\n    def on_step(self, step, metrics): pass",
+            "Other",
+            ":Other': cannot be called with (): missing a required argument: 'x'",
+        ),
         ("def other(step): pass", "other", "other': cannot be called with (step, metrics): too many positional"),
     ],
 )
