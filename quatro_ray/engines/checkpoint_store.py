@@ -196,7 +196,12 @@ class CheckpointStore:
             damage = _damage(path, thorough=thorough)
         except OSError as error:
             damage = f"cannot be read ({error})"
-        return damage if path in self._complete()[: self._keep] else None
+        return damage if step in self.kept_steps() else None
+
+    def kept_steps(self) -> list[int]:
+        """Return the steps of the pinned checkpoints, and of the newest `keep` others, newest first."""
+        newest = self._unpinned()[: self._keep]
+        return [_step_of(path) for path in self._complete() if path in newest or _step_of(path) in self._pinned]
 
     def newest_step(self) -> int | None:
         """Return the step of the newest checkpoint by its name alone, or None."""

@@ -14,10 +14,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from quatro_ray.engines.checkpoint_store import LEDGER, CheckpointStore
+from quatro_ray.engines.checkpoint_store import LEDGER
 from quatro_ray.jobs.audit_checks import Books, Record, check
+from quatro_ray.jobs.audit_files import checkpoints_of, lost_rollouts, versions_of
 from quatro_ray.jobs.run_directory import is_in_use
-from quatro_ray.jobs.run_settings import RunSettings, read_settings
+from quatro_ray.jobs.run_settings import read_settings
 from quatro_ray.replay.ledger_reader import LedgerRows, check_host, read_rows
 from quatro_ray.replay.schema import damage_of
 from quatro_ray.telemetry.run_files import read_records, require_run
@@ -31,7 +32,7 @@ _OF_A_LINE: dict[str, dict[str, type]] = {
 }
 """The fields that every line of a file has, with their types."""
 _LENGTH, _PASS_RATE = "response_tokens_mean", "pass_rate"
-_KEPT = {"rollout/num", f"rollout/{_LENGTH}", "pass_rate/mean", "version", "why"} | {
+_KEPT = {"rollout/num", f"rollout/{_LENGTH}", "pass_rate/mean", "version", "why", "part"} | {
     f"drops/{reason}{suffix}" for reason in DropReason for suffix in ("", f"_{_LENGTH}", f"_{_PASS_RATE}")
 }
 """The other fields that are read, so that a long run fits in memory."""
@@ -97,10 +98,10 @@ def audit_run(run_dir: Path, *, thorough: bool = False) -> Audit:
 
     Args:
         run_dir: directory of the run.
-        thorough: also compare the SHA-256 of every file of the checkpoints.
+        thorough: also compare the SHA-256 of every file of the checkpoints, and the checksums of stored rollouts.
 
     Raises:
-        ConfigError: the directory holds no run, or one without its configuration.
+        ConfigError: the directory holds no run, or one without its configuration; or its checkpoints cannot be listed.
         LedgerError: the ledger is of another version, is in use on another machine, or cannot be read for another
             reason than damage.
     """
@@ -114,7 +115,7 @@ def audit_run(run_dir: Path, *, thorough: bool = False) -> Audit:
     summary, findings["summary.json"] = _summary(run_dir / "summary.json")
     for name in ("events.jsonl", "metrics.jsonl", "rollouts.jsonl", "evaluations.jsonl"):
         lines[name], findings[name] = _lines(run_dir / name)
-    checkpoints, findings["checkpoints"] = _checkpoints(settings, thorough=thorough)
+    checkpoints, findings["checkpoints"] = checkpoints_of(settings, thorough=thorough)
     ledger, findings["ledger"] = _ledger(run_dir / LEDGER)
     if not (ledger.versions or findings["ledger"]) and lines["metrics.jsonl"]:
         findings["ledger"] = [f"{LEDGER} is missing or empty, and metrics.jsonl has steps"]
@@ -137,7 +138,9 @@ def audit_run(run_dir: Path, *, thorough: bool = False) -> Audit:
     )
     if ledger.versions or not findings["ledger"]:  # what is damaged beyond reading has nothing to compare with
         findings |= check(books)
-        findings["checkpoints"] += _versions_of(checkpoints, ledger)
+        findings["checkpoints"] += versions_of(checkpoints, ledger)
+    if not findings["ledger"]:
+        findings["stored"] += lost_rollouts(run_dir, settings, books, checkpoints, is_constant, thorough=thorough)
     dropped = Counter(str(g.reason) for g in ledger.groups if g.state == GroupState.DROPPED)
     states = Counter(str(g.state) for g in ledger.groups)
     return Audit(
@@ -179,25 +182,6 @@ def _ledger(path: Path) -> tuple[LedgerRows, list[str]]:
     damage = damage_of(path) if rows.versions or broken else None
     what = damage or broken
     return rows, [f"{path.name} is damaged: {what}; docs/recovery.md says what takes its place"] if what else []
-
-
-def _checkpoints(settings: RunSettings, *, thorough: bool) -> tuple[dict[int, int | None], list[str]]:
-    """Return the version of each complete checkpoint by its step, and what is damaged."""
-    store = CheckpointStore(settings.checkpoints, settings.keep)
-    steps = store.steps()[: settings.keep]  # others are about to be deleted
-    damaged = {step: what for step in steps if (what := store.damage_of(step, thorough=thorough))}
-    return {s: store.version_of(s) for s in steps if s not in damaged}, [
-        f"checkpoint step_{step}: {what}" for step, what in damaged.items()
-    ]
-
-
-def _versions_of(checkpoints: Mapping[int, int | None], ledger: LedgerRows) -> list[str]:
-    step_of = {v.version: v.step for v in ledger.versions}
-    return [
-        f"checkpoint step_{step}: is of version {version}, which the ledger does not have at that step"
-        for step, version in checkpoints.items()
-        if version is not None and step_of.get(version) != step
-    ]
 
 
 def _summary(path: Path) -> tuple[dict[str, Any], list[str]]:

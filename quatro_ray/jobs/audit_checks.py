@@ -212,7 +212,7 @@ def trained(ledger: LedgerRows, num_steps: int | None, groups_per_step: int) -> 
         if (num := len(by_version[version])) != groups_per_step:
             wrong.append(f"step {step}, from version {version}, was trained by {num} groups, not {groups_per_step}")
     for version in sorted(by_version.keys() - ledger.committed.keys()):
-        group_ids = _some(by_version[version])
+        group_ids = some(by_version[version])
         wrong.append(f"groups {group_ids} count as trained from version {version}, which is not of the lineage")
     no_step = [g.group_id for g in ledger.groups if g.state == GroupState.TRAINED and g.learner_version is None]
     return wrong + [f"group {i} is trained, by no step" for i in no_step]
@@ -280,13 +280,13 @@ def rollouts(books: Books) -> list[str]:
     for step in range(1, books.num_comparable + 1):
         said, found = books.trained_in.get(step, []), recorded[step]
         if len(set(found)) < len(found) or not set(found) <= set(said):
-            wrong.append(f"step {step}: rollouts.jsonl has groups {_some(found)}, the ledger {_some(said)}")
+            wrong.append(f"step {step}: rollouts.jsonl has groups {some(found)}, the ledger {some(said)}")
         elif expected is not None and len(found) != expected and (step < books.num_comparable or books.is_finished):
             wrong.append(f"step {step}: rollouts.jsonl has {len(found)} groups instead of {expected}")
     return wrong
 
 
-def _some(group_ids: Sequence[int]) -> str:
+def some(group_ids: Sequence[int]) -> str:
     """Return the ids in order, at most 16 of them."""
     shown = ", ".join(map(str, sorted(group_ids)[:_MAX_IDS]))
     return f"[{shown}, and {len(group_ids) - _MAX_IDS:,} more]" if len(group_ids) > _MAX_IDS else f"[{shown}]"

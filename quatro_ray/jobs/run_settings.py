@@ -22,6 +22,7 @@ class RunSettings:
         rollouts_per_step: groups of each step in rollouts.jsonl.
         checkpoints: folder of the checkpoints.
         keep: number of checkpoints that are kept.
+        kept_steps: steps whose rollouts are kept, and the checkpoints before them.
     """
 
     num_steps: int
@@ -30,6 +31,7 @@ class RunSettings:
     rollouts_per_step: int
     checkpoints: Path
     keep: int
+    kept_steps: frozenset[int]
 
 
 def read_tree(run_dir: Path) -> dict[str, Any]:
@@ -69,6 +71,7 @@ def read_settings(run_dir: Path) -> RunSettings:
 
     is_capped = _section(tree, "replay").get("on_stale") != "train"
     folder = _section(tree, "checkpoint").get("dir")
+    kept = _section(tree, "replay").get("keep_steps")
     return RunSettings(
         num_steps=number("run", "num_steps"),
         groups_per_step=number("replay", "groups_per_step"),
@@ -76,6 +79,7 @@ def read_settings(run_dir: Path) -> RunSettings:
         rollouts_per_step=number("telemetry", "rollout_groups_per_step"),
         checkpoints=Path(folder) if folder else run_dir / "checkpoints",
         keep=number("checkpoint", "keep"),
+        kept_steps=frozenset(s for s in kept if isinstance(s, int)) if isinstance(kept, list) else frozenset(),
     )
 
 

@@ -5,6 +5,8 @@ from __future__ import annotations
 import socket
 import sqlite3
 import sys
+from collections import defaultdict
+from collections.abc import Collection
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -13,6 +15,7 @@ from typing import NamedTuple
 from quatro_ray.errors import LedgerError, LedgerUnreadable
 from quatro_ray.files import replace_file
 from quatro_ray.replay.schema import VERSION, read_only, tables_version
+from quatro_ray.replay.segments import Location, Segments
 from quatro_ray.types import GroupState
 
 _HOST = ".host"
@@ -167,6 +170,72 @@ def _without(db: sqlite3.Connection, table: str, state: GroupState) -> list[int]
         f"(SELECT 1 FROM {table} WHERE {table}.group_id = groups.group_id) ORDER BY group_id"
     )
     return [group_id for (group_id,) in rows]
+
+
+def trained_without_rollouts(path: Path, learner_versions: Collection[int]) -> list[int]:
+    """Return the groups trained from these versions whose rollouts are not stored."""
+    if not (learner_versions and path.is_file()):
+        return []
+    with read_only(path) as db:
+        rows = db.execute(
+            f"SELECT group_id FROM groups WHERE learner_version IN ({', '.join(map(str, sorted(learner_versions)))}) "
+            f"AND state = '{GroupState.TRAINED}' "
+            "AND NOT EXISTS (SELECT 1 FROM rollouts WHERE rollouts.group_id = groups.group_id) ORDER BY group_id"
+        )
+        return [group_id for (group_id,) in rows]
+
+
+def damaged_rollouts(path: Path, *, thorough: bool) -> dict[str, list[int]]:
+    """Look for the rollouts of every row in the segments beside the ledger.
+
+    A process that writes to the ledger deletes rows before it deletes their segment. What is missing is therefore
+    looked up again, and is no damage if its row is gone.
+
+    Args:
+        path: file of the ledger.
+        thorough: compare the checksums too, not only the sizes of the segments.
+
+    Returns:
+        The groups whose rollouts are not there, by what is wrong.
+    """
+    folder = path.with_suffix(".rollouts")
+    suspects = {i: at for i, at in _locations(path).items() if _damage(folder, at, thorough=thorough)}
+    damaged: defaultdict[str, list[int]] = defaultdict(list)
+    if suspects:
+        now = _locations(path)
+        for group_id, at in suspects.items():
+            if now.get(group_id) == at and (what := _damage(folder, at, thorough=thorough)):
+                damaged[what].append(group_id)
+    return damaged
+
+
+def _locations(path: Path) -> dict[int, Location]:
+    """Return where the rollouts of each group are; nothing if there is no ledger, or one of another version."""
+    if not path.is_file():
+        return {}
+    with read_only(path) as db:
+        db.execute("BEGIN")
+        if tables_version(db) != VERSION:
+            return {}
+        rows = db.execute("SELECT group_id, segment, start, length, checksum FROM rollouts ORDER BY group_id")
+        return {group_id: Location(*at) for group_id, *at in rows}
+
+
+def _damage(folder: Path, at: Location, *, thorough: bool) -> str | None:
+    name = f"{folder.name}/{at.segment}"
+    try:
+        size = (folder / at.segment).stat().st_size
+        if size < at.start + at.length:
+            return f"{name} is cut"
+        if thorough:
+            Segments(folder, 0).read(at)
+    except FileNotFoundError:
+        return f"{name} is missing"
+    except LedgerError:
+        return f"{name} does not have the checksums that it was written with"
+    except OSError as error:
+        return f"{name} cannot be read ({error})"
+    return None
 
 
 def read_totals(path: Path, timeout_s: float) -> LedgerTotals | None:

@@ -18,7 +18,7 @@ from quatro_ray.actors.device_turns import DeviceTurns
 from quatro_ray.actors.fleet import Fleet
 from quatro_ray.config import Config
 from quatro_ray.data.dataset import Dataset, QueryStream
-from quatro_ray.engines.checkpoint_store import CheckpointStore, digest_files
+from quatro_ray.engines.checkpoint_store import checkpoint_store, digest_files
 from quatro_ray.errors import ClusterError
 from quatro_ray.failures import LearnerLost, TransferFailed, VerifierFailed
 from quatro_ray.orchestrator.components import Components
@@ -290,7 +290,7 @@ class World:
                 180,
                 generates_during_transfer=self.generates_during_transfer,
             ),
-            checkpoints=CheckpointStore(self.config.run.dir / "checkpoints", self.config.checkpoint.keep),
+            checkpoints=checkpoint_store(self.config),
             evaluator=self.evaluator,
             drain_notice=self._drain_notice,
             learner_turn=turns.of_learner if turns else nullcontext,

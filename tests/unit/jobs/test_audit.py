@@ -30,9 +30,10 @@ def write_config(world: World) -> None:
 
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A run of 12 steps of 4 groups, which lost its learner after step 7 and three steps with it."""
+    """A run of 12 steps of 4 groups, which lost its learner after step 7 and three steps with it; step 3 is kept."""
     path = tmp_path_factory.mktemp("finished") / "run"
-    world = make_world(path, filters={"max_truncated_share": 0.5}, telemetry={"rollout_groups_per_step": 4})
+    sections = {"filters": {"max_truncated_share": 0.5}, "telemetry": {"rollout_groups_per_step": 4}}
+    world = make_world(path, **sections, replay={"keep_steps": [3]})
     world.verifiers.truncated = {9, 14, 30}
     write_config(world)
 
@@ -72,7 +73,7 @@ def test_a_run_that_lost_its_learner_is_clean(run: Path) -> None:
     assert (audit.state, audit.step, audit.num_steps, audit.num_compared) == ("finished", 12, 12, 12)
     assert audit.groups == {"trained": 48, "dropped": sum(fate.num_groups for fate in audit.dropped.values())}
     assert audit.dropped["overlong"].num_groups == 3 and audit.dropped["verifier_timeout"].num_groups == 1
-    assert audit.checkpoints == [8, 12]
+    assert audit.checkpoints == [2, 8, 12]
     assert json.loads(json.dumps(audit.record()))["is_clean"] is True
     assert contents(run) == before
 
@@ -152,6 +153,10 @@ DAMAGES: dict[str, tuple[Callable[[Path], None], str, str]] = {
         "evaluations", "set at step 0 is there 2 times",
     ),
     "a checkpoint is cut": (truncate, "checkpoints", "checkpoint step_12: weights has 1 bytes instead of 2"),
+    "a pinned checkpoint is cut": (
+        lambda run: (run / "checkpoints" / "step_2" / "weights").write_text(""),
+        "checkpoints", "checkpoint step_2: weights has 0 bytes instead of 1",
+    ),
     "a checkpoint has no manifest": (
         lambda run: (run / "checkpoints" / "step_8" / "manifest.json").unlink(),
         "checkpoints", "checkpoint step_8: manifest.json is missing",
@@ -176,6 +181,53 @@ def test_what_is_lost_doubled_or_damaged_is_named(
     named = found(run)[check]
     assert any(what in line for line in named), named
     assert f"  {check}: " in view(audit_run(run))
+
+
+def edit_segment(edit: Callable[[bytes], bytes]) -> Callable[[Path], None]:
+    def damage(run: Path) -> None:
+        for path in (run / "ledger.rollouts").iterdir():
+            path.write_bytes(edit(path.read_bytes()))
+
+    return damage
+
+
+def lose_rollouts(run: Path) -> None:
+    shutil.rmtree(run / "ledger.rollouts")
+
+
+LOST_ROLLOUTS: dict[str, tuple[Callable[[Path], None], str]] = {
+    "the folder is gone": (lose_rollouts, "is missing; it holds the rollouts of groups ["),
+    "a segment is cut": (edit_segment(lambda data: data[:-1]), "is cut; it holds the rollouts of groups ["),
+    "a kept step has no rows": (
+        change(
+            "DELETE FROM rollouts WHERE group_id IN (SELECT group_id FROM groups JOIN versions ON version = "
+            "learner_version WHERE state = 'trained' AND step = 2)"
+        ),
+        "step 3 is in replay.keep_steps, and the rollouts of groups [",
+    ),
+}
+
+
+@pytest.mark.parametrize(("damage", "what"), LOST_ROLLOUTS.values(), ids=LOST_ROLLOUTS)
+def test_rollouts_that_are_lost_are_named(run: Path, damage: Callable[[Path], None], what: str) -> None:
+    damage(run)
+    named = found(run)["stored"]
+    assert any(what in line for line in named), named
+
+
+def test_changed_bytes_of_rollouts_are_found_if_they_are_read(run: Path) -> None:
+    edit_segment(lambda data: bytes(len(data)))(run)
+    assert found(run) == {}
+    (line,) = found(run, thorough=True)["stored"]
+    assert "does not have the checksums that it was written with; it holds the rollouts of groups [" in line
+
+
+def test_rollouts_may_be_gone_until_a_restored_ledger_is_checked(run: Path) -> None:
+    lose_rollouts(run)
+    for path in run.glob("ledger.sqlite*"):
+        path.unlink()
+    shutil.copyfile(run / "checkpoints" / "step_12" / "ledger.sqlite", run / "ledger.sqlite")
+    assert "stored" not in found(run)
 
 
 def test_a_changed_byte_of_a_checkpoint_is_found_if_its_files_are_read(run: Path) -> None:
