@@ -16,7 +16,7 @@ from typing import Any
 
 from quatro_ray.engines.checkpoint_store import LEDGER
 from quatro_ray.jobs.audit_checks import Books, Record, check
-from quatro_ray.jobs.audit_files import checkpoints_of, lost_rollouts, versions_of
+from quatro_ray.jobs.audit_files import checkpoints_of, lost_checkpoints, lost_rollouts, versions_of
 from quatro_ray.jobs.run_directory import is_in_use
 from quatro_ray.jobs.run_settings import read_settings
 from quatro_ray.replay.ledger_reader import LedgerRows, check_host, read_rows
@@ -32,7 +32,7 @@ _OF_A_LINE: dict[str, dict[str, type]] = {
 }
 """The fields that every line of a file has, with their types."""
 _LENGTH, _PASS_RATE = "response_tokens_mean", "pass_rate"
-_KEPT = {"rollout/num", f"rollout/{_LENGTH}", "pass_rate/mean", "version", "why", "part"} | {
+_KEPT = {"rollout/num", f"rollout/{_LENGTH}", "pass_rate/mean", "version", "why", "part", "path", "checkpoint"} | {
     f"drops/{reason}{suffix}" for reason in DropReason for suffix in ("", f"_{_LENGTH}", f"_{_PASS_RATE}")
 }
 """The other fields that are read, so that a long run fits in memory."""
@@ -139,6 +139,7 @@ def audit_run(run_dir: Path, *, thorough: bool = False) -> Audit:
     if ledger.versions or not findings["ledger"]:  # what is damaged beyond reading has nothing to compare with
         findings |= check(books)
         findings["checkpoints"] += versions_of(checkpoints, ledger)
+        findings["checkpoints"] += lost_checkpoints(run_dir, settings, books, is_constant)
     if not findings["ledger"]:
         findings["stored"] += lost_rollouts(run_dir, settings, books, checkpoints, is_constant, thorough=thorough)
     dropped = Counter(str(g.reason) for g in ledger.groups if g.state == GroupState.DROPPED)

@@ -153,6 +153,18 @@ DAMAGES: dict[str, tuple[Callable[[Path], None], str, str]] = {
         "evaluations", "set at step 0 is there 2 times",
     ),
     "a checkpoint is cut": (truncate, "checkpoints", "checkpoint step_12: weights has 1 bytes instead of 2"),
+    "the newest checkpoint is gone": (
+        lambda run: shutil.rmtree(run / "checkpoints" / "step_12"),
+        "checkpoints", "checkpoint step_12: was written, and is missing",
+    ),
+    "all checkpoints are gone": (
+        lambda run: shutil.rmtree(run / "checkpoints"),
+        "checkpoints", "checkpoint step_12: was written, and is missing",
+    ),
+    "a pinned checkpoint is gone": (
+        lambda run: shutil.rmtree(run / "checkpoints" / "step_2"),
+        "checkpoints", "checkpoint step_2: was written, and is missing; replay.keep_steps keeps it",
+    ),
     "a pinned checkpoint is cut": (
         lambda run: (run / "checkpoints" / "step_2" / "weights").write_text(""),
         "checkpoints", "checkpoint step_2: weights has 0 bytes instead of 1",
@@ -228,6 +240,18 @@ def test_rollouts_may_be_gone_until_a_restored_ledger_is_checked(run: Path) -> N
         path.unlink()
     shutil.copyfile(run / "checkpoints" / "step_12" / "ledger.sqlite", run / "ledger.sqlite")
     assert "stored" not in found(run)
+
+
+def test_a_folder_of_checkpoints_that_cannot_be_listed_is_told(run: Path) -> None:
+    shutil.rmtree(run / "checkpoints")
+    (run / "checkpoints").touch()
+    with pytest.raises(ConfigError, match="cannot be listed"):
+        audit_run(run)
+
+
+def test_a_checkpoint_that_was_found_damaged_is_not_missed(run: Path) -> None:
+    (run / "checkpoints" / "step_12").rename(run / "checkpoints" / "step_12.damaged")
+    assert found(run) == {}
 
 
 def test_a_changed_byte_of_a_checkpoint_is_found_if_its_files_are_read(run: Path) -> None:
