@@ -254,6 +254,8 @@ def _damage(path: Path, *, thorough: bool) -> str | None:
         return f"{MANIFEST} is missing"
     except (ValueError, KeyError, TypeError):
         return f"{MANIFEST} is not a manifest"
+    if not isinstance(files, dict) or _STATE not in files:
+        return f"{MANIFEST} does not list {_STATE}"
     for name, (size, digest) in files.items():
         file = path / name
         if not file.is_file():
