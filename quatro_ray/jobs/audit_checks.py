@@ -116,9 +116,9 @@ def final_states(ledger: LedgerRows) -> list[str]:
 
 
 def ids(ledger: LedgerRows) -> list[str]:
-    """Check that ids are 1, 2, 3, … without gaps, so that no group was forgotten."""
+    """Check that ids are 1, 2, 3, … without gaps, up to the last query's, so that no group was forgotten."""
     found = Counter(g.group_id for g in ledger.groups)
-    missing = sorted(set(range(1, max(found, default=0) + 1)) - found.keys())
+    missing = sorted((set(range(1, max(found, default=0) + 1)) | set(ledger.without_group)) - found.keys())
     twice = sorted(i for i, n in found.items() if n > 1)
     return [f"no group has id {i}" for i in missing] + [f"id {i} is there twice" for i in twice]
 
@@ -222,7 +222,15 @@ def staleness(ledger: LedgerRows, max_staleness: int | None) -> list[str]:
     """Check that all trained tokens are of the lineage, not newer than their step, and not older than the cap."""
     lineage = {v.version: v.step for v in ledger.lineage}
     checked = (g for g in ledger.groups if g.state == GroupState.TRAINED and g.learner_version is not None)
-    return [what for group in checked if (what := _age(group, lineage, max_staleness))]
+    wrong = [what for group in checked if (what := _age(group, lineage, max_staleness))]
+    issued = {v.version for v in ledger.versions}
+    for group in ledger.groups:
+        oldest, newest = group.oldest_version, group.newest_version
+        if group.state in (GroupState.READY, GroupState.LEASED) and not {oldest, newest} <= issued:
+            wrong.append(f"group {group.group_id} holds tokens of versions {oldest} to {newest}, never issued")
+        elif oldest is not None and newest is not None and oldest > newest:
+            wrong.append(f"group {group.group_id} holds tokens of versions {oldest} to {newest}, in the wrong order")
+    return wrong
 
 
 def _age(group: GroupRow, lineage: Mapping[int, int], max_staleness: int | None) -> str | None:
@@ -245,6 +253,7 @@ def metrics(books: Books) -> list[str]:
     steps = [line["step"] for line in books.metrics]
     last = books.num_steps if books.is_finished else books.num_recorded
     wrong = [f"metrics.jsonl: step {s} is there {n} times" for s, n in sorted(Counter(steps).items()) if n > 1]
+    wrong += [f"metrics.jsonl: step {s} does not exist" for s in sorted(set(steps)) if s < 1]
     wrong += [f"metrics.jsonl: step {s} is missing" for s in sorted(set(range(1, last + 1)) - set(steps))]
     for before, step in pairwise(steps):
         if step < before:
@@ -277,6 +286,9 @@ def rollouts(books: Books) -> list[str]:
         recorded[line["step"]].append(line["group_id"])
     expected = books.rollouts_per_step and min(books.rollouts_per_step, books.groups_per_step)
     wrong = []
+    if not books.is_rewinding:
+        beyond = [s for s in sorted(recorded) if not 1 <= s <= books.ledger.step]
+        wrong += [f"rollouts.jsonl: has step {s}, and the ledger steps up to {books.ledger.step}" for s in beyond]
     for step in range(1, books.num_comparable + 1):
         said, found = books.trained_in.get(step, []), recorded[step]
         if len(set(found)) < len(found) or not set(found) <= set(said):

@@ -57,12 +57,14 @@ class LedgerRows:
         versions: in the order of their numbers.
         without_query: pending groups whose query is not stored, so that they cannot be generated.
         without_rollouts: ready and leased groups whose rollouts are not stored, so that they cannot be trained.
+        without_group: ids of queries that no group has.
     """
 
     groups: tuple[GroupRow, ...] = ()
     versions: tuple[VersionRow, ...] = ()
     without_query: tuple[int, ...] = ()
     without_rollouts: tuple[int, ...] = ()
+    without_group: tuple[int, ...] = ()
 
     @cached_property
     def lineage(self) -> tuple[VersionRow, ...]:
@@ -150,8 +152,13 @@ def read_rows(path: Path) -> LedgerRows:
         groups = tuple(GroupRow(i, intern(state), *rest) for i, state, *rest in db.execute(_GROUPS))
         versions = tuple(VersionRow(v, parent, step, bool(f)) for v, parent, step, f in db.execute(_VERSIONS))
         without_rollouts = [*_without(db, "rollouts", GroupState.READY), *_without(db, "rollouts", GroupState.LEASED)]
+        orphans = db.execute("SELECT group_id FROM queries EXCEPT SELECT group_id FROM groups ORDER BY group_id")
         return LedgerRows(
-            groups, versions, tuple(_without(db, "queries", GroupState.PENDING)), tuple(sorted(without_rollouts))
+            groups,
+            versions,
+            tuple(_without(db, "queries", GroupState.PENDING)),
+            tuple(sorted(without_rollouts)),
+            tuple(group_id for (group_id,) in orphans),
         )
 
 

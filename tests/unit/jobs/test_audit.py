@@ -165,6 +165,17 @@ DAMAGES: dict[str, tuple[Callable[[Path], None], str, str]] = {
         lambda run: shutil.rmtree(run / "checkpoints" / "step_2"),
         "checkpoints", "checkpoint step_2: was written, and is missing; replay.keep_steps keeps it",
     ),
+    "a manifest lists nothing": (
+        lambda run: (run / "checkpoints" / "step_12" / "manifest.json").write_text('{"files": {}}'),
+        "checkpoints", "checkpoint step_12: manifest.json does not list state.json",
+    ),
+    "the last group is missing": (
+        change(
+            "UPDATE tally SET total = total - 1 WHERE kind = 'state' AND name = (SELECT state FROM groups ORDER BY "
+            "group_id DESC LIMIT 1); DELETE FROM groups WHERE group_id = (SELECT MAX(group_id) FROM groups)"
+        ),
+        "ids", "no group has id ",
+    ),
     "a pinned checkpoint is cut": (
         lambda run: (run / "checkpoints" / "step_2" / "weights").write_text(""),
         "checkpoints", "checkpoint step_2: weights has 0 bytes instead of 1",

@@ -43,6 +43,18 @@ BAD: dict[str, tuple[str, Callable[[], Books]]] = {
     "a drop for an unknown reason": ("states", lambda: with_group(GROUPS[6]._replace(reason="bored"))),
     "a state that is none": ("states", lambda: with_group(GROUPS[6]._replace(state="lost", reason=None))),
     "a reason without a drop": ("states", lambda: with_group(GROUPS[0]._replace(reason="stale"))),
+    "the last group is forgotten": ("ids", lambda: books(ledger=LedgerRows(GROUPS, VERSIONS, without_group=(9,)))),
+    "ready tokens of no version": (
+        "staleness",
+        lambda: with_group(trained(7, 5, 4, 6)._replace(state="ready", learner_version=None)),
+    ),
+    "tokens in the wrong order": ("staleness", lambda: with_group(GROUPS[6]._replace(oldest_version=2))),
+    "rollouts of a step that was not made": (
+        "rollouts",
+        lambda: books(rollouts=[*books().rollouts, {"step": 4, "group_id": 7}]),
+    ),
+    "rollouts of step 0": ("rollouts", lambda: books(rollouts=[*books().rollouts, {"step": 0, "group_id": 7}])),
+    "step 0 was recorded": ("metrics", lambda: books(metrics=[{"step": 0}, *books().metrics])),
     "a version is missing": ("versions", lambda: books(ledger=LedgerRows(GROUPS, VERSIONS[:2] + VERSIONS[3:]))),
     "a version is there twice": ("versions", lambda: books(ledger=LedgerRows(GROUPS, (*VERSIONS, VERSIONS[5])))),
     "a version from nowhere": ("versions", lambda: with_versions(VersionRow(4, 9, 2, False))),
@@ -156,7 +168,7 @@ def test_records_of_abandoned_steps_are_there_until_the_fall_back_is_told() -> N
     assert found(before_the_rewind()) == set()
     assert before_the_rewind().num_comparable == 1
     told = [{"event": "fell_back", "part": "learner", "version": 3}]
-    assert found(before_the_rewind(events=told)) == {"metrics", "evaluations"}
+    assert found(before_the_rewind(events=told)) == {"metrics", "rollouts", "evaluations"}
     restored = [*told, {"event": "restored", "part": "ledger"}]
     assert found(before_the_rewind(events=restored)) == set()
     wrong = [{"step": 1, "group_id": 7}]
