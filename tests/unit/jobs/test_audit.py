@@ -108,7 +108,7 @@ def cut_ledger(run: Path) -> None:
 
 
 _TOTALS = "UPDATE tally SET total = total - 1 WHERE kind = 'state' AND name = 'trained';"
-DAMAGES: dict[str, tuple[Callable[[Path], None], str, str]] = {
+DAMAGES: dict[str, tuple[Callable[[Path], object], str, str]] = {
     "a group is missing": (change(f"DELETE FROM groups WHERE group_id = 7; {_TOTALS}"), "ids", "no group has id 7"),
     "a group was trained by two steps": (
         change("UPDATE groups SET learner_version = 2 WHERE group_id = (SELECT MIN(group_id) FROM groups)"),
@@ -198,7 +198,7 @@ DAMAGES: dict[str, tuple[Callable[[Path], None], str, str]] = {
 
 @pytest.mark.parametrize(("damage", "check", "what"), DAMAGES.values(), ids=DAMAGES)
 def test_what_is_lost_doubled_or_damaged_is_named(
-    run: Path, damage: Callable[[Path], None], check: str, what: str
+    run: Path, damage: Callable[[Path], object], check: str, what: str
 ) -> None:
     damage(run)
     named = found(run)[check]
