@@ -60,7 +60,8 @@ def replay_step(
         The recorded and the new value of each metric that differs. Empty if the step is the same bit for bit.
 
     Raises:
-        ConfigError: the directory holds no run, or the run has no such step, or its checkpoint or rollouts are gone.
+        ConfigError: the directory holds no run, or the run has no such step, or its checkpoint or rollouts are gone or
+            damaged.
         ClusterError: the learner cannot be placed or started, or failed.
     """
     config = _config_of(run_dir, overrides)
@@ -124,7 +125,7 @@ class _Plan:
 
     @classmethod
     def make(cls, config: Config, ledger: Ledger, step: int) -> _Plan:
-        """Choose the newest checkpoint before `step`; raise ConfigError if rollouts that it needs are gone."""
+        """Choose the newest checkpoint before `step`; raise ConfigError if it is damaged, or rollouts are gone."""
         store = checkpoint_store(config)
         begin = next((at for at in store.steps() if at < step), 0)
         lineage = ledger.versions.lineage(ledger.versions.newest())
@@ -141,6 +142,11 @@ class _Plan:
                     f"{made} are freed; choose a step after the oldest checkpoint, or name the step in "
                     f"replay.keep_steps before it is made"
                 )
+        if begin and (damage := store.damage_of(begin, thorough=True)):
+            raise ConfigError(
+                f"STEP={step}: the newest checkpoint before it, {folder}, cannot be used: {damage}; restore it from a "
+                "backup, or choose a step after another checkpoint"
+            )
         return plan
 
     def batch(self, step: int) -> LeasedBatch:

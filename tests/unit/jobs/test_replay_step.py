@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 
 from quatro_ray.config import Config, dump_config
+from quatro_ray.engines.checkpoint_store import checkpoint_store, digest_files
 from quatro_ray.errors import ConfigError
 from quatro_ray.jobs.replay_step import (
     _config_of,
@@ -42,7 +43,10 @@ def made(path: Path, num_steps: int, **replay: Any) -> tuple[Config, ReplayBuffe
 
 def checkpoint_at(settings: Config, *steps: int) -> None:
     for step in steps:
-        (settings.checkpoint_dir / f"step_{step}").mkdir(parents=True)
+        store = checkpoint_store(settings)
+        writing = store.begin(step)
+        (writing / "weights").write_text("weights")
+        store.commit(writing, step, {}, digest_files(writing))
 
 
 def test_the_batches_since_the_newest_checkpoint_before_the_step(tmp_path: Path) -> None:
@@ -102,6 +106,19 @@ def test_a_place_for_the_results_is_asked_for_first(tmp_path: Path) -> None:
     (tmp_path / "file").touch()
     with pytest.raises(ConfigError, match=r"^--out=.*/file: cannot be written"):
         _make_folder(tmp_path / "file")
+
+
+@pytest.mark.parametrize("step", [3, 6])  # from one that is pinned, and from the newest
+def test_a_damaged_checkpoint_is_named(tmp_path: Path, step: int) -> None:
+    """Numbers that differ would be blamed on the step."""
+    settings, _ = made(tmp_path / "run", 6, keep_steps=[3])
+    checkpoint_at(settings, 2, 3, 4, 5)
+    (settings.checkpoint_dir / f"step_{step - 1}/weights").write_text("weihgts")
+    with (
+        _private_ledger(tmp_path / "run/ledger.sqlite") as ledger,
+        pytest.raises(ConfigError, match=rf"STEP={step}: .*checkpoints/step_{step - 1}, cannot be used: weights does"),
+    ):
+        _Plan.make(settings, ledger, step)
 
 
 def test_versions_after_a_fall_back() -> None:
