@@ -202,7 +202,7 @@ def status(
 def audit(
     run_dir: RunDir,
     as_json: AsJson = False,
-    deep: Annotated[bool, typer.Option(help="Also compare the SHA-256 of every file of the checkpoints.")] = False,
+    deep: Annotated[bool, typer.Option(help="Also compare the checksums of checkpoints and stored rollouts.")] = False,
 ) -> None:
     """Check that every group, step and version of a run is there once. Exit status 1 if anything is lost or doubled."""
     from quatro_ray.jobs.audit import audit_run

@@ -307,7 +307,7 @@ def test_what_is_no_run_and_what_cannot_be_audited_is_told(run: Path, tmp_path: 
     with pytest.raises(ConfigError, match=r"holds no run, as it has no config\.yaml; give the run\.dir of a run"):
         audit_run(tmp_path)
     change("PRAGMA user_version=7")(run)
-    with pytest.raises(LedgerError, match="is a ledger of version 7, and this quatro_ray audits version 1"):
+    with pytest.raises(LedgerError, match="is a ledger of version 7, and this quatro_ray reads version 1"):
         audit_run(run)
     (run / "config.yaml").write_text("run: {num_steps: 12}\n")
     with pytest.raises(
