@@ -77,6 +77,7 @@ class CheckpointStore:
         self._keep = keep
         self._pinned = pinned
         self._newest_bytes = 0
+        self._newest: Path | None = None
 
     def check_space(self) -> None:
         """Raise CheckpointError unless a checkpoint as large as the last one fits on the disk.
@@ -119,7 +120,7 @@ class CheckpointStore:
         path = writing.with_name(writing.name.removesuffix(_WRITING))
         replace_folder(writing, path)  # a checkpoint of an abandoned lineage may have that name
         sync(path.parent)
-        self._newest_bytes = sum(size for size, _ in digests.values())
+        self._newest_bytes, self._newest = sum(size for size, _ in digests.values()), path
         for old in self._unpinned()[self._keep :]:
             if old != path:
                 shutil.rmtree(old)
@@ -133,8 +134,8 @@ class CheckpointStore:
                 that it is never loaded.
 
         Raises:
-            CheckpointError: all checkpoints are damaged; or one cannot be read, which does not mean that it is
-                damaged: it is not changed.
+            CheckpointError: all checkpoints are damaged, or are gone since the last one was written or loaded; or one
+                cannot be read, which does not mean that it is damaged: it is not changed.
         """
         for path in self._complete():
             try:
@@ -146,7 +147,7 @@ class CheckpointStore:
                     "run.resume=auto"
                 ) from error
             if checkpoint is not None:
-                self._newest_bytes = size_of(path)
+                self._newest_bytes, self._newest = size_of(path), path
                 return checkpoint
             aside = path.with_name(path.name + _DAMAGED)
             shutil.rmtree(aside, ignore_errors=True)
@@ -156,6 +157,11 @@ class CheckpointStore:
             raise CheckpointError(
                 f"{self._folder}: no checkpoint is left but damaged ones ({', '.join(left)}); restore one from a "
                 "backup, or begin again from step 0 with run.resume=never and run.overwrite=true"
+            )
+        if self._newest is not None:
+            raise CheckpointError(
+                f"{self._folder}: has no checkpoint any more, and {self._newest.name} was there; mount or restore the "
+                "folder, then rerun with run.resume=auto"
             )
         return None
 

@@ -67,6 +67,18 @@ def test_a_damaged_one_is_named_put_aside_and_the_one_before_is_used(tmp_path: P
     assert newest(store) == (2, [])
 
 
+def test_a_folder_that_is_no_longer_there_does_not_mean_step_0(tmp_path: Path) -> None:
+    store = CheckpointStore(tmp_path / "c", keep=3)
+    assert newest(store) == (None, [])
+    write(store, 1)
+    for held in (store, CheckpointStore(tmp_path / "c", keep=3)):
+        assert newest(held) == (1, [])
+        (tmp_path / "c").rename(tmp_path / "away")  # as a mount that is lost
+        with pytest.raises(CheckpointError, match=r"has no checkpoint any more, and step_1 was there; mount or"):
+            newest(held)
+        (tmp_path / "away").rename(tmp_path / "c")
+
+
 def test_what_was_not_completed_is_never_seen(tmp_path: Path) -> None:
     store = CheckpointStore(tmp_path, keep=2)
     write(store, 1)
