@@ -207,10 +207,11 @@ def audit(
     """Check that every group, step and version of a run is there once. Exit status 1 if anything is lost or doubled."""
     from quatro_ray.jobs.audit import audit_run
     from quatro_ray.jobs.audit_view import view
+    from quatro_ray.telemetry.run_files import finite
 
     with _usable(run_dir):
         found = audit_run(run_dir, thorough=deep)
-    print(json.dumps(found.record()) if as_json else view(found))
+    print(json.dumps(finite(found.record())) if as_json else view(found))
     raise typer.Exit(1 if found.findings else 0)
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import re
 import shutil
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
@@ -18,6 +19,7 @@ MANIFEST = "manifest.json"
 LEDGER = "ledger.sqlite"
 """Copy of the ledger's database in a checkpoint, and the name of the ledger itself in `run.dir`."""
 _STATE = "state.json"
+_COMPLETE = re.compile(r"step_[0-9]+")
 _WRITING, _DAMAGED = ".writing", ".damaged"
 _CHUNK_BYTES = 2**22
 
@@ -225,7 +227,7 @@ class CheckpointStore:
         """Return the folders of complete checkpoints, newest first."""
         if not self._folder.is_dir():
             return []
-        found = [p for p in self._folder.glob("step_*") if p.name.removeprefix("step_").isdigit()]
+        found = [p for p in self._folder.glob("step_*") if _COMPLETE.fullmatch(p.name)]
         return sorted(found, key=_step_of, reverse=True)
 
 
@@ -255,12 +257,13 @@ def _damage(path: Path, *, thorough: bool) -> str | None:
         OSError: a file is there and cannot be read.
     """
     try:
-        files = json.loads((path / MANIFEST).read_text())["files"]
+        listed = json.loads((path / MANIFEST).read_text())["files"]
+        files = {name: (int(size), str(digest)) for name, (size, digest) in listed.items()}
     except FileNotFoundError:
         return f"{MANIFEST} is missing"
-    except (ValueError, KeyError, TypeError):
+    except (ValueError, KeyError, TypeError, AttributeError, OverflowError):
         return f"{MANIFEST} is not a manifest"
-    if not isinstance(files, dict) or _STATE not in files:
+    if _STATE not in files:
         return f"{MANIFEST} does not list {_STATE}"
     for name, (size, digest) in files.items():
         file = path / name

@@ -71,6 +71,11 @@ def read_settings(run_dir: Path) -> RunSettings:
 
     is_capped = _section(tree, "replay").get("on_stale") != "train"
     folder = _section(tree, "checkpoint").get("dir")
+    if not (folder is None or isinstance(folder, str)):
+        raise ConfigError(
+            f"{run_dir / 'config.yaml'}: checkpoint.dir must be a path or null, not {folder!r}; restore the file that "
+            "the run wrote"
+        )
     kept = _section(tree, "replay").get("keep_steps")
     return RunSettings(
         num_steps=number("run", "num_steps"),

@@ -19,7 +19,15 @@ from quatro_ray.replay.ledger_reader import LedgerTotals, check_host, read_total
 from quatro_ray.telemetry.activity import member_name
 from quatro_ray.telemetry.append_log import last_lines
 from quatro_ray.telemetry.now_file import Now, read_now
-from quatro_ray.telemetry.run_files import Record, count_faults, faults, last_records, newest_change, require_run
+from quatro_ray.telemetry.run_files import (
+    Record,
+    count_faults,
+    faults,
+    finite,
+    last_records,
+    newest_change,
+    require_run,
+)
 
 NUM_STEPS = 20
 """The last steps, over which rates are means and the duration of a step is a median."""
@@ -120,8 +128,9 @@ class Status:
     end_at: float | None
 
     def record(self) -> dict[str, Any]:
-        """Return the state as a JSON object."""
-        return asdict(self)
+        """Return the state as a JSON object, in which a number that is not finite is null."""
+        found: dict[str, Any] = finite(asdict(self))
+        return found
 
 
 def read_status(run_dir: Path) -> Status:

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import json
+import math
 from collections import Counter, deque
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -102,6 +103,15 @@ def faults(run_dir: Path, unreadable: Counter[str]) -> list[Record]:
 def count_faults(events: Iterable[Record]) -> dict[str, int]:
     """Return the number of faults by component and event, such as "generator lost"."""
     return dict(Counter(f"{str(e.get('part')).partition(' ')[0]} {e['event']}" for e in events))
+
+
+def finite(value: Any) -> Any:
+    """Return a JSON value with null in place of each number that JSON does not have: NaN and the infinities."""
+    if isinstance(value, Mapping):
+        return {name: finite(inner) for name, inner in value.items()}
+    if isinstance(value, list | tuple):
+        return [finite(inner) for inner in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def records_of(run_dir: Path, name: str) -> Iterator[Record]:

@@ -53,6 +53,9 @@ def test_pinned_ones_are_kept_besides(tmp_path: Path) -> None:
         (lambda p: (p / "rank_0.pt").unlink(), "rank_0.pt is missing"),
         (lambda p: (p / "state.json").write_text("{}"), "state.json has 2 bytes"),
         (lambda p: (p / "manifest.json").write_text("{"), "manifest.json is not a manifest"),
+        (lambda p: (p / "manifest.json").write_text('{"files": ["a"]}'), "manifest.json is not a manifest"),
+        (lambda p: (p / "manifest.json").write_text('{"files": {"a": 1}}'), "manifest.json is not a manifest"),
+        (lambda p: (p / "manifest.json").write_text('{"files": {"a": [null, null]}}'), "manifest.json is not a manif"),
     ],
 )
 def test_a_damaged_one_is_named_put_aside_and_the_one_before_is_used(tmp_path: Path, damage, what: str) -> None:  # type: ignore[no-untyped-def]
@@ -77,6 +80,12 @@ def test_a_folder_that_is_no_longer_there_does_not_mean_step_0(tmp_path: Path) -
         with pytest.raises(CheckpointError, match=r"has no checkpoint any more, and step_1 was there; mount or"):
             newest(held)
         (tmp_path / "away").rename(tmp_path / "c")
+
+
+def test_other_folders_are_no_checkpoints(tmp_path: Path) -> None:
+    for name in ("step_²", "step_", "step_x", "step_-1"):
+        (tmp_path / name).mkdir()
+    assert CheckpointStore(tmp_path, keep=1).steps() == []
 
 
 def test_what_was_not_completed_is_never_seen(tmp_path: Path) -> None:

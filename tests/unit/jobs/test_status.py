@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import math
 import os
 import sqlite3
 import time
@@ -152,6 +153,14 @@ def test_a_ledger_that_cannot_be_read_is_told_and_the_rest_is_shown(tmp_path: Pa
     with closing(sqlite3.connect(run / "ledger.sqlite", isolation_level=None)) as other:
         other.execute("BEGIN IMMEDIATE")  # as the run itself does all the time
         assert read_status(run).version == 0
+
+
+def test_json_has_no_numbers_that_json_does_not_have(tmp_path: Path) -> None:
+    run = write_run(tmp_path / "run")
+    lines = (run / "metrics.jsonl").read_text().splitlines()
+    last = json.loads(lines[-1]) | {"reward/mean": math.nan}
+    (run / "metrics.jsonl").write_text("\n".join([*lines[:-1], json.dumps(last)]) + "\n")
+    assert "NaN" not in json.dumps(read_status(run).record())
 
 
 def test_a_run_on_another_machine_is_seen_without_its_ledger(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
