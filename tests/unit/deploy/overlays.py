@@ -139,3 +139,9 @@ class Overlay:
     @property
     def config(self) -> Config:
         return load_config(self.config_path, self.command[3:])
+
+
+def redis_address(overlay: Overlay) -> str:
+    """RAY_REDIS_ADDRESS in the head, where Kubernetes puts the values of variables that are defined before it."""
+    address = overlay.cluster["gcsFaultToleranceOptions"]["redisAddress"]
+    return re.sub(r"\$\((\w+)\)", lambda name: overlay.head.environment[name[1]], address)

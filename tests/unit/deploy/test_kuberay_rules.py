@@ -8,7 +8,7 @@ import pytest
 import yaml
 
 from tests.unit.deploy.locks import locked
-from tests.unit.deploy.overlays import Overlay
+from tests.unit.deploy.overlays import Overlay, redis_address
 
 pytestmark = pytest.mark.process
 
@@ -105,7 +105,7 @@ def test_redis_is_named_where_kuberay_wants_it(overlay: Overlay) -> None:
         return
     (service,), (redis,) = overlay.all_of("Service"), overlay.all_of("StatefulSet")
     (port,) = service["spec"]["ports"]
-    assert options["redisAddress"] == f"{service['metadata']['name']}:{port['port']}"
+    assert redis_address(overlay) == f"{service['metadata']['name']}:{port['port']}"
     (container,) = redis["spec"]["template"]["spec"]["containers"]
     assert {"name": "REDIS_PASSWORD", **options["redisPassword"]} in container["env"]
     assert service["spec"]["selector"].items() <= redis["spec"]["template"]["metadata"]["labels"].items()
