@@ -63,6 +63,7 @@ def test_the_image_for_gpus() -> None:
     assert run(image, "id", "-u").strip() == "1000"
     run(image, "/opt/quatro_ray/docker/health_check.sh")
     run(image, "bash", "-c", 'command -v ray wget pgrep pkill bwrap c++ && "$CUDA_HOME/bin/nvcc" --version')
+    run(image, "python", "-c", "import ctypes; ctypes.CDLL('libibverbs.so.1')")  # NCCL loads it, or uses TCP
     builds = "import torch, vllm, deepspeed; print(torch.version.cuda)"
     assert run(image, "python", "-c", builds, deadline_s=600).split()[-1] != "None"
     assert "together 8 GPU" in run(image, "quatro-ray", "plan", "/opt/quatro_ray/configs/qwen2.5-1.5b-8gpu.yaml")

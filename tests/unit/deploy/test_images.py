@@ -24,6 +24,11 @@ def test_images_copy_only_what_exists_and_run_as_a_user(device: str) -> None:
     assert not any("<<" in line or "--link" in line or line.startswith("# syntax") for line in lines)
 
 
+def test_the_image_for_gpus_has_what_nccl_loads_for_infiniband() -> None:
+    words = DOCKERFILES["cuda"].read_text().split()
+    assert {"libibverbs1", "ibverbs-providers", "librdmacm1"} <= set(words)
+
+
 @pytest.mark.process
 @pytest.mark.parametrize("device", DOCKERFILES)
 def test_hadolint_finds_nothing(device: str) -> None:

@@ -76,6 +76,12 @@ def test_the_demo_fits_beside_the_pods_of_kubernetes_on_four_cpus() -> None:
     assert sum(quantity(each["resources"]["requests"]["cpu"]) for each in containers) <= 4 - 1.05
 
 
+def test_one_gpu_fits_on_a_machine_of_8_cpus_and_32_gib() -> None:
+    """Beside the pods of Kubernetes and what a kubelet keeps for itself: usual sizes with one GPU of 24 GB."""
+    (worker,) = Overlay("one-gpu", render("overlays/one-gpu")).workers
+    assert worker.limits["cpu"] <= 8 - 0.5 and worker.limits["memory"] <= (32 - 4) * 2**30
+
+
 def test_pods_with_gpus_tolerate_their_nodes_taint(overlay: Overlay) -> None:
     for group in overlay.groups:
         keys = [each["key"] for each in group.pod.get("tolerations", [])]
