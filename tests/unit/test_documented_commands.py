@@ -29,3 +29,14 @@ def test_commands_exist(page: Path) -> None:
 def test_the_page_of_operations_shows_them() -> None:
     shown = {name for name, _ in SHOWN.findall((ROOT / "docs/operations.md").read_text())}
     assert {"validate", "plan", "submit", "report", "eval", "replay"} <= shown
+
+
+def test_what_it_shows_runs_on_the_cluster_that_it_starts() -> None:
+    """Without an address, `train` and `eval` start a second cluster on the head."""
+    text = (ROOT / "docs/operations.md").read_text()
+    assert "ray start --head --dashboard-host 127.0.0.1" in text
+    blocks = "\n".join(re.findall(r"```\n(.*?)```", text, re.DOTALL))
+    for name, rest in SHOWN.findall(blocks):
+        if name == "submit":
+            assert "--address http://127.0.0.1:8265" in rest
+        assert name not in ("train", "eval") or "cluster.address=auto" in rest

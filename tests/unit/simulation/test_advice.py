@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 
+from quatro_ray import cli
 from quatro_ray.config import Config, dump_config
 from quatro_ray.config.run import ClusterConfig
 from quatro_ray.errors import ConfigError
@@ -104,3 +105,15 @@ def test_what_cannot_be_measured_is_told(run_dir: Path, tmp_path: Path) -> None:
     (tmp_path / "metrics.jsonl").write_text("".join(lines[:12]))
     with pytest.raises(ConfigError, match=r"has 6 steps that can be measured .*, and 10 are needed"):
         measure(tmp_path)
+
+
+def test_the_command_prints_the_advice(
+    run_dir: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    one_split = ["generator.num_engines=1", "learner.num_ranks=1"]
+    command = ["quatro-ray", "plan", str(run_dir / "config.yaml"), *one_split, "--simulate", str(run_dir)]
+    monkeypatch.setattr("sys.argv", command)
+    with pytest.raises(SystemExit) as ended:
+        cli.main()
+    assert ended.value.code == 0
+    assert re.search(r"^advice: ", capsys.readouterr().out, re.MULTILINE)
