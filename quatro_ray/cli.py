@@ -246,7 +246,7 @@ def trace(
         print(f"trace: {write_trace(run_dir, out)}")
 
 
-@app.command()
+@app.command(context_settings={"ignore_unknown_options": True})  # a negative step is told the rule of steps
 def replay(
     run_dir: Annotated[Path, typer.Argument(help="Directory of a run: finished, running or crashed.")],
     step: Annotated[int, typer.Argument(help="Optimiser step, from 1 on.")],

@@ -212,10 +212,13 @@ def _config_of(run_dir: Path, overrides: Sequence[str]) -> Config:
 
 
 def _recorded(run_dir: Path, step: int) -> Mapping[str, object]:
+    last = 0
     for record in records_of(run_dir, "metrics.jsonl"):
         if record.get("step") == step:
             return record
-    raise ConfigError(f"STEP={step}: {run_dir}/metrics.jsonl has no such step; choose another")
+        last = record.get("step", last)
+    there = f"choose one from 1 to {last}" if last else "it has none yet; choose another run"
+    raise ConfigError(f"STEP={step}: {run_dir}/metrics.jsonl has no such step; {there}")
 
 
 @contextmanager

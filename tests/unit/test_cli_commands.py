@@ -182,6 +182,17 @@ def test_a_trace_is_written_beside_the_run_or_where_one_says(call, tmp_path: Pat
     )  # fmt: skip
 
 
+def test_a_step_that_a_run_does_not_have_is_not_made_again(call, tmp_path: Path) -> None:  # type: ignore[no-untyped-def]
+    (tmp_path / "config.yaml").write_text(dump_config(config(tmp_path)))
+    (tmp_path / "ledger.sqlite").touch()
+    error = f"error: STEP={{}}: {tmp_path}/metrics.jsonl has no such step; {{}}\n"
+    assert call("replay", str(tmp_path), "-1") == (2, "", error.format(-1, "it has none yet; choose another run"))
+    (tmp_path / "metrics.jsonl").write_text('{"step": 1}\n{"step": 2}\n')
+    for step in (-1, 0, 3):
+        assert call("replay", str(tmp_path), str(step)) == (2, "", error.format(step, "choose one from 1 to 2"))
+    assert "--verbos" in call("replay", str(tmp_path), "1", "--verbos")[2]
+
+
 def test_the_version_is_that_of_the_installed_package(call) -> None:  # type: ignore[no-untyped-def]
     code, out, _ = call("--version")
     assert (code, out) == (0, f"quatro-ray {version('quatro_ray')}\n")
