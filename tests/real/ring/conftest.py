@@ -22,3 +22,11 @@ def ring(local_ray: None, model_path: str, tmp_path_factory: pytest.TempPathFact
     ring.cluster.fleet.started(synced=True)
     yield ring
     ring.cluster.shutdown()
+
+
+@pytest.fixture(autouse=True)
+def one_version(ring: Ring) -> None:
+    """Give the engine the learner's weights, whatever the test before has left."""
+    new = ring.run(ring.generator.policy_version()) + 1
+    ring.run(ring.cluster.learner.set_version(new))
+    ring.run(ring.parts.weight_sync.update(new))

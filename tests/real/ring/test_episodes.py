@@ -19,19 +19,30 @@ from quatro_ray.config import EnvironmentConfig
 from quatro_ray.failures import GenerationFailed
 from quatro_ray.types import DropReason, GenerationSummary, Query, RolloutGroup, SamplingParams
 from tests.real.conftest import Ring
-from tests.real.ring.test_ring import disagreement, train, version
+from tests.real.ring.test_ring import disagreement, sample, train, version
 
 SAMPLING = SamplingParams(temperature=0.8, top_p=1.0, max_tokens=60, seed=3)
 FUNCTIONS = """
 import time
+from pathlib import Path
+from uuid import uuid4
 
-def ask(query, policy, *, pause_s=0.0):
+def ask(query, policy, *, gate=None):
     vowels = 0
     while (turn := policy.generate(stop=list("aeiou"), max_tokens=12)) is not None:
         vowels += turn.text[-1:] in tuple("aeiou")
-        time.sleep(pause_s)
+        if gate is not None:
+            wait_at(Path(gate))
         policy.give(" and? ")
     return {"vowels": vowels}
+
+def wait_at(gate):
+    if not (gate / "open").exists():
+        (gate / f"waits-{uuid4()}").touch()
+    end = time.monotonic() + 100
+    while not (gate / "open").exists():
+        assert time.monotonic() < end
+        time.sleep(0.05)
 
 def long(query, policy):
     policy.generate()
@@ -71,9 +82,30 @@ def client(ring: Ring, model_path: str, functions: Path, made_pools: list[Enviro
     return make
 
 
+class Gate:
+    """A folder at which episodes of `ask` wait after each turn until it is opened."""
+
+    def __init__(self, folder: Path) -> None:
+        folder.mkdir()
+        self.folder = folder
+
+    async def reached(self, num_episodes: int, seconds: float = 60) -> None:
+        async with asyncio.timeout(seconds):
+            while len(list(self.folder.glob("waits-*"))) < num_episodes:
+                await asyncio.sleep(0.05)
+
+    def open(self) -> None:
+        (self.folder / "open").touch()
+
+
+@pytest.fixture
+def gate(tmp_path: Path) -> Gate:
+    return Gate(tmp_path / "gate")
+
+
 async def play(client: GeneratorClient, group_id: int = 0) -> tuple[GenerationSummary, RolloutGroup]:
     query = Query(str(group_id), f"{10 + group_id}+34=", "44", source="mine")
-    summary, group = await generate_once(client, GroupRequest(group_id, query, SAMPLING, 4), deadline_s=60)
+    summary, group = await generate_once(client, GroupRequest(group_id, query, SAMPLING, 4), deadline_s=100)
     return summary, await cast(Awaitable[RolloutGroup], group)
 
 
@@ -84,7 +116,7 @@ def test_log_probs_over_several_turns_are_the_learners_own(ring: Ring, client: A
         mine = client("ask")
         queries = [Query(str(i), f"{i}+3=", "4", source="mine") for i in range(2)]
         requests = [GroupRequest(i, query, SAMPLING, 4) for i, query in enumerate(queries)]
-        refs = [await generate_once(mine, request, deadline_s=60) for request in requests]
+        refs = [await generate_once(mine, request, deadline_s=100) for request in requests]
         scored = [(await ring.parts.verifiers.score(group))[1] for _, group in refs]
         return tuple([await group for group in scored])
 
@@ -108,18 +140,15 @@ def test_the_same_seed_gives_the_same_episodes(ring: Ring, client: Any) -> None:
     assert [r.transcript for r in first.rollouts] == [r.transcript for r in second.rollouts]
 
 
-def test_an_update_between_turns_shows_in_the_versions(ring: Ring, client: Any) -> None:
+def test_an_update_between_turns_shows_in_the_versions(ring: Ring, client: Any, gate: Gate) -> None:
     start = version(ring)
+    train(ring, sample(ring))
 
     async def work() -> tuple[GenerationSummary, RolloutGroup]:
-        mine = client("ask", params={"pause_s": 10.0})
-        await play(mine)  # so that all processes are up, and the four episodes start together
-        before = (await mine.load()).num_generated_tokens
-        playing = asyncio.create_task(play(mine))
-        while (await mine.load()).num_generated_tokens == before:
-            await asyncio.sleep(0.05)
-        await asyncio.sleep(1.0)  # all are in the pause after their first turn, which is long enough for an update
+        playing = asyncio.create_task(play(client("ask", params={"gate": str(gate.folder)})))
+        await gate.reached(num_episodes=4)
         await ring.parts.weight_sync.update(start + 1)
+        gate.open()
         return await playing
 
     summary, group = ring.run(work())
@@ -145,18 +174,17 @@ def test_a_deadline_reaches_the_engine(ring: Ring, client: Any) -> None:
     ring.run(work())
 
 
-def test_an_actor_that_dies_is_replaced(ring: Ring, client: Any, made_pools: list[EnvironmentPool]) -> None:
+def test_an_actor_that_dies_is_replaced(ring: Ring, client: Any, made_pools: list[EnvironmentPool], gate: Gate) -> None:
     async def work() -> None:
-        mine = client("ask", params={"pause_s": 1.0})
+        mine = client("ask", params={"gate": str(gate.folder)})
         playing = asyncio.create_task(play(mine))
-        before = (await mine.load()).num_generated_tokens
-        while (await mine.load()).num_generated_tokens == before:
-            await asyncio.sleep(0.1)
+        await gate.reached(num_episodes=1)
         ray.kill(made_pools[-1].actors[0])
         with pytest.raises(GenerationFailed) as raised:
             await playing
         assert raised.value.reason is DropReason.ENVIRONMENT_ERROR
         assert made_pools[-1].num_replaced == 1
+        gate.open()
         assert len((await play(mine))[1].rollouts) == 4
 
     ring.run(work())
