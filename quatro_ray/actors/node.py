@@ -36,12 +36,15 @@ async def _node_died() -> NoReturn:
     )
 
 
-async def draining_nodes(actors: Sequence[ActorHandle]) -> dict[str, list[int]]:
-    """Return the ids of the nodes that Ray is told to drain, each with the positions of the actors that live there."""
+async def draining_nodes(actors: Sequence[ActorHandle]) -> dict[str, list[int]] | None:
+    """Return the ids of the nodes that Ray is told to drain, each with the positions of the actors that live there.
+
+    None stands for a moment in which the head node does not answer, so that nothing is known.
+    """
     return await asyncio.to_thread(_draining_nodes, actors)
 
 
-def _draining_nodes(actors: Sequence[ActorHandle]) -> dict[str, list[int]]:
+def _draining_nodes(actors: Sequence[ActorHandle]) -> dict[str, list[int]] | None:
     try:
         nodes: dict[str, list[int]] = {node: [] for node in ray._private.state.state.get_draining_nodes()}
         if nodes:
@@ -49,8 +52,8 @@ def _draining_nodes(actors: Sequence[ActorHandle]) -> dict[str, list[int]]:
                 where = ray._private.state.actors(actor._actor_id.hex()).get("Address", {}).get("NodeID")
                 if where in nodes:
                     nodes[where].append(position)
-    except RpcError:  # the head node does not answer for a moment
-        return {}
+    except RpcError:
+        return None
     return nodes
 
 

@@ -15,8 +15,8 @@ from quatro_ray.timeouts import unless_raises
 
 LOOK_EVERY_S = 2.0
 
-DrainNotice = Callable[[], Awaitable[Mapping[str, Sequence[int]]]]
-"""Returns the nodes that are going away, by id, each with the indices of the engines on it."""
+DrainNotice = Callable[[], Awaitable[Mapping[str, Sequence[int]] | None]]
+"""Returns the nodes that are going away, by id, each with the indices of the engines on it; None if it is not known."""
 
 
 class DrainMonitor:
@@ -28,23 +28,27 @@ class DrainMonitor:
         self._writer = writer
         self._recorder = recorder
         self._is_checkpoint_due = asyncio.Event()
+        self._known: set[str] = set()
 
     async def loop(self) -> None:
         """Look for notices every two seconds, also while a checkpoint is written. An error of either ends both."""
         await unless_raises(self._write_when_due(), self._look())
 
     async def _look(self) -> None:
-        known: set[str] = set()
         while True:
             nodes = await self._notice()
-            self._generators.drain({index for engines in nodes.values() for index in engines})
-            new = nodes.keys() - known
-            for node in sorted(new):
-                self._recorder.event("draining", f"node {node}", engines=list(nodes[node]))
-            if new:
-                self._is_checkpoint_due.set()
-            known = set(nodes)
+            if nodes is not None:
+                self._heed(nodes)
             await asyncio.sleep(LOOK_EVERY_S)
+
+    def _heed(self, nodes: Mapping[str, Sequence[int]]) -> None:
+        self._generators.drain({index for engines in nodes.values() for index in engines})
+        new = nodes.keys() - self._known
+        for node in sorted(new):
+            self._recorder.event("draining", f"node {node}", engines=list(nodes[node]))
+        if new:
+            self._is_checkpoint_due.set()
+        self._known = set(nodes)
 
     async def _write_when_due(self) -> NoReturn:
         """Write one checkpoint at a time.

@@ -59,14 +59,14 @@ class Parts:
     """What a drain monitor calls; each write of a checkpoint takes a minute."""
 
     def __init__(self) -> None:
-        self.nodes: dict[str, list[int]] = {}
+        self.nodes: dict[str, list[int]] | None = {}
         self.drained: set[int] = set()
         self.announced: list[str] = []
         self.num_begun, self.num_written, self.num_cancelled = 0, 0, 0
         self.error: Exception | None = None
         self.monitor = DrainMonitor(self.notice, cast(Any, self), cast(Any, self), cast(Any, self))
 
-    async def notice(self) -> dict[str, list[int]]:
+    async def notice(self) -> dict[str, list[int]] | None:
         return self.nodes
 
     def drain(self, indices: set[int]) -> None:
@@ -120,6 +120,27 @@ async def second_notice_during_a_checkpoint() -> None:
 
 def test_notices_are_seen_while_a_checkpoint_is_written() -> None:
     on_virtual_clock(second_notice_during_a_checkpoint())
+
+
+async def no_answer_for_a_moment() -> None:
+    parts = Parts()
+    task = asyncio.ensure_future(parts.monitor.loop())
+    parts.nodes = {"n1": [1]}
+    await asyncio.sleep(100)
+    parts.nodes = None
+    await asyncio.sleep(10)
+    assert parts.drained == {1}
+    parts.nodes = {"n1": [1]}
+    await asyncio.sleep(100)
+    assert parts.announced == ["node n1"] and parts.num_written == 1
+    parts.nodes = {}
+    await asyncio.sleep(10)
+    assert parts.drained == set()
+    await cancelled(task)
+
+
+def test_while_the_head_node_does_not_answer_a_drain_stands() -> None:
+    on_virtual_clock(no_answer_for_a_moment())
 
 
 async def failing_checkpoint() -> None:
