@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import json
 import sys
+from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from functools import partial
@@ -242,8 +243,12 @@ def trace(
     """Write what each part of a run did and when as a Chrome trace, for ui.perfetto.dev."""
     from quatro_ray.telemetry.chrome_trace import write_trace
 
+    unreadable = Counter[str]()
     with _usable(run_dir):
-        print(f"trace: {write_trace(run_dir, out)}")
+        path = write_trace(run_dir, unreadable, out)
+    for name, num in unreadable.items():
+        print(f"{num:,} lines of {name} cannot be read and are left out", file=sys.stderr)
+    print(f"trace: {path}")
 
 
 @app.command(context_settings={"ignore_unknown_options": True})  # a negative step is told the rule of steps

@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import sqlite3
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -21,21 +21,17 @@ from quatro_ray.jobs.run_directory import is_in_use
 from quatro_ray.jobs.run_settings import read_settings
 from quatro_ray.replay.ledger_reader import LedgerRows, check_host, read_rows
 from quatro_ray.replay.schema import damage_of
+from quatro_ray.telemetry.record_types import weighted_mean, wrong_types
 from quatro_ray.telemetry.run_files import read_records, require_run
 from quatro_ray.types import DropReason, GroupState
 
-_OF_A_LINE: dict[str, dict[str, type]] = {
-    "metrics.jsonl": {"step": int},
-    "rollouts.jsonl": {"step": int, "group_id": int},
-    "evaluations.jsonl": {"step": int, "version": int, "set": str},
-    "events.jsonl": {"event": str},
-}
-"""The fields that every line of a file has, with their types."""
 _LENGTH, _PASS_RATE = "response_tokens_mean", "pass_rate"
-_KEPT = {"rollout/num", f"rollout/{_LENGTH}", "pass_rate/mean", "version", "why", "part", "path", "checkpoint"} | {
-    f"drops/{reason}{suffix}" for reason in DropReason for suffix in ("", f"_{_LENGTH}", f"_{_PASS_RATE}")
-}
-"""The other fields that are read, so that a long run fits in memory."""
+_KEPT = (
+    {"step", "rollout/num", f"rollout/{_LENGTH}", "pass_rate/mean", "group_id", "set"}
+    | {"event", "part", "version", "why", "path", "checkpoint"}
+    | {f"drops/{reason}{suffix}" for reason in DropReason for suffix in ("", f"_{_LENGTH}", f"_{_PASS_RATE}")}
+)
+"""The fields that are read, so that a long run fits in memory."""
 
 
 @dataclass(frozen=True)
@@ -163,13 +159,8 @@ def audit_run(run_dir: Path, *, thorough: bool = False) -> Audit:
 
 def _lines(path: Path) -> tuple[list[Record], list[str]]:
     """Return the lines of a file of records, without what is not needed, and what is wrong with them."""
-    wanted, unreadable = _OF_A_LINE[path.name], Counter[str]()
-    lines: list[Record] = []
-    for record in read_records(path, unreadable):
-        if all(isinstance(record.get(name), kind) for name, kind in wanted.items()):
-            lines.append({k: v for k, v in record.items() if k in wanted or k in _KEPT})
-        else:
-            unreadable[path.name] += 1
+    unreadable = Counter[str]()
+    lines: list[Record] = [{k: v for k, v in record.items() if k in _KEPT} for record in read_records(path, unreadable)]
     num = unreadable[path.name]
     return lines, [f"{path.name}: {num} lines cannot be read"] if num else []
 
@@ -191,9 +182,12 @@ def _summary(path: Path) -> tuple[dict[str, Any], list[str]]:
         return {}, []
     try:
         summary = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError:
+    except (ValueError, RecursionError):
         summary = None
-    return (summary, []) if isinstance(summary, dict) else ({}, [f"{path.name} is not a JSON object"])
+    if not isinstance(summary, dict):
+        return {}, [f"{path.name} is not a JSON object"]
+    wrong = [f"{path.name}: {what}" for what in wrong_types(path.name, summary)]
+    return {} if wrong else summary, wrong
 
 
 def _is_constant(run_dir: Path, events: Sequence[Record]) -> bool:
@@ -205,21 +199,13 @@ def _is_constant(run_dir: Path, events: Sequence[Record]) -> bool:
 
 
 def _trained(num_groups: int, metrics: Sequence[Record]) -> Fate:
-    num = [m.get("rollout/num", 0) for m in metrics]
-    lengths = (m.get(f"rollout/{_LENGTH}") for m in metrics)
-    rates = (m.get("pass_rate/mean") for m in metrics)
-    return Fate(num_groups, _mean(zip(num, lengths, strict=True)), _mean(zip(num, rates, strict=True)))
+    return _fate(num_groups, metrics, "rollout/num", f"rollout/{_LENGTH}", "pass_rate/mean")
 
 
 def _dropped(reason: str, num_groups: int, metrics: Sequence[Record]) -> Fate:
     key = f"drops/{reason}"
-    with_drops = [m for m in metrics if key in m]
-    length, rate = (_mean((m[key], m.get(f"{key}_{name}")) for m in with_drops) for name in (_LENGTH, _PASS_RATE))
-    return Fate(num_groups, length, rate)
+    return _fate(num_groups, metrics, key, f"{key}_{_LENGTH}", f"{key}_{_PASS_RATE}")
 
 
-def _mean(weighted: Iterator[tuple[float, float | None]]) -> float | None:
-    """Return the weighted mean of the values that are known."""
-    known = [(weight, value) for weight, value in weighted if value is not None]
-    total = sum(weight for weight, _ in known)
-    return sum(weight * value for weight, value in known) / total if total else None
+def _fate(num_groups: int, metrics: Sequence[Record], weight: str, length: str, pass_rate: str) -> Fate:
+    return Fate(num_groups, weighted_mean(metrics, length, weight), weighted_mean(metrics, pass_rate, weight))

@@ -13,6 +13,7 @@ from itertools import pairwise
 from typing import Any
 
 from quatro_ray.replay.ledger_reader import GroupRow, LedgerRows, VersionRow
+from quatro_ray.telemetry.record_types import number
 from quatro_ray.types import DropReason, GroupState
 
 _FINAL = frozenset({GroupState.TRAINED, GroupState.DROPPED})
@@ -271,7 +272,7 @@ def drops(ledger: LedgerRows, lines: Sequence[Record]) -> list[str]:
     made = Counter(g.reason for g in ledger.groups if g.state == GroupState.DROPPED)
     told: Counter[str] = Counter()
     for line in lines:
-        told.update({str(r): int(line[f"drops/{r}"]) for r in _REASONS if f"drops/{r}" in line})
+        told.update({str(r): int(number(line, f"drops/{r}") or 0) for r in _REASONS if f"drops/{r}" in line})
     return [
         f"metrics.jsonl: counts {n} groups dropped for {reason}, and the ledger {made[reason]}"
         for reason, n in sorted(told.items())

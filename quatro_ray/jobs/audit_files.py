@@ -42,7 +42,7 @@ def lost_rollouts(
     path = run_dir / LEDGER
     damaged = damaged_rollouts(path, thorough=thorough)
     found = [f"{what}; it holds the rollouts of groups {some(group_ids)}" for what, group_ids in damaged.items()]
-    is_told = books.is_rewinding or any(e["event"] == "damaged" and e.get("part") == "ledger" for e in books.events)
+    is_told = books.is_rewinding or any((e["event"], e["part"]) == ("damaged", "ledger") for e in books.events)
     for version, step in books.ledger.committed.items():
         is_required = step in settings.kept_steps and (is_constant or step - 1 in checkpoints)
         if is_required and not is_told and (lost := trained_without_rollouts(path, [version])):
@@ -52,7 +52,7 @@ def lost_rollouts(
 
 def _is_restored(run_dir: Path, settings: RunSettings) -> bool:
     """Return whether a copy has taken the ledger's place, and its rollouts, which may be gone, were not checked yet."""
-    told = [e["event"] for e in read_records(run_dir / "events.jsonl", Counter()) if "event" in e]
+    told = [e["event"] for e in read_records(run_dir / "events.jsonl", Counter())]
     last = next((event for event in reversed(told) if event in ("fell_back", "restored")), None)
     log = run_dir / f"{LEDGER}-wal"
     is_opened = log.is_file() and log.stat().st_size > 0
@@ -98,7 +98,7 @@ def lost_checkpoints(run_dir: Path, settings: RunSettings, books: Books, is_cons
     newest = _newest_told(books.events)
     if newest is not None and not _has_trace_of(settings.checkpoints, newest, or_later=True):
         told = read_records(run_dir / "events.jsonl", Counter())  # again: a process may have replaced it since
-        if _newest_told([e for e in told if "event" in e]) == newest:
+        if _newest_told(list(told)) == newest:
             found.append(f"checkpoint step_{newest}: was written, and is missing")
     if is_constant and not books.is_running and not any(_is_about(e, "damaged") for e in books.events):
         written = {_step_of(e["path"]) for e in books.events if _is_about(e, "written") and "path" in e}
@@ -122,12 +122,12 @@ def _newest_told(events: Sequence[Record]) -> int | None:
 
 
 def _is_about(event: Record, what: str) -> bool:
-    return event["event"] == what and event.get("part") == "checkpoint"
+    return (event["event"], event["part"]) == (what, "checkpoint")
 
 
 def _step_of(name: object) -> int | None:
     number = str(name).removeprefix("step_")
-    return int(number) if number.isdigit() else None
+    return int(number) if number.isdecimal() else None
 
 
 def _has_trace_of(folder: Path, step: int, *, or_later: bool) -> bool:

@@ -6,6 +6,7 @@ import asyncio
 import json
 import sqlite3
 import tempfile
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import closing, contextmanager
 from pathlib import Path
@@ -213,10 +214,10 @@ def _config_of(run_dir: Path, overrides: Sequence[str]) -> Config:
 
 def _recorded(run_dir: Path, step: int) -> Mapping[str, object]:
     last = 0
-    for record in records_of(run_dir, "metrics.jsonl"):
-        if record.get("step") == step:
+    for record in records_of(run_dir, "metrics.jsonl", Counter()):
+        if record["step"] == step:
             return record
-        last = record.get("step", last)
+        last = record["step"]
     there = f"choose one from 1 to {last}" if last else "it has none yet; choose another run"
     raise ConfigError(f"STEP={step}: {run_dir}/metrics.jsonl has no such step; {there}")
 

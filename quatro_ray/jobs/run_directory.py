@@ -9,6 +9,7 @@ import shutil
 import sqlite3
 import tempfile
 import time
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
@@ -324,9 +325,8 @@ def check_steps(config: Config) -> None:
 
 def _last_written(run_dir: Path) -> object:
     """Return the step of the checkpoint that was written last, or None if none was."""
-    written = [
-        e for e in records_of(run_dir, "events.jsonl") if (e.get("event"), e.get("part")) == ("written", "checkpoint")
-    ]
+    events = records_of(run_dir, "events.jsonl", Counter())
+    written = [e for e in events if (e["event"], e["part"]) == ("written", "checkpoint")]
     return written[-1].get("step") if written else None
 
 

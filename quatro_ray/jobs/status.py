@@ -5,7 +5,7 @@ from __future__ import annotations
 import sqlite3
 import time
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from statistics import fmean, median
@@ -19,6 +19,7 @@ from quatro_ray.replay.ledger_reader import LedgerTotals, check_host, read_total
 from quatro_ray.telemetry.activity import member_name
 from quatro_ray.telemetry.append_log import last_lines
 from quatro_ray.telemetry.now_file import Now, read_now
+from quatro_ray.telemetry.record_types import number
 from quatro_ray.telemetry.run_files import (
     Record,
     count_faults,
@@ -39,6 +40,7 @@ _QUIET_S, _QUIET_STEPS = 60.0, 3.0
 """A run hangs if it recorded nothing for so long, and for so many times the duration of a step."""
 _NUM_LOADS = 500
 _LOCKED_S = 5.0
+_MAX_CLOCK_S = 2.0**37  # a date of the year 6325
 
 
 @dataclass(frozen=True)
@@ -106,6 +108,8 @@ class Status:
         faults: number of faults since the run began, by component and event.
         recent_faults: the events of the last ten minutes, as in events.jsonl.
         end_at: estimated end of the last step, in seconds since the epoch; None unless the run is running.
+        unreadable: number of lines that could not be read and are left out, by file; of long files, only the last lines
+            are read.
     """
 
     run_dir: str
@@ -126,6 +130,7 @@ class Status:
     faults: Mapping[str, int]
     recent_faults: Sequence[Record]
     end_at: float | None
+    unreadable: Mapping[str, int]
 
     def record(self) -> dict[str, Any]:
         """Return the state as a JSON object, in which a number that is not finite is null."""
@@ -142,14 +147,17 @@ def read_status(run_dir: Path) -> Status:
     require_run(run_dir)
     at = time.time()
     run = read_tree(run_dir).get("run")
-    num_steps = run.get("num_steps") if isinstance(run, dict) else None
-    last = [m for m in last_records(run_dir / "metrics.jsonl", NUM_STEPS) if isinstance(m.get("step"), int)]
+    steps = run.get("num_steps") if isinstance(run, dict) else None
+    num_steps = steps if isinstance(steps, int) else None
+    unreadable = Counter[str]()
+    last = last_records(run_dir / "metrics.jsonl", NUM_STEPS, unreadable)
     step = last[-1]["step"] if last else 0
     last_step_at = (run_dir / "metrics.jsonl").stat().st_mtime if last else None
     pace, now, changed_at = _pace(last), read_now(run_dir), newest_change(run_dir)
     state = _state(run_dir, at - _last_sign(changed_at, now), pace, is_done=step == num_steps)
     totals, problem = _totals(run_dir / LEDGER, is_in_use=state not in ENDED)
-    events = faults(run_dir, Counter())
+    events = faults(run_dir, unreadable)
+    doing = _doing(run_dir, now, at if state not in ENDED else None, unreadable)
     return Status(
         run_dir=str(run_dir),
         state=state,
@@ -163,12 +171,13 @@ def read_status(run_dir: Path) -> Status:
         groups=totals.groups if totals else {},
         drops=totals.drops if totals else {},
         ledger_problem=problem,
-        doing=_doing(run_dir, now, at if state not in ENDED else None),
+        doing=doing,
         doing_at=now.clock_s if now else None,
         pace=pace,
         faults=count_faults(events),
         recent_faults=[e for e in events if e.get("clock_s", 0.0) > at - RECENT_S],
         end_at=_end_at(at, last_step_at, num_steps, step, pace) if state == "running" else None,
+        unreadable=dict(unreadable),
     )
 
 
@@ -195,15 +204,16 @@ def _last_sign(changed_at: float, now: Now | None) -> float:
     )
 
 
-def _doing(run_dir: Path, now: Now | None, at: float | None) -> list[Member]:
+def _doing(run_dir: Path, now: Now | None, at: float | None, unreadable: Counter[str]) -> list[Member]:
     """Return what each part does at a time, or did when the file was written if `at` is None."""
     if now is None:
         return []
-    loads = {r.get("role"): r for r in last_records(run_dir / "timeline.jsonl", _NUM_LOADS) if "num_running" in r}
+    records = last_records(run_dir / "timeline.jsonl", _NUM_LOADS, unreadable)
+    loads = {r["role"]: r for r in records if "num_running" in r}
     doing = []
     for role, members in now.roles.items():
-        for number, (state, since) in sorted(members.items()):
-            name = member_name(role, number)
+        for index, (state, since) in sorted(members.items()):
+            name = member_name(role, index)
             load = loads.get(name, {})
             seconds = max(0.0, (now.clock_s if at is None else at) - since)
             doing.append(Member(name, state, seconds, load.get("num_running"), load.get("kv_cache_usage")))
@@ -212,35 +222,38 @@ def _doing(run_dir: Path, now: Now | None, at: float | None) -> list[Member]:
 
 def _pace(steps: Sequence[Record]) -> Pace | None:
     """Return the pace of the steps that tell their duration; None if there are none."""
-    timed = [m for m in steps if (m.get("time/step_s") or 0.0) > 0.0]
+    timed = [m for m in steps if (number(m, "time/step_s") or 0.0) > 0.0]
     if not timed:
         return None
     seconds = sum(m["time/step_s"] for m in timed)
-    rate = "throughput/generated_tokens_per_s"
+    rates = [(number(m, "throughput/generated_tokens_per_s"), m["time/step_s"]) for m in timed]
     return Pace(
         num_steps=len(timed),
         step_s=median(m["time/step_s"] for m in timed),
         steps_per_min=60.0 * len(timed) / seconds,
-        trained_tokens_per_s=_over(seconds, (m.get("tokens/trained") for m in timed)),
-        generated_tokens_per_s=_over(seconds, (m[rate] * m["time/step_s"] if rate in m else None for m in timed)),
-        reward=_mean(m.get("reward/mean") for m in timed),
-        staleness=_mean(m.get("off_policy/staleness_mean") for m in timed),
-        max_staleness=max((v for m in timed if (v := m.get("off_policy/staleness_max")) is not None), default=None),
+        trained_tokens_per_s=_over(seconds, _known(timed, "tokens/trained")),
+        generated_tokens_per_s=_over(seconds, [rate * step_s for rate, step_s in rates if rate is not None]),
+        reward=_mean(_known(timed, "reward/mean")),
+        staleness=_mean(_known(timed, "off_policy/staleness_mean")),
+        max_staleness=max(_known(timed, "off_policy/staleness_max"), default=None),
     )
 
 
-def _over(seconds: float, amounts: Iterable[float | None]) -> float | None:
-    known = [amount for amount in amounts if amount is not None]
-    return sum(known) / seconds if known else None
+def _known(steps: Sequence[Record], name: str) -> list[float]:
+    return [value for m in steps if (value := number(m, name)) is not None]
 
 
-def _mean(values: Iterable[float | None]) -> float | None:
-    known = [value for value in values if value is not None]
-    return fmean(known) if known else None
+def _over(seconds: float, amounts: Sequence[float]) -> float | None:
+    return sum(amounts) / seconds if amounts else None
+
+
+def _mean(values: Sequence[float]) -> float | None:
+    return fmean(values) if values else None
 
 
 def _end_at(at: float, last_step_at: float | None, num_steps: int | None, step: int, pace: Pace | None) -> float | None:
     """Return when the last step will end if each takes as long as the last ones did; None if that is not known."""
     if pace is None or last_step_at is None or num_steps is None or step >= num_steps:
         return None
-    return max(at, last_step_at + pace.step_s) + pace.step_s * (num_steps - step - 1)
+    end_at = max(at, last_step_at + pace.step_s) + pace.step_s * (num_steps - step - 1)
+    return end_at if end_at < _MAX_CLOCK_S else None

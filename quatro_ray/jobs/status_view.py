@@ -117,8 +117,10 @@ def _numbers(status: Status) -> Iterator[tuple[str, str]]:
         yield "", f"in the last {_duration(RECENT_S)}: {len(status.recent_faults)}"
     for event in status.recent_faults[-_MAX_FAULTS:]:
         why = f" ({event['why']})" if event.get("why") else ""
-        text = f"{event.get('part')} {str(event['event']).replace('_', ' ')}{why}"
+        text = f"{event['part']} {event['event'].replace('_', ' ')}{why}"
         yield "", f"  {_clock(event['clock_s'], status.at)}: {text[:120]}"
+    for name, num in status.unreadable.items():
+        yield "left out", f"{num:,} lines of {name}, which cannot be read"
 
 
 def _pace(pace: Pace) -> Iterator[tuple[str, str]]:

@@ -11,6 +11,7 @@ from quatro_ray.config import Config, load_config
 from quatro_ray.errors import ConfigError
 from quatro_ray.simulation.decoding import EngineSpeed
 from quatro_ray.simulation.workload import MeasuredLengths, Workload
+from quatro_ray.telemetry.record_types import number
 from quatro_ray.telemetry.run_files import Record, records_of, require_run
 
 _LEAST_STEPS = 10
@@ -20,8 +21,8 @@ _NEEDED = (
     "time/step_s",
     "time/train_s",
     "time_share/generators/busy",
-    "rollout/response_tokens_histogram",
 )
+_HISTOGRAM = "rollout/response_tokens_histogram"
 
 
 @dataclass(frozen=True)
@@ -65,8 +66,7 @@ def measure(run_dir: Path) -> MeasuredRun:
         ConfigError: the directory holds no run, or one with too few steps or without the metrics that are needed.
     """
     require_run(run_dir)
-    recorded = list(records_of(run_dir, "metrics.jsonl"))
-    steps = [m for m in recorded if all(name in m for name in _NEEDED) and "time_share/generators/evaluate" not in m]
+    steps = [m for m in records_of(run_dir, "metrics.jsonl", Counter()) if _can_be_measured(m)]
     steps = steps[len(steps) // 2 :]
     if len(steps) < _LEAST_STEPS:
         raise ConfigError(
@@ -78,17 +78,22 @@ def measure(run_dir: Path) -> MeasuredRun:
     busy_s = sum(m["time/step_s"] * m["time_share/generators/busy"] for m in steps) * config.generator.num_engines
     lengths: Counter[int] = Counter()
     for m in steps:
-        lengths.update({int(k): n for k, n in m["rollout/response_tokens_histogram"].items()})
+        lengths.update({int(k): n for k, n in m[_HISTOGRAM].items()})
     return MeasuredRun(
         config,
         len(steps),
         MeasuredLengths(lengths),
         rank_s_per_token=_sum(steps, "time/train_s") * config.learner.num_ranks / tokens,
         engine_s_per_token=busy_s / tokens,
-        pause_s=sum(m["time/step_s"] * m.get("time_share/generators/paused", 0.0) for m in steps) / len(steps),
+        pause_s=sum(m["time/step_s"] * (number(m, "time_share/generators/paused") or 0.0) for m in steps) / len(steps),
         step_s=_sum(steps, "time/step_s") / len(steps),
     )
 
 
 def _sum(steps: Sequence[Record], name: str) -> float:
-    return float(sum(m.get(name, 0.0) for m in steps))
+    return float(sum(m[name] for m in steps))
+
+
+def _can_be_measured(metrics: Record) -> bool:
+    has_all = all(number(metrics, name) is not None for name in _NEEDED) and metrics.get(_HISTOGRAM)
+    return bool(has_all) and "time_share/generators/evaluate" not in metrics

@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import math
 import os
+from collections import Counter
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
@@ -21,11 +22,12 @@ _COUNTERS = ("num_running", "kv_cache_usage")
 Event = dict[str, Any]
 
 
-def write_trace(run_dir: Path, out: Path | None = None) -> Path:
+def write_trace(run_dir: Path, unreadable: Counter[str], out: Path | None = None) -> Path:
     """Write the trace of a run, which may still be running; return its path.
 
     Args:
         run_dir: directory of the run.
+        unreadable: lines that cannot be read, and are left out, are added to it by file.
         out: the file to write; by default trace.json in the run's directory.
 
     Raises:
@@ -37,7 +39,7 @@ def write_trace(run_dir: Path, out: Path | None = None) -> Path:
     try:
         with writing.open("w", encoding="utf-8") as file:
             file.write('{"displayTimeUnit": "ms", "traceEvents": [\n')
-            for i, event in enumerate(_events(run_dir)):
+            for i, event in enumerate(_events(run_dir, unreadable)):
                 file.write((",\n" if i else "") + json.dumps(event))
             file.write("\n]}\n")
         os.replace(writing, path)
@@ -46,25 +48,25 @@ def write_trace(run_dir: Path, out: Path | None = None) -> Path:
     return path
 
 
-def _events(run_dir: Path) -> Iterator[Event]:
+def _events(run_dir: Path, unreadable: Counter[str]) -> Iterator[Event]:
     named: set[str] = set()
-    for part, events in _by_part(run_dir):
+    for part, events in _by_part(run_dir, unreadable):
         if part not in named:
             named.add(part)
             yield from _names(part)
         yield from events
 
 
-def _by_part(run_dir: Path) -> Iterator[tuple[str, Iterable[Event]]]:
+def _by_part(run_dir: Path, unreadable: Counter[str]) -> Iterator[tuple[str, Iterable[Event]]]:
     """Yield events, and the part of the run that they are of."""
-    for record in records_of(run_dir, "timeline.jsonl"):
+    for record in records_of(run_dir, "timeline.jsonl", unreadable):
         yield record["role"], _of_timeline(record)
-    for record in records_of(run_dir, "events.jsonl"):
+    for record in records_of(run_dir, "events.jsonl", unreadable):
         part = record["part"]
-        yield part, [_point(part, f"{part}: {record['event']}", record["time_s"], record)]
-    for record in records_of(run_dir, "metrics.jsonl"):
+        yield part, [_point(part, f"{part}: {record['event']}", record.get("time_s", 0.0), record)]
+    for record in records_of(run_dir, "metrics.jsonl", unreadable):
         shown = {key: value for key, value in record.items() if isinstance(value, int | float)}
-        yield "learner", [_point("learner", f"step {record['step']}", record["time_s"], shown)]
+        yield "learner", [_point("learner", f"step {record['step']}", record.get("time_s", 0.0), shown)]
 
 
 def _of_timeline(record: Record) -> Iterator[Event]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import json
+import math
 import os
 import socket
 import threading
@@ -100,6 +101,8 @@ def read_now(run_dir: Path) -> Now | None:
     try:
         found = json.loads((run_dir / _FILE).read_text())
         roles = {role: {int(i): (str(s), float(t)) for i, s, t in members} for role, members in found["roles"].items()}
-        return Now(float(found["clock_s"]), str(found["host"]), roles)
-    except (FileNotFoundError, ValueError, KeyError, TypeError, AttributeError):
+        now = Now(float(found["clock_s"]), str(found["host"]), roles)
+    except (FileNotFoundError, ValueError, OverflowError, KeyError, TypeError, AttributeError):
         return None
+    times = [now.clock_s, *(since for members in roles.values() for _, since in members.values())]
+    return now if all(map(math.isfinite, times)) and all(map(str.strip, roles)) else None

@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Literal
 
 from quatro_ray.telemetry.length_bins import bin_width
+from quatro_ray.telemetry.record_types import number
 from quatro_ray.telemetry.run_files import Record
 
 if TYPE_CHECKING:
@@ -47,7 +48,7 @@ _OTHER_COLOUR = "#17becf"
 
 def scalar(key: str) -> Get:
     """Return a reader of a metric that is a number."""
-    return lambda m: m.get(key)
+    return lambda m: number(m, key)
 
 
 def mean(key: str) -> Get:
@@ -72,8 +73,9 @@ def pass_rates(title: str, evaluations: Sequence[Record]) -> str | None:
     """Plot pass@k of every held-out set over optimiser steps."""
     series: dict[str, list[tuple[int, float]]] = {}
     for e in evaluations:
-        for key in (key for key in e if key.startswith("pass_at_") and not key.endswith("_interval")):
-            series.setdefault(f"{e['set']} {key.replace('_at_', '@')}", []).append((e["step"], e[key]))
+        for key in (key for key in e if key.startswith("pass_at_")):
+            if (share := number(e, key)) is not None:
+                series.setdefault(f"{e['set']} {key.replace('_at_', '@')}", []).append((e["step"], share))
     return _over_steps(title, series, "", "share", is_named=True)
 
 
@@ -149,7 +151,7 @@ def stacked(title: str, metrics: Sequence[Record], prefix: str) -> str | None:
     colours = [_PHASE_COLOURS.get(state, _OTHER_COLOUR) for state in states]
     bottom = [0.0] * len(steps)
     for name, state, colour in zip(names, states, colours, strict=True):
-        heights = [m.get(name, 0.0) for m in steps]
+        heights = [number(m, name) or 0.0 for m in steps]
         axes.bar([m["step"] for m in steps], heights, width=1.0, bottom=bottom, color=colour, label=state)
         bottom = [low + height for low, height in zip(bottom, heights, strict=True)]
     axes.set_ylim(0, 1)

@@ -8,7 +8,7 @@ import re
 import time
 from collections import defaultdict
 from collections.abc import Callable, Container, Iterator, Mapping, Sequence, Set
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
 
@@ -17,6 +17,7 @@ from quatro_ray.telemetry.append_log import AppendLog, last_lines_of
 from quatro_ray.telemetry.console import Progress
 from quatro_ray.telemetry.evaluation_result import EvaluationResult
 from quatro_ray.telemetry.logs import without_secrets
+from quatro_ray.telemetry.record_types import parse
 from quatro_ray.telemetry.tracker import Outcome, Tracker
 from quatro_ray.types import EngineLoad, StepMetrics
 
@@ -245,9 +246,9 @@ def _step(line: bytes) -> int | None:
 def _last_time(run_dir: Path) -> float:
     """Return the time of the last line in the timeline of an earlier part of the run, in seconds; 0 if none."""
     for line in last_lines_of(run_dir / TIMELINE):
-        with suppress(ValueError):  # a damaged line: the one before it is as good
-            record = json.loads(line)
-            return float(record.get("end", record.get("t", 0.0)))
+        record = parse(TIMELINE, line)
+        if record is not None:  # else it is damaged, and the line before it is as good
+            return float(record["end"] if "end" in record else record["t"])
     return 0.0
 
 

@@ -7,6 +7,7 @@ from collections.abc import Iterator, Sequence
 
 from quatro_ray.telemetry import plots
 from quatro_ray.telemetry.plots import largest, lines, mean, scalar
+from quatro_ray.telemetry.record_types import number, weighted_mean
 from quatro_ray.telemetry.run_files import Record, RunFiles
 
 _PHASES = ("wait", "train", "sync", "evaluate", "export", "checkpoint")
@@ -151,7 +152,7 @@ def _mean_and_max(key: str) -> dict[str, plots.Get]:
 
 def _count(key: str) -> plots.Get:
     """Return a reader of a count, which a step lacks if nothing happened."""
-    return lambda m: m.get(key, 0)
+    return lambda m: number(m, key) or 0.0
 
 
 def _reasons(m: Sequence[Record]) -> list[str]:
@@ -162,16 +163,11 @@ def _reasons(m: Sequence[Record]) -> list[str]:
 
 def _of_drops(m: Sequence[Record], key: str) -> dict[str, float]:
     """Return a mean over all trained groups and over the dropped ones by reason; empty if no group was dropped."""
-    found = {r: _weighted(m, f"drops/{r}_{key}", f"drops/{r}") for r in _reasons(m)}
+    found = {r: weighted_mean(m, f"drops/{r}_{key}", f"drops/{r}") for r in _reasons(m)}
     dropped = {f"dropped: {reason}": value for reason, value in found.items() if value is not None}
     of_trained = "pass_rate/mean" if key == "pass_rate" else f"rollout/{key}"
-    trained = _weighted(m, of_trained, "rollout/num")
+    trained = weighted_mean(m, of_trained, "rollout/num")
     return {"trained": trained, **dropped} if dropped and trained is not None else {}
-
-
-def _weighted(m: Sequence[Record], key: str, weight: str) -> float | None:
-    pairs = [(step[key], step[weight]) for step in m if key in step]
-    return sum(value * num for value, num in pairs) / sum(num for _, num in pairs) if pairs else None
 
 
 def _sum_of_counts(m: Sequence[Record], key: str) -> Counter[int]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 from collections import Counter, deque
 from collections.abc import Iterable, Iterator, Mapping
@@ -14,6 +13,7 @@ import yaml
 
 from quatro_ray.errors import ConfigError
 from quatro_ray.telemetry.append_log import earlier, last_lines
+from quatro_ray.telemetry.record_types import parse
 
 Record = dict[str, Any]
 """A line of a file of the run, which is JSON."""
@@ -36,8 +36,8 @@ class RunFiles:
         notes: the last lines of notes.log.
         faults: the records of events.jsonl that are faults.
         changed_at: when the run last wrote a record, in seconds since the epoch.
-        unreadable: number of lines that are not JSON objects, by file; an incomplete last line, which may be in the
-            middle of being written, does not count.
+        unreadable: number of lines that are no records, by file; an incomplete last line, which may be in the middle of
+            being written, does not count.
     """
 
     name: str
@@ -55,8 +55,12 @@ class RunFiles:
     @property
     def num_steps(self) -> int | None:
         """Steps of the whole run, as configured; None if config.yaml does not tell."""
-        tree = yaml.safe_load(self.config) if self.config else None
-        steps = tree.get("run", {}).get("num_steps") if isinstance(tree, dict) else None
+        try:
+            tree = yaml.safe_load(self.config)
+        except (yaml.YAMLError, ValueError):  # ValueError: a date that does not exist
+            return None
+        run = tree.get("run") if isinstance(tree, dict) else None
+        steps = run.get("num_steps") if isinstance(run, dict) else None
         return steps if isinstance(steps, int) else None
 
     @property
@@ -84,7 +88,7 @@ def read_run(run_dir: Path) -> RunFiles:
     def records(name: str, last: int | None = None) -> Iterator[Record]:
         return read_records(run_dir / name, run.unreadable, last)
 
-    run.metrics = [m for m in records("metrics.jsonl") if "step" in m]
+    run.metrics = list(records("metrics.jsonl"))
     run.evaluations = list(records("evaluations.jsonl"))
     run.timeline = list(records("timeline.jsonl", last=_NUM_TIMELINE))
     run.rollouts = list(records("rollouts.jsonl", last=_NUM_ROLLOUT_GROUPS))
@@ -97,12 +101,12 @@ def read_run(run_dir: Path) -> RunFiles:
 
 def faults(run_dir: Path, unreadable: Counter[str]) -> list[Record]:
     """Return the records of events.jsonl that are faults; lines that cannot be read are counted in `unreadable`."""
-    return [e for e in read_records(run_dir / "events.jsonl", unreadable) if str(e.get("event")) in FAULTS]
+    return [e for e in read_records(run_dir / "events.jsonl", unreadable) if e["event"] in FAULTS]
 
 
 def count_faults(events: Iterable[Record]) -> dict[str, int]:
     """Return the number of faults by component and event, such as "generator lost"."""
-    return dict(Counter(f"{str(e.get('part')).partition(' ')[0]} {e['event']}" for e in events))
+    return dict(Counter(f"{e['part'].partition(' ')[0]} {e['event']}" for e in events))
 
 
 def finite(value: Any) -> Any:
@@ -114,34 +118,35 @@ def finite(value: Any) -> Any:
     return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
-def records_of(run_dir: Path, name: str) -> Iterator[Record]:
+def records_of(run_dir: Path, name: str, unreadable: Counter[str]) -> Iterator[Record]:
     """Yield the records of a file of the run in order, those of its earlier part first; unreadable ones are left out.
 
     Args:
         run_dir: directory of the run.
         name: the file, such as "timeline.jsonl".
+        unreadable: as `read_records` has it.
     """
     for path in (earlier(run_dir / name), run_dir / name):
-        yield from read_records(path, Counter())
+        yield from read_records(path, unreadable)
 
 
-def last_records(path: Path, num: int) -> list[Record]:
+def last_records(path: Path, num: int, unreadable: Counter[str]) -> list[Record]:
     """Return the records in the last lines of a file, the newest last; unreadable ones are left out.
 
     Args:
         path: the file, which may be large.
         num: number of lines.
+        unreadable: as `read_records` has it.
     """
-    return list(_parsed(last_lines(path, num), path.name, Counter()))
+    return list(_parsed(last_lines(path, num), path.name, unreadable))
 
 
 def _summary(path: Path, run: RunFiles) -> Record | None:
     if not path.is_file():
         return None
-    try:
-        summary: Record = json.loads(path.read_text(encoding="utf-8"))
-    except json.JSONDecodeError:  # it is being written, or the disk was full
-        run.unreadable[path.name] += 1
+    text = path.read_text(encoding="utf-8", errors="replace")
+    summary = next(_parsed([text], path.name, run.unreadable), None)  # None: it is being written, or the disk was full
+    if summary is None:
         return None
     return summary if summary.get("learner_steps", run.last_step) == run.last_step else None
 
@@ -151,7 +156,8 @@ def read_records(path: Path, unreadable: Counter[str], last: int | None = None) 
 
     Args:
         path: the file, which may still grow; none has no records.
-        unreadable: the lines that are not JSON objects are added to it, under the name of the file.
+        unreadable: lines that are not JSON objects, or have other types than the run writes, are added to it, under the
+            name of the file.
         last: read only so many lines at the end; the others are not parsed, as the file may be large.
     """
     return _parsed(_lines(path) if last is None else deque(_lines(path), maxlen=last), path.name, unreadable)
@@ -159,11 +165,8 @@ def read_records(path: Path, unreadable: Counter[str], last: int | None = None) 
 
 def _parsed(lines: Iterable[str], name: str, unreadable: Counter[str]) -> Iterator[Record]:
     for line in lines:
-        try:
-            record = json.loads(line)
-        except json.JSONDecodeError:
-            record = None
-        if isinstance(record, dict):
+        record = parse(name, line)
+        if record is not None:
             yield record
         else:
             unreadable[name] += 1

@@ -40,6 +40,7 @@ def check_files(run_dir: Path) -> None:
     assert list((run_dir / "checkpoints").glob("step_*/*optim_states.pt"))
     assert yaml.safe_load((run_dir / "config.yaml").read_text())["run"]["seed"] == 0
     page = (run_dir / "report.html").read_text()
+    assert "could not be read" not in page
     assert page.count("<svg") == page.count("<figcaption>")
     for title in ("Reward of the trained batch", "Response length", "Learning rate", "Tokens a second"):
         assert f"<figcaption>{title}</figcaption>" in page

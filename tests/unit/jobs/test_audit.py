@@ -13,41 +13,19 @@ from pathlib import Path
 
 import pytest
 
-from quatro_ray.config import dump_config
 from quatro_ray.errors import ConfigError, LedgerError, Preempted
 from quatro_ray.jobs.audit import audit_run
 from quatro_ray.jobs.audit_view import view
-from quatro_ray.jobs.train import summarise
 from quatro_ray.replay import schema
 from tests.unit.faults import FAULTS, inflict, make_world
+from tests.unit.jobs.finished_run import write_config, write_finished_run
 from tests.unit.jobs.writing import steps_made, writing
 from tests.unit.world import World
 
 
-def write_config(world: World) -> None:
-    (world.config.run.dir / "config.yaml").write_text(dump_config(world.config))
-
-
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A run of 12 steps of 4 groups, which lost its learner after step 7 and three steps with it; step 3 is kept."""
-    path = tmp_path_factory.mktemp("finished") / "run"
-    sections = {"filters": {"max_truncated_share": 0.5}, "telemetry": {"rollout_groups_per_step": 4}}
-    world = make_world(path, **sections, replay={"keep_steps": [3]})
-    world.verifiers.truncated = {9, 14, 30}
-    write_config(world)
-
-    async def faults(world: World) -> None:
-        while world.controller.step < 7:
-            await asyncio.sleep(0.05)
-        world.learner.lost = "a rank was killed"
-
-    world.faults = faults
-    counters = world.run(failing={20})
-    summary = summarise(counters, world.buffer.stats(), {}, {}, {})
-    world.buffer.ledger.close()
-    (path / "summary.json").write_text(json.dumps(summary))
-    return path
+    return write_finished_run(tmp_path_factory.mktemp("finished") / "run")
 
 
 @pytest.fixture

@@ -119,7 +119,9 @@ def test_damaged_lines_are_left_out_when_a_run_goes_back(tmp_path: Path) -> None
     for name in ("metrics", "rollouts"):
         lines = (tmp_path / f"{name}.jsonl").read_bytes().splitlines(keepends=True)
         (tmp_path / f"{name}.jsonl").write_bytes(lines[0] + bytes(4096) + b"\n" + lines[1] + b"{}\n" + lines[2])
-    (tmp_path / "timeline.jsonl").write_bytes(b'{"role": "learner", "end": 7.5}\n' + bytes(512) + b"\n")
+    (tmp_path / "timeline.jsonl").write_bytes(
+        b'{"role": "learner", "phase": "train", "start": 7.0, "end": 7.5}\n' + bytes(512) + b"\n"
+    )
     again = recorder(tmp_path)
     assert again.now() >= 7.5
     again.rewind(2, set())

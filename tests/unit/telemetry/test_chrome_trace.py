@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections import defaultdict
+from collections import Counter, defaultdict
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -24,7 +24,7 @@ def events_of(run_dir: Path) -> list[dict[str, Any]]:
     def refuse(constant: str) -> None:
         raise AssertionError(f"{constant} is not JSON")
 
-    trace = json.loads(write_trace(run_dir).read_text(), parse_constant=refuse)
+    trace = json.loads(write_trace(run_dir, Counter()).read_text(), parse_constant=refuse)
     assert set(trace) == {"displayTimeUnit", "traceEvents"}
     return list(trace["traceEvents"])
 
@@ -99,7 +99,7 @@ def test_the_earlier_part_of_a_long_timeline_comes_first(tmp_path: Path, monkeyp
 
 def test_a_folder_without_a_run_and_a_place_that_cannot_be_written(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=r"holds no run"):
-        write_trace(tmp_path)
+        write_trace(tmp_path, Counter())
     run = write_run(tmp_path / "r")
     with pytest.raises(ConfigError, match=r"cannot be written: No such file or directory; give another path"):
-        write_trace(run, tmp_path / "nowhere" / "trace.json")
+        write_trace(run, Counter(), tmp_path / "nowhere" / "trace.json")

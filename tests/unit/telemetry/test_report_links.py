@@ -53,13 +53,6 @@ def test_faults_are_counted_and_the_last_ones_shown(tmp_path: Path) -> None:
     assert "checkpoint" not in shown.partition("<ul>")[0]
 
 
-def test_records_that_are_odd_do_not_end_the_report(tmp_path: Path) -> None:
-    run = write_run(tmp_path / "run", num_steps=2)
-    events = [{"event": []}, *({"event": "lost", "clock_s": at} for at in ("x", -1, 1e300, None, True))]
-    (run / "events.jsonl").write_text("".join(json.dumps(event) + "\n" for event in events))
-    assert "at some time None lost" in section(run)
-
-
 def test_other_places_are_those_that_the_run_noted_last(tmp_path: Path) -> None:
     run = write_run(tmp_path / "run", num_steps=2)
     lines = [
