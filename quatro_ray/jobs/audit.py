@@ -131,6 +131,7 @@ def audit_run(run_dir: Path, *, thorough: bool = False) -> Audit:
         rollouts_per_step=settings.rollouts_per_step if is_constant else None,
         is_finished=is_finished,
         is_running=is_running,
+        evaluated_steps=settings.evaluated_steps if is_finished and is_constant else frozenset(),
     )
     if ledger.versions or not findings["ledger"]:  # what is damaged beyond reading has nothing to compare with
         findings |= check(books)

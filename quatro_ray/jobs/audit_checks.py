@@ -6,7 +6,7 @@ Legend: B groups a step, N steps of the lineage. A finding is a line that names 
 from __future__ import annotations
 
 from collections import Counter, defaultdict
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping, Sequence, Set
 from dataclasses import dataclass
 from functools import cached_property
 from itertools import pairwise
@@ -44,6 +44,7 @@ class Books:
         rollouts_per_step: lines of rollouts.jsonl for each step; None if the number may have changed.
         is_finished: the run is done, so that nothing may be under way.
         is_running: a process writes these records, and may be ahead of what was read.
+        evaluated_steps: steps at which every set has been evaluated; empty if that is not certain.
     """
 
     ledger: LedgerRows
@@ -58,6 +59,7 @@ class Books:
     rollouts_per_step: int | None
     is_finished: bool
     is_running: bool = False
+    evaluated_steps: frozenset[int] = frozenset()
 
     @cached_property
     def num_recorded(self) -> int:
@@ -318,7 +320,15 @@ def evaluations(books: Books) -> list[str]:
         elif (step := step_of.get(line["version"])) != line["step"]:
             has = "does not have" if step is None else f"has at step {step}"
             wrong.append(f"{what} is of version {line['version']}, which the ledger {has}")
-    return wrong
+    return wrong + _missing_evaluations(books, number.keys())
+
+
+def _missing_evaluations(books: Books, found: Set[tuple[int, str]]) -> list[str]:
+    """Return what is missing, apart from the evaluations that the run has told as left out."""
+    left_out = {e.get("step") for e in books.events if (e["event"], e["part"]) == ("failed", "evaluation")}
+    names = {name for _, name in found} | set(books.summary.get("evaluations", ()))
+    wanted = {(step, name) for step in books.evaluated_steps - left_out for name in names}
+    return [f"evaluations.jsonl: {name} at step {step} is missing" for step, name in sorted(wanted - found)]
 
 
 def summary(books: Books) -> list[str]:

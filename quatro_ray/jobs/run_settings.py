@@ -23,6 +23,7 @@ class RunSettings:
         checkpoints: folder of the checkpoints.
         keep: number of checkpoints that are kept.
         kept_steps: steps whose rollouts are kept, and the checkpoints before them.
+        evaluate_every: steps between evaluations; None if there are only those at the start and the end.
     """
 
     num_steps: int
@@ -32,6 +33,13 @@ class RunSettings:
     checkpoints: Path
     keep: int
     kept_steps: frozenset[int]
+    evaluate_every: int | None
+
+    @property
+    def evaluated_steps(self) -> frozenset[int]:
+        """The steps at which a whole run evaluates."""
+        every = self.evaluate_every or self.num_steps
+        return frozenset({*range(0, self.num_steps, every), self.num_steps})
 
 
 def read_tree(run_dir: Path) -> dict[str, Any]:
@@ -77,6 +85,7 @@ def read_settings(run_dir: Path) -> RunSettings:
             "the run wrote"
         )
     kept = _section(tree, "replay").get("keep_steps")
+    every = _section(tree, "evaluation").get("every_steps")
     return RunSettings(
         num_steps=number("run", "num_steps"),
         groups_per_step=number("replay", "groups_per_step"),
@@ -85,6 +94,7 @@ def read_settings(run_dir: Path) -> RunSettings:
         checkpoints=Path(folder) if folder else run_dir / "checkpoints",
         keep=number("checkpoint", "keep"),
         kept_steps=frozenset(s for s in kept if isinstance(s, int)) if isinstance(kept, list) else frozenset(),
+        evaluate_every=every if isinstance(every, int) and every > 0 else None,
     )
 
 

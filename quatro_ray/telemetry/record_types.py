@@ -107,6 +107,7 @@ class _Summary(_Record):
     trained_tokens: _Whole = 0
     generated_tokens: _Whole = 0
     staleness_tokens: dict[_Digits, _Whole] = {}
+    evaluations: dict[str, JsonValue] = {}
 
 
 _TYPES: dict[str, TypeAdapter[Any]] = {

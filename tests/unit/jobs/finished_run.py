@@ -8,6 +8,7 @@ from pathlib import Path
 
 from quatro_ray.config import dump_config
 from quatro_ray.jobs.train import summarise
+from quatro_ray.telemetry.counters import Counters
 from tests.unit.faults import make_world
 from tests.unit.world import World
 
@@ -29,8 +30,11 @@ def write_finished_run(path: Path) -> Path:
         world.learner.lost = "a rank was killed"
 
     world.faults = faults
-    counters = world.run(failing={20})
-    summary = summarise(counters, world.buffer.stats(), {}, {}, {})
+    write_summary(world, world.run(failing={20}))
     world.buffer.ledger.close()
-    (path / "summary.json").write_text(json.dumps(summary))
     return path
+
+
+def write_summary(world: World, counters: Counters) -> None:
+    summary = summarise(counters, world.buffer.stats(), {}, {}, {})
+    (world.config.run.dir / "summary.json").write_text(json.dumps(summary))

@@ -18,7 +18,7 @@ from quatro_ray.jobs.audit import audit_run
 from quatro_ray.jobs.audit_view import view
 from quatro_ray.replay import schema
 from tests.unit.faults import FAULTS, inflict, make_world
-from tests.unit.jobs.finished_run import write_config, write_finished_run
+from tests.unit.jobs.finished_run import write_config, write_finished_run, write_summary
 from tests.unit.jobs.writing import steps_made, writing
 from tests.unit.world import World
 
@@ -129,6 +129,12 @@ DAMAGES: dict[str, tuple[Callable[[Path], object], str, str]] = {
     "an evaluation is there twice": (
         change_lines("evaluations.jsonl", lambda lines: [*lines, lines[0]]),
         "evaluations", "set at step 0 is there 2 times",
+    ),
+    "an evaluation is gone": (
+        change_lines("evaluations.jsonl", lambda lines: lines[1:]), "evaluations", "set at step 0 is missing",
+    ),
+    "all evaluations are gone": (
+        change_lines("evaluations.jsonl", lambda _: []), "evaluations", "set at step 12 is missing",
     ),
     "a checkpoint is cut": (truncate, "checkpoints", "checkpoint step_12: weights has 1 bytes instead of 2"),
     "the newest checkpoint is gone": (
@@ -319,12 +325,12 @@ def test_at_any_time_of_a_run_under_faults_nothing_is_lost_or_doubled(tmp_path: 
     world.faults = faults
     for life in range(20):
         try:
-            world.run(resume=life > 0)
+            write_summary(world, world.run(resume=life > 0))
             break
         except (Preempted, asyncio.CancelledError):
             look()
     look()
-    assert audits[-1].step == audits[-1].num_compared == 12
+    assert (audits[-1].state, audits[-1].step, audits[-1].num_compared) == ("finished", 12, 12)
     assert len({a.step for a in audits}) > 3
 
 

@@ -94,6 +94,7 @@ BAD: dict[str, tuple[str, Callable[[], Books]]] = {
     "a set was evaluated twice": ("evaluations", lambda: books(evaluations=[EVALUATED, EVALUATED])),
     "a version was evaluated that is none": ("evaluations", lambda: books(evaluations=[EVALUATED | {"version": 6}])),
     "a version of another step was evaluated": ("evaluations", lambda: books(evaluations=[EVALUATED | {"step": 1}])),
+    "a set was not evaluated": ("evaluations", lambda: books(evaluated_steps=frozenset({0, 1, 2, 3}))),
     "a query is not stored": ("stored", lambda: books(ledger=LedgerRows(GROUPS, VERSIONS, without_query=(8,)))),
     "rollouts are not stored": ("stored", lambda: books(ledger=LedgerRows(GROUPS, VERSIONS, without_rollouts=(8,)))),
     "no summary": ("summary", lambda: books(summary={})),
@@ -184,3 +185,8 @@ def test_a_finding_about_many_groups_names_some() -> None:
     many = tuple(trained(i, 1, 1, 1) for i in range(9, 1_033))
     (finding,) = check(books(ledger=LedgerRows((*GROUPS, *many), VERSIONS)))["trained"]
     assert finding.startswith("groups [9, 10, 11, ") and "24, and 1,008 more] count as trained" in finding
+
+
+def test_an_evaluation_that_was_told_as_left_out_is_not_missing() -> None:
+    told = [*books().events, {"event": "failed", "part": "evaluation", "step": 2}]
+    assert found(books(events=told, evaluated_steps=frozenset({0, 1, 2, 3}))) == set()
