@@ -19,7 +19,7 @@ from quatro_ray.replay.ledger_reader import LedgerTotals, check_host, read_total
 from quatro_ray.telemetry.activity import member_name
 from quatro_ray.telemetry.append_log import last_lines
 from quatro_ray.telemetry.now_file import Now, read_now
-from quatro_ray.telemetry.record_types import number
+from quatro_ray.telemetry.record_types import MAX_CLOCK_S, number
 from quatro_ray.telemetry.run_files import (
     Record,
     count_faults,
@@ -40,7 +40,6 @@ _QUIET_S, _QUIET_STEPS = 60.0, 3.0
 """A run hangs if it recorded nothing for so long, and for so many times the duration of a step."""
 _NUM_LOADS = 500
 _LOCKED_S = 5.0
-_MAX_CLOCK_S = 2.0**37  # a date of the year 6325
 
 
 @dataclass(frozen=True)
@@ -256,4 +255,4 @@ def _end_at(at: float, last_step_at: float | None, num_steps: int | None, step: 
     if pace is None or last_step_at is None or num_steps is None or step >= num_steps:
         return None
     end_at = max(at, last_step_at + pace.step_s) + pace.step_s * (num_steps - step - 1)
-    return end_at if end_at < _MAX_CLOCK_S else None
+    return end_at if end_at < MAX_CLOCK_S else None

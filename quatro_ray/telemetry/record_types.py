@@ -12,11 +12,13 @@ from typing import Annotated, Any
 
 from pydantic import BaseModel, ConfigDict, Field, JsonValue, TypeAdapter, ValidationError
 
+MAX_CLOCK_S = 2.0**37
+"""Seconds since the epoch, in the year 6325; later times cannot be shown as a date."""
 _LARGEST = 2**53
 _Whole = Annotated[int, Field(ge=0, lt=_LARGEST)]
 _Finite = Annotated[float, Field(allow_inf_nan=False)]
 _Count = Annotated[float, Field(ge=0, lt=_LARGEST)]
-_Clock = Annotated[float, Field(ge=0, lt=2**37)]  # seconds since the epoch, until the year 6325
+_Clock = Annotated[float, Field(ge=0, lt=MAX_CLOCK_S)]
 _Digits = Annotated[str, Field(pattern=r"^[0-9]{1,15}$")]
 _Counts = dict[_Digits, _Count]
 _Part = Annotated[str, Field(pattern=r"\S")]

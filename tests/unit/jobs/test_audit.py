@@ -18,20 +18,9 @@ from quatro_ray.jobs.audit import audit_run
 from quatro_ray.jobs.audit_view import view
 from quatro_ray.replay import schema
 from tests.unit.faults import FAULTS, inflict, make_world
-from tests.unit.jobs.finished_run import write_config, write_finished_run, write_summary
+from tests.unit.jobs.finished_run import write_config, write_summary
 from tests.unit.jobs.writing import steps_made, writing
 from tests.unit.world import World
-
-
-@pytest.fixture(scope="module")
-def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return write_finished_run(tmp_path_factory.mktemp("finished") / "run")
-
-
-@pytest.fixture
-def run(finished: Path, tmp_path: Path) -> Path:
-    """A copy of it."""
-    return Path(shutil.copytree(finished, tmp_path / "run"))
 
 
 def contents(run: Path) -> dict[Path, bytes]:

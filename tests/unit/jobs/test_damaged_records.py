@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import random
-import shutil
 from collections import Counter
 from collections.abc import Iterator
 from contextlib import suppress
@@ -22,21 +21,10 @@ from quatro_ray.jobs.status_view import view as view_status
 from quatro_ray.telemetry.chrome_trace import write_trace
 from quatro_ray.telemetry.report import write_report
 from quatro_ray.telemetry.run_files import read_run
-from tests.unit.jobs.finished_run import write_finished_run
 
 ODD = ["x", "", [], ["x"], {}, {"x": "y"}, {"²": 1}, None, True, -1, 0.5, 1e300, 2**52, 10**400, float("nan")]
 FILES = ("metrics", "events", "evaluations", "timeline", "rollouts")  # of the last, a report reads three lines only
 NOW = {"clock_s": 1.0, "host": "h", "roles": {"learner": [[0, "train", 1.0]]}}
-
-
-@pytest.fixture(scope="module")
-def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return write_finished_run(tmp_path_factory.mktemp("finished") / "run")
-
-
-@pytest.fixture
-def run(finished: Path, tmp_path: Path) -> Path:
-    return Path(shutil.copytree(finished, tmp_path / "run"))
 
 
 def altered(value: Any) -> Iterator[Any]:
